@@ -1,0 +1,40 @@
+// The CPU kernels as plain functions, one set per instruction set; chosen once, at load time.
+#pragma once
+
+#include <cstdint>
+
+#include "../layer_table.h"
+
+namespace fadiag {
+
+// A block of one layer: rows [row_begin, row_end) by columns [column_begin, column_end).
+struct Tile {
+  int64_t row_begin;
+  int64_t row_end;
+  int64_t column_begin;
+  int64_t column_end;
+};
+
+// `type` indexes kDtypes of checks.h: float16, bfloat16, float32, float64.
+struct CpuKernels {
+  // Writes the words of each row's squares, [rows, words], and of each column's sum,
+  // [words, columns], of one tile.
+  void (*statistics_tile)(int type, const Layer& layer, const Tile& tile, double* hidden_squares,
+                          double* grad_squares, double* column_sums);
+  // Writes the largest magnitude of a vector (NaN if it holds one).
+  double (*largest_magnitude)(int type, const void* vector, int64_t count);
+  // Writes the dot products of vectors [0, num_vectors), scaled, over a range of columns:
+  // [num_vectors, num_vectors], upper triangle.
+  void (*dot_products)(int type, const void* const* vectors, const double* scales,
+                       int64_t num_vectors, int64_t column_begin, int64_t column_end,
+                       double* products);
+  const char* instruction_set;
+};
+
+extern const CpuKernels kGenericKernels;
+#if defined(__x86_64__)
+extern const CpuKernels kAvx2Kernels;
+extern const CpuKernels kAvx512Kernels;
+#endif
+
+}  // namespace fadiag

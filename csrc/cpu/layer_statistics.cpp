@@ -1,0 +1,171 @@
+// layer_statistics on the CPU: plans tiles, runs them on torch's threads, merges in a fixed order.
+#include <vector>
+
+#include "../accumulate.h"
+#include "../checks.h"
+#include "dispatch.h"
+
+namespace fadiag {
+namespace {
+
+// 2048 column sums are 16 KB: with four open rows of either tensor they stay in a 32 KB L1 cache.
+constexpr int64_t kTileColumns = 2048;
+// Enough tasks for many cores, whatever the shape; a constant, so that bits do not depend on it.
+constexpr int64_t kTasksPerLayer = 64;
+constexpr int64_t kRowGroup = 4;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A function of rows and columns alone: the same layer gives the same bits in every call.
+struct TilePlan {
+  int64_t num_tiles;
+  int64_t num_splits;
+  int64_t rows_per_split;
+
+  TilePlan(int64_t rows, int64_t columns) {
+    num_tiles = ceil_div(columns, kTileColumns);
+    const int64_t tile_elements = rows * std::min(columns, kTileColumns);
+    const int64_t wanted = num_tiles > 0 ? ceil_div(kTasksPerLayer, num_tiles) : 1;
+    const int64_t worthwhile = std::max<int64_t>(1, tile_elements / kSerialElements);
+    const int64_t splits = std::min(wanted, worthwhile);
+    rows_per_split = ceil_div(ceil_div(rows, splits), kRowGroup) * kRowGroup;
+    num_splits = rows_per_split > 0 ? ceil_div(rows, rows_per_split) : 0;
+  }
+};
+
+struct LayerWork {
+  const Layer* layer;
+  int type;
+  TilePlan plan;
+  int64_t first_task;
+  std::vector<double> squares;      // [tiles, 2, rows, words]
+  std::vector<double> column_sums;  // [splits, words, columns]; unused for a single split
+};
+
+template <typename Sums>
+void write_means(const LayerWork& work, int64_t column_begin, int64_t columns, int64_t rows,
+                 const double* sums, int64_t word_stride, void* means) {
+  constexpr int kWords = Sums::kColumnWords;
+  for (int64_t c = 0; c < columns; ++c) {
+    double words[kWords];
+    for (int w = 0; w < kWords; ++w) words[w] = sums[w * word_stride + c];
+    const double mean = Sums::mean(words, static_cast<double>(rows));
+    const int64_t index = work.layer->mean_offset + column_begin + c;
+    if constexpr (kWords == WideSums::kColumnWords) {
+      static_cast<double*>(means)[index] = mean;
+    } else {
+      static_cast<float*>(means)[index] = static_cast<float>(mean);
+    }
+  }
+}
+
+template <typename Sums>
+void run_tile(LayerWork& work, int64_t task, int64_t rows, void* means) {
+  const int64_t tile = task % work.plan.num_tiles;
+  const int64_t split = task / work.plan.num_tiles;
+  const int64_t columns = work.layer->columns;
+  Tile block;
+  block.row_begin = split * work.plan.rows_per_split;
+  block.row_end = std::min(rows, block.row_begin + work.plan.rows_per_split);
+  block.column_begin = tile * kTileColumns;
+  block.column_end = std::min(columns, block.column_begin + kTileColumns);
+  const int64_t block_columns = block.column_end - block.column_begin;
+
+  constexpr int kWords = Sums::kSquareWords;
+  double* squares = work.squares.data() + tile * 2 * rows * kWords + block.row_begin * kWords;
+  alignas(64) double sums[Sums::kColumnWords * kTileColumns];
+  cpu_kernels().statistics_tile(work.type, *work.layer, block, squares, squares + rows * kWords,
+                                sums);
+  if (work.plan.num_splits == 1) {
+    write_means<Sums>(work, block.column_begin, block_columns, rows, sums, block_columns, means);
+    return;
+  }
+  for (int w = 0; w < Sums::kColumnWords; ++w) {
+    double* target = work.column_sums.data() +
+                     (split * Sums::kColumnWords + w) * columns + block.column_begin;
+    std::copy(sums + w * block_columns, sums + (w + 1) * block_columns, target);
+  }
+}
+
+template <typename Sums>
+void finish_layer(LayerWork& work, int64_t rows, int64_t grad_norms_offset, double* norms,
+                  void* means) {
+  constexpr int kWords = Sums::kSquareWords;
+  for (int64_t which = 0; which < 2; ++which) {
+    double* target = norms + which * grad_norms_offset + work.layer->norm_offset;
+    for (int64_t r = 0; r < rows; ++r) {
+      double words[kWords] = {};
+      for (int64_t tile = 0; tile < work.plan.num_tiles; ++tile) {
+        const double* partial =
+            work.squares.data() + ((tile * 2 + which) * rows + r) * kWords;
+        for (int w = 0; w < kWords; ++w) words[w] += partial[w];
+      }
+      target[r] = Sums::norm(words);
+    }
+  }
+  if (work.plan.num_splits <= 1) return;
+  const int64_t size = Sums::kColumnWords * work.layer->columns;
+  double* total = work.column_sums.data();
+  for (int64_t split = 1; split < work.plan.num_splits; ++split) {
+    const double* partial = total + split * size;
+    for (int64_t i = 0; i < size; ++i) total[i] += partial[i];
+  }
+  write_means<Sums>(work, 0, work.layer->columns, rows, total, work.layer->columns, means);
+}
+
+std::tuple<Tensor, Tensor> layer_statistics(std::vector<Tensor> hiddens, std::vector<Tensor> grads,
+                                            bool stacked) {
+  const StatisticsCall call = check_statistics_call(hiddens, grads, stacked);
+  const int64_t rows = call.rows;
+  auto* norms = static_cast<double*>(call.norms.mutable_data_ptr());
+  void* means = call.grad_mean.mutable_data_ptr();
+
+  std::vector<LayerWork> works;
+  int64_t num_tasks = 0;
+  int64_t elements = 0;
+  for (int type = 0; type < static_cast<int>(kDtypes.size()); ++type) {
+    const bool wide = kDtypes[type] == ScalarType::Double;
+    for (const Layer& layer : call.layers[type]) {
+      LayerWork work{&layer, type, TilePlan(rows, layer.columns), num_tasks, {}, {}};
+      const int square_words = wide ? WideSums::kSquareWords : NarrowSums::kSquareWords;
+      const int column_words = wide ? WideSums::kColumnWords : NarrowSums::kColumnWords;
+      work.squares.resize(work.plan.num_tiles * 2 * rows * square_words);
+      if (work.plan.num_splits > 1) {
+        work.column_sums.resize(work.plan.num_splits * column_words * layer.columns);
+      }
+      num_tasks += work.plan.num_tiles * std::max<int64_t>(1, work.plan.num_splits);
+      elements += 2 * rows * layer.columns;
+      works.push_back(std::move(work));
+    }
+  }
+
+  run_tasks(num_tasks, elements, [&](int64_t task) {
+    const auto after = std::upper_bound(
+        works.begin(), works.end(), task,
+        [](int64_t value, const LayerWork& work) { return value < work.first_task; });
+    LayerWork& work = *std::prev(after);
+    const int64_t local = task - work.first_task;
+    if (kDtypes[work.type] == ScalarType::Double) {
+      run_tile<WideSums>(work, local, rows, means);
+    } else {
+      run_tile<NarrowSums>(work, local, rows, means);
+    }
+  });
+  const int64_t grad_norms_offset = call.norms.numel() / 2;
+  run_tasks(static_cast<int64_t>(works.size()), elements, [&](int64_t index) {
+    LayerWork& work = works[index];
+    if (kDtypes[work.type] == ScalarType::Double) {
+      finish_layer<WideSums>(work, rows, grad_norms_offset, norms, means);
+    } else {
+      finish_layer<NarrowSums>(work, rows, grad_norms_offset, norms, means);
+    }
+  });
+  return {call.norms, call.grad_mean};
+}
+
+}  // namespace
+}  // namespace fadiag
+
+STABLE_TORCH_LIBRARY_IMPL(fadiag, CPU, m) {
+  m.impl("layer_statistics", TORCH_BOX(&fadiag::layer_statistics));
+}

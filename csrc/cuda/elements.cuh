@@ -1,0 +1,58 @@
+// Sixteen bytes of elements of any supported type, loaded once and read as doubles.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "../accumulate.h"
+
+namespace fadiag {
+
+constexpr int kVectorBytes = 16;
+
+template <typename Element>
+struct ElementTraits {
+  using Sums = NarrowSums;
+};
+template <>
+struct ElementTraits<double> {
+  using Sums = WideSums;
+};
+
+__device__ __forceinline__ double to_double(double x) { return x; }
+__device__ __forceinline__ double to_double(float x) { return static_cast<double>(x); }
+__device__ __forceinline__ double to_double(__half x) {
+  return static_cast<double>(__half2float(x));
+}
+__device__ __forceinline__ double to_double(__nv_bfloat16 x) {
+  return static_cast<double>(__bfloat162float(x));
+}
+
+template <typename Element>
+struct Vector {
+  static constexpr int kSize = kVectorBytes / sizeof(Element);
+  union {
+    uint4 bits;
+    Element elements[kSize];
+  };
+
+  __device__ __forceinline__ Vector() : bits(make_uint4(0, 0, 0, 0)) {}
+  __device__ __forceinline__ double operator[](int i) const { return to_double(elements[i]); }
+
+  // Loads the first `valid` elements; the others stay zero and add nothing to any sum. The data are
+  // read once: no line of them is kept in the L1 cache.
+  __device__ __forceinline__ void load(const Element* source, int valid, bool aligned) {
+    if (aligned && valid == kSize) {
+      bits = __ldcs(reinterpret_cast<const uint4*>(source));
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      if (i < valid) elements[i] = source[i];
+    }
+  }
+};
+
+}  // namespace fadiag

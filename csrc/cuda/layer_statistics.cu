@@ -1,0 +1,83 @@
+// layer_statistics for CUDA tensors: plans, workspace, launches, registration.
+#include "glue.h"
+#include "layer_statistics_kernel.cuh"
+
+namespace fadiag {
+namespace {
+
+// Launches layers [begin, begin + table.count) of one element type.
+template <typename Element, int kCapacity>
+void launch_chunk(const StatisticsCall& call, const std::vector<Layer>& layers, size_t begin,
+                  size_t count, cudaStream_t stream) {
+  using Sums = typename ElementTraits<Element>::Sums;
+  StatisticsTable<kCapacity> table;
+  table.count = static_cast<int>(count);
+  table.rows = call.rows;
+  table.norms = static_cast<double*>(call.norms.mutable_data_ptr());
+  table.grad_norms_offset = call.norms.numel() / 2;
+  table.means = call.grad_mean.mutable_data_ptr();
+  int64_t num_units = 0;
+  int64_t workspace_size = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const Layer& layer = layers[begin + i];
+    const StatisticsPlan plan(call.rows, layer.columns, sizeof(Element));
+    StatisticsEntry& entry = table.entries[i];
+    entry.layer = layer;
+    entry.first_unit = static_cast<int>(num_units);
+    entry.num_tiles = static_cast<int>(plan.num_tiles);
+    entry.num_splits = static_cast<int>(plan.num_splits);
+    entry.rows_per_unit = static_cast<int16_t>(plan.rows_per_unit);
+    entry.warp_columns = static_cast<int8_t>(plan.warp_columns);
+    const int64_t hidden_stride = call.rows > 1 ? layer.hidden_row_stride : 0;
+    const int64_t grad_stride = call.rows > 1 ? layer.grad_row_stride : 0;
+    entry.aligned = is_aligned(layer.hidden, hidden_stride, sizeof(Element)) &&
+                    is_aligned(layer.grad, grad_stride, sizeof(Element));
+    entry.squares_offset = workspace_size;
+    if (plan.num_tiles > 1) workspace_size += plan.num_tiles * 2 * call.rows * Sums::kSquareWords;
+    entry.sums_offset = workspace_size;
+    if (plan.num_splits > 1) {
+      workspace_size += plan.num_splits * layer.columns * Sums::kColumnWords;
+    }
+    num_units += plan.num_tiles * plan.num_splits;
+  }
+  Tensor workspace;
+  table.workspace = nullptr;
+  if (workspace_size > 0) {
+    workspace = empty_on(call.norms, {workspace_size}, ScalarType::Double);
+    table.workspace = static_cast<double*>(workspace.mutable_data_ptr());
+  }
+  STD_CUDA_CHECK((launch_layer_statistics<Element, kCapacity>(table, num_units, stream)));
+}
+
+std::tuple<Tensor, Tensor> layer_statistics(std::vector<Tensor> hiddens, std::vector<Tensor> grads,
+                                            bool stacked) {
+  const torch::stable::accelerator::DeviceGuard guard(
+      hiddens.empty() ? 0 : hiddens[0].get_device_index());
+  const StatisticsCall call = check_statistics_call(hiddens, grads, stacked);
+  const cudaStream_t stream = current_stream(call.norms);
+  for (int type = 0; type < static_cast<int>(kDtypes.size()); ++type) {
+    const std::vector<Layer>& layers = call.layers[type];
+    with_element(type, [&](auto* tag) {
+      using Element = std::remove_pointer_t<decltype(tag)>;
+      for (size_t begin = 0; begin < layers.size();) {
+        const size_t left = layers.size() - begin;
+        if (left <= kSmallTable) {
+          launch_chunk<Element, kSmallTable>(call, layers, begin, left, stream);
+          begin += left;
+        } else {
+          const size_t count = std::min<size_t>(left, kLargeTable);
+          launch_chunk<Element, kLargeTable>(call, layers, begin, count, stream);
+          begin += count;
+        }
+      }
+    });
+  }
+  return {call.norms, call.grad_mean};
+}
+
+}  // namespace
+}  // namespace fadiag
+
+STABLE_TORCH_LIBRARY_IMPL(fadiag, CUDA, m) {
+  m.impl("layer_statistics", TORCH_BOX(&fadiag::layer_statistics));
+}

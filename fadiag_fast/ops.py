@@ -1,0 +1,371 @@
+"""Load the native library and offer its operators as thin functions.
+
+``layer_statistics`` and ``direction_cosines`` call ``torch.ops.fadiag.*`` where a kernel for the
+tensors' device is loaded, and :mod:`fadiag_fast.reference` elsewhere, after one warning with the
+cause. ``FADIAG_BACKEND=native|torch`` or the argument ``backend`` forces either.
+"""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import checks, reference
+from .reference import LayerStatistics
+
+Backend = Literal["native", "torch"]
+
+_FOLDER = Path(__file__).parent / "_native"
+_OPS = ("layer_statistics", "direction_cosines")
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """One native library: its file, and why it is not loaded if it is not."""
+
+    device: str
+    path: Path
+    loaded: bool
+    reason: str
+
+
+def build_info() -> dict[str, Any]:
+    """Return what setup.py recorded of the native build; empty where nothing was built."""
+    try:
+        info: dict[str, Any] = json.loads((_FOLDER / "build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return info
+
+
+def _load(device: str) -> NativeLibrary:
+    path = _FOLDER / f"libfadiag_{device}.so"
+    if device == "cuda" and torch.version.cuda is None:
+        return NativeLibrary(device, path, False, f"torch {torch.__version__} is built without CUDA")
+    if not path.exists():
+        decision = build_info().get("decision", "no native library was built")
+        return NativeLibrary(device, path, False, f"{path.name} is missing: {decision}")
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return NativeLibrary(device, path, False, f"{path.name} did not load: {error}")
+    return NativeLibrary(device, path, True, "")
+
+
+def _load_all() -> dict[str, NativeLibrary]:
+    cpu = _load("cpu")
+    if cpu.loaded:
+        return {"cpu": cpu, "cuda": _load("cuda")}
+    # The schemas are in the CPU library; kernels alone are of no use.
+    cuda_path = _FOLDER / "libfadiag_cuda.so"
+    reason = f"it needs libfadiag_cpu.so, and {cpu.reason}"
+    return {"cpu": cpu, "cuda": NativeLibrary("cuda", cuda_path, False, reason)}
+
+
+LIBRARIES = _load_all()
+_NATIVE_DEVICES = frozenset(name for name, library in LIBRARIES.items() if library.loaded)
+_warned: set[str] = set()
+
+
+def default_backend() -> Backend | None:
+    """Return what ``FADIAG_BACKEND`` asks for, None where it is unset.
+
+    Raises:
+        ValueError: it is neither ``native`` nor ``torch``.
+    """
+    value = os.environ.get("FADIAG_BACKEND", "")
+    if value in ("", "native", "torch"):
+        return value or None  # type: ignore[return-value]
+    raise ValueError(f"FADIAG_BACKEND: expected 'native' or 'torch', got {value!r}")
+
+
+_DEFAULT_BACKEND = default_backend()
+
+
+def backend_for(device: torch.device, backend: Backend | None = None) -> Backend:
+    """Return the backend that serves tensors on a device.
+
+    Args:
+        device: where the tensors are.
+        backend: force one; None takes ``FADIAG_BACKEND`` as it was at import, else what is there.
+
+    Raises:
+        RuntimeError: ``native`` is forced and no kernel for the device is loaded.
+        ValueError: ``backend`` is neither ``native`` nor ``torch``.
+    """
+    asked = backend or _DEFAULT_BACKEND
+    if asked == "torch":
+        return "torch"
+    if asked not in (None, "native"):
+        raise ValueError(f"backend: expected 'native' or 'torch', got {asked!r}")
+    if device.type in _NATIVE_DEVICES or (device.type == "meta" and "cpu" in _NATIVE_DEVICES):
+        return "native"
+    library = LIBRARIES.get(device.type)
+    reason = library.reason if library else f"there is no native kernel for {device.type}"
+    if asked == "native":
+        raise RuntimeError(f"fadiag_fast: native backend asked for on {device.type}: {reason}")
+    if device.type not in _warned:
+        _warned.add(device.type)
+        warnings.warn(
+            f"fadiag_fast: using the slower PyTorch path on {device.type}: {reason}", stacklevel=3
+        )
+    return "torch"
+
+
+def _is_native(device_type: str, backend: Backend | None) -> bool:
+    # The common case, without a function call more: this runs in every training step.
+    if backend is None and _DEFAULT_BACKEND is None and device_type in _NATIVE_DEVICES:
+        return True
+    return backend_for(torch.device(device_type), backend) == "native"
+
+
+def _memory_order(sizes: Sequence[int], strides: Sequence[int]) -> list[int] | None:
+    """Return a dense sample's dimensions from slowest to fastest, None if it has gaps."""
+    order = sorted(range(len(sizes)), key=lambda d: strides[d], reverse=True)
+    expected = 1
+    for d in reversed(order):
+        if sizes[d] == 1:
+            continue
+        if strides[d] != expected:
+            return None
+        expected *= sizes[d]
+    return order
+
+
+def _shape_mean(mean: Tensor, grad: Tensor, batch_dims: int) -> Tensor:
+    """Give a packed mean the shape of one sample; it lies in the memory order of the grad's."""
+    sizes = grad.shape[batch_dims:]
+    lead = mean.shape[:-1]
+    order = _memory_order(sizes, grad.stride()[batch_dims:])
+    if order is None or order == sorted(order):
+        return mean.reshape(*lead, *sizes)
+    dims = len(lead)
+    inverse = [order.index(d) + dims for d in range(len(order))]
+    return mean.reshape(*lead, *(sizes[d] for d in order)).permute(*range(dims), *inverse)
+
+
+def layer_statistics(
+    hiddens: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    stacked: bool = False,
+    backend: Backend | None = None,
+) -> LayerStatistics:
+    """Compute per-sample norms and batch-mean gradients of all layers in one pass.
+
+    Args:
+        hiddens: L tensors ``[B, ...]``, one per layer, of any width; float16, bfloat16, float32 or
+            float64; any strides. With ``stacked=True``: ``[C, B, ...]``, C networks at once.
+        grads: the gradients of the loss with respect to ``hiddens``, of equal shape, dtype and
+            device in pairs. Under a mean-reduced loss they carry the factor 1/B, and so do the
+            figures made from them.
+        stacked: whether a stack dimension stands before the batch.
+        backend: ``"native"`` or ``"torch"`` to force one.
+
+    Returns:
+        :class:`LayerStatistics`: ``hidden_norm`` and ``grad_norm`` ``[L, B]`` float64, and
+        ``grad_mean``, one tensor per layer shaped like a sample. None of them is differentiable.
+
+    Raises:
+        TypeError: a tensor is of no floating type, or a pair differs in dtype.
+        ValueError: the list is empty, or layers differ in samples, shape or device.
+        RuntimeError: ``backend="native"`` and there is no kernel for the device.
+
+    Source: protocol of arXiv 2606.21126, diagnostics (a), (b) and (c).
+
+    >>> import torch
+    >>> h = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    >>> g = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> statistics = layer_statistics([h], [g])
+    >>> statistics.hidden_norm
+    tensor([[5., 2.]], dtype=torch.float64)
+    >>> statistics.grad_mean[0]
+    tensor([0.5000, 0.5000])
+    """
+    if (
+        len(hiddens) == 0
+        or not isinstance(hiddens[0], Tensor)
+        or not _is_native(hiddens[0].device.type, backend)
+    ):
+        checks.check_statistics_input(hiddens, grads, stacked)
+        with torch.no_grad():
+            return reference.layer_statistics(hiddens, grads, stacked=stacked)
+    try:
+        norms, packed = torch.ops.fadiag.layer_statistics.default(hiddens, grads, stacked)
+    except (RuntimeError, TypeError, NotImplementedError):
+        checks.check_statistics_input(hiddens, grads, stacked)
+        if len({hidden.dtype == torch.float64 for hidden in hiddens}) == 2:
+            return _statistics_by_width(hiddens, grads, stacked, backend)
+        raise
+    batch_dims = 2 if stacked else 1
+    means = packed.split([math.prod(grad.shape[batch_dims:]) for grad in grads], dim=-1)
+    return LayerStatistics(
+        norms[0],
+        norms[1],
+        tuple(
+            mean if grad.dim() == batch_dims + 1 else _shape_mean(mean, grad, batch_dims)
+            for mean, grad in zip(means, grads, strict=True)
+        ),
+    )
+
+
+def _statistics_by_width(
+    hiddens: Sequence[Tensor], grads: Sequence[Tensor], stacked: bool, backend: Backend | None
+) -> LayerStatistics:
+    """Serve float64 layers beside narrower ones: their packed means differ in type."""
+    layer_dim = 1 if stacked else 0
+    hidden_norm: list[Tensor] = [hiddens[0]] * len(hiddens)
+    grad_norm = list(hidden_norm)
+    grad_mean = list(hidden_norm)
+    for wide in (False, True):
+        layers = [l for l, hidden in enumerate(hiddens) if (hidden.dtype == torch.float64) == wide]
+        part = layer_statistics(
+            [hiddens[l] for l in layers],
+            [grads[l] for l in layers],
+            stacked=stacked,
+            backend=backend,
+        )
+        for position, l in enumerate(layers):
+            hidden_norm[l] = part.hidden_norm.select(layer_dim, position)
+            grad_norm[l] = part.grad_norm.select(layer_dim, position)
+            grad_mean[l] = part.grad_mean[position]
+    return LayerStatistics(
+        torch.stack(hidden_norm, layer_dim), torch.stack(grad_norm, layer_dim), tuple(grad_mean)
+    )
+
+
+def direction_cosines(
+    grad_means: Sequence[Sequence[Tensor]],
+    *,
+    stacked: bool = False,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Compute the cosines between the batch-mean gradients of K batches, layer by layer.
+
+    Args:
+        grad_means: K batches, each a sequence of L tensors, as ``layer_statistics(...).grad_mean``
+            gives them; one floating type and one device. With ``stacked=True`` each has a leading
+            ``[C]``.
+        stacked: whether a stack dimension stands first.
+        backend: ``"native"`` or ``"torch"`` to force one.
+
+    Returns:
+        ``[L, K, K]`` float64 (stacked: ``[C, L, K, K]``) in [-1, 1], not differentiable. The cosine
+        with a zero or non-finite direction is NaN, that of a direction with itself exactly 1.
+
+    Raises:
+        TypeError, ValueError: batches differ in layers, shape, dtype or device.
+        RuntimeError: ``backend="native"`` and there is no kernel for the device.
+
+    Source: protocol of arXiv 2606.21126, diagnostic (c).
+
+    >>> import torch
+    >>> x, y = torch.tensor([1.0, 0.0]), torch.tensor([1e-30, 1e-30])
+    >>> direction_cosines([[x], [y]])[0, 0, 1]
+    tensor(0.7071, dtype=torch.float64)
+    """
+    if (
+        len(grad_means) == 0
+        or len(grad_means[0]) == 0
+        or not isinstance(grad_means[0][0], Tensor)
+        or not _is_native(grad_means[0][0].device.type, backend)
+    ):
+        checks.check_cosines_input(grad_means, stacked)
+        with torch.no_grad():
+            return reference.direction_cosines(grad_means, stacked=stacked)
+    flat = [direction for batch in grad_means for direction in batch]
+    try:
+        cosines: Tensor = torch.ops.fadiag.direction_cosines.default(
+            flat, len(grad_means), stacked
+        )
+    except (RuntimeError, TypeError, NotImplementedError):
+        checks.check_cosines_input(grad_means, stacked)
+        raise
+    return cosines
+
+
+def _register_rules() -> None:
+    """Teach torch the shapes of the operators, their batching rules and that none has a gradient."""
+    library = torch.library.Library("fadiag", "IMPL")
+    for name in _OPS:
+        # Without this the outputs would claim to be differentiable and yield no gradient.
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    _register_rules.library = library  # type: ignore[attr-defined]  # a Library ends with its object
+
+    @torch.library.register_fake("fadiag::layer_statistics")
+    def _(
+        hiddens: Sequence[Tensor], grads: Sequence[Tensor], stacked: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        checks.check_statistics_input(hiddens, grads, stacked)
+        batch_dims = 2 if stacked else 1
+        *stack, rows = hiddens[0].shape[:batch_dims]
+        wide = hiddens[0].dtype == torch.float64
+        width = sum(math.prod(hidden.shape[batch_dims:]) for hidden in hiddens)
+        return (
+            hiddens[0].new_empty((2, *stack, len(hiddens), rows), dtype=torch.float64),
+            grads[0].new_empty(
+                (*stack, width), dtype=torch.float64 if wide else torch.float32
+            ),
+        )
+
+    @torch.library.register_fake("fadiag::direction_cosines")
+    def _(grad_means: Sequence[Tensor], num_batches: int, stacked: bool = False) -> Tensor:
+        stack = grad_means[0].shape[:1] if stacked else ()
+        layers = len(grad_means) // num_batches
+        return grad_means[0].new_empty(
+            (*stack, layers, num_batches, num_batches), dtype=torch.float64
+        )
+
+    @torch.library.register_vmap("fadiag::layer_statistics")
+    def _(
+        info: Any,
+        in_dims: Any,
+        hiddens: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        stacked: bool = False,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        hidden_dims, grad_dims = in_dims[:2]
+        norms, means = torch.ops.fadiag.layer_statistics.default(
+            _stack(hiddens, hidden_dims, info.batch_size, stacked),
+            _stack(grads, grad_dims, info.batch_size, stacked),
+            True,
+        )
+        if stacked:
+            norms = norms.unflatten(1, (info.batch_size, -1))
+            means = means.unflatten(0, (info.batch_size, -1))
+        return (norms, means), (1, 0)
+
+    @torch.library.register_vmap("fadiag::direction_cosines")
+    def _(
+        info: Any,
+        in_dims: Any,
+        grad_means: Sequence[Tensor],
+        num_batches: int,
+        stacked: bool = False,
+    ) -> tuple[Tensor, int]:
+        cosines = torch.ops.fadiag.direction_cosines.default(
+            _stack(grad_means, in_dims[0], info.batch_size, stacked), num_batches, True
+        )
+        return (cosines.unflatten(0, (info.batch_size, -1)) if stacked else cosines), 0
+
+
+def _stack(
+    tensors: Sequence[Tensor], dims: Sequence[int | None], size: int, stacked: bool
+) -> list[Tensor]:
+    """Bring vmap's dimension to the front, without a copy; merge it with a stack that is there."""
+    moved = [
+        tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        for tensor, dim in zip(tensors, dims, strict=True)
+    ]
+    return [tensor.flatten(0, 1) for tensor in moved] if stacked else moved
+
+
+if "cpu" in _NATIVE_DEVICES:
+    _register_rules()

@@ -1,0 +1,126 @@
+"""Define every figure in float64 PyTorch: the meaning, the test oracle and the fallback.
+
+The native kernels compute these figures and nothing else. Elements are read as they are stored,
+widened to float64, and only the batch mean is rounded back. Norms and means hold over the whole
+range of the input type; NaN and infinity stay in the sample and the column they occur in.
+
+Source: the diagnostic protocol of "Beyond Accuracy and Alignment" (arXiv 2606.21126).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# No sum of fewer than 2**64 float64 elements scaled by this can overflow.
+_MEAN_SCALE = 2.0**-64
+_LARGEST = torch.finfo(torch.float64).max
+
+
+class LayerStatistics(NamedTuple):
+    """What one batch says of L layers; a stack of C networks puts ``[C]`` in front of all shapes.
+
+    Attributes:
+        hidden_norm: L2 norm of each sample's hidden state, ``[L, B]`` float64.
+        grad_norm: L2 norm of each sample's gradient, ``[L, B]`` float64. Under a loss with mean
+            reduction it carries the factor 1/B.
+        grad_mean: per layer the mean over the batch of the raw gradients, shaped like one sample,
+            float32 (float64 for float64 layers). The mean of no samples is NaN.
+    """
+
+    hidden_norm: Tensor
+    grad_norm: Tensor
+    grad_mean: tuple[Tensor, ...]
+
+
+def sample_norm(states: Tensor, batch_dims: int = 1) -> Tensor:
+    """Return the L2 norm over all features of each sample.
+
+    Args:
+        states: ``[B, ...]``, or ``[C, B, ...]`` with ``batch_dims=2``; any floating type.
+        batch_dims: leading dimensions that number samples.
+
+    Returns:
+        ``[B]`` or ``[C, B]`` float64. float64 states are scaled by their largest element first, so
+        that no square leaves the range; the norm is infinite only where the true norm is.
+    """
+    features = math.prod(states.shape[batch_dims:])
+    flat = states.reshape(*states.shape[:batch_dims], features).double()
+    if states.dtype != torch.float64 or features == 0:
+        return torch.linalg.vector_norm(flat, dim=-1)
+    largest = flat.abs().amax(dim=-1, keepdim=True)
+    scale = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
+    return torch.linalg.vector_norm(flat / scale, dim=-1) * scale.squeeze(-1)
+
+
+def batch_mean(grads: Tensor, batch_dim: int = 0) -> Tensor:
+    """Return the mean over the batch of raw gradients; the mean of finite values is finite.
+
+    Args:
+        grads: ``[B, ...]``, or ``[C, B, ...]`` with ``batch_dim=1``; any floating type.
+        batch_dim: the dimension to average over.
+
+    Returns:
+        The input's shape without ``batch_dim``; float64 for float64 input, else float32.
+    """
+    count = grads.shape[batch_dim]
+    wide = grads.double()
+    plain = wide.sum(batch_dim) / count
+    if grads.dtype != torch.float64:
+        return plain.float()
+    scaled = (wide * _MEAN_SCALE).sum(batch_dim) / count
+    # Rounding of the sum may put the mean of equal, largest values one unit above them.
+    limit = _LARGEST * _MEAN_SCALE
+    bounded = torch.where(torch.isfinite(scaled), scaled.clamp(-limit, limit), scaled)
+    return torch.where(torch.isfinite(plain), plain, bounded / _MEAN_SCALE)
+
+
+def layer_statistics(
+    hiddens: Sequence[Tensor], grads: Sequence[Tensor], *, stacked: bool = False
+) -> LayerStatistics:
+    """Compute :class:`LayerStatistics` of checked input; see :func:`fadiag_fast.layer_statistics`."""
+    batch_dims = 2 if stacked else 1
+    return LayerStatistics(
+        torch.stack([sample_norm(hidden, batch_dims) for hidden in hiddens], dim=batch_dims - 1),
+        torch.stack([sample_norm(grad, batch_dims) for grad in grads], dim=batch_dims - 1),
+        tuple(batch_mean(grad, batch_dims - 1) for grad in grads),
+    )
+
+
+def cosine_matrix(directions: Tensor) -> Tensor:
+    """Return the cosines between the rows of a matrix.
+
+    Args:
+        directions: ``[..., K, D]``, any floating type.
+
+    Returns:
+        ``[..., K, K]`` float64 in [-1, 1], exactly 1 on the diagonal. A zero or non-finite row has
+        no direction: its cosines are NaN. Nothing is clamped to an epsilon.
+    """
+    count = directions.shape[-2]
+    norms = sample_norm(directions, directions.dim() - 1).unsqueeze(-1)
+    if directions.dtype == torch.float64 and directions.shape[-1] > 0:
+        # A float64 norm can overflow where the direction is well defined.
+        largest = directions.abs().amax(dim=-1, keepdim=True)
+        scale = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
+        scaled = directions / scale
+        units = scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    else:
+        units = directions.double() / norms
+    cosines = (units @ units.transpose(-1, -2)).clamp(-1.0, 1.0)
+    own = torch.eye(count, dtype=torch.bool, device=directions.device)
+    return torch.where(own & torch.isfinite(cosines), 1.0, cosines)
+
+
+def direction_cosines(
+    grad_means: Sequence[Sequence[Tensor]], *, stacked: bool = False
+) -> Tensor:
+    """Compute cosines of checked input; see :func:`fadiag_fast.direction_cosines`."""
+    sample_dim = 1 if stacked else 0
+    matrices = []
+    for layer in zip(*grad_means, strict=True):
+        rows = [row.reshape(*row.shape[:sample_dim], -1) for row in layer]
+        matrices.append(cosine_matrix(torch.stack(rows, dim=sample_dim)))
+    return torch.stack(matrices, dim=sample_dim)
