@@ -254,8 +254,10 @@ class BuildNative(build_ext):
         stubs = shlex.quote(str(work / "stubs"))
         ninja.rule(
             "link_cuda",
-            [nvcc, "-shared -cudart static -o $out $in", f"-L{stubs}"]
-            + ["-Xlinker --no-as-needed -ltorch_cpu -ltorch_cuda"],
+            [
+                f"{nvcc} -shared -cudart static -o $out $in",
+                f"-L{stubs} -Xlinker --no-as-needed -ltorch_cpu -ltorch_cuda",
+            ],
         )
         objects = []
         for source in sorted((CSRC / "cuda").glob("*.cu")):

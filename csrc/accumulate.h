@@ -4,8 +4,8 @@
 // Accumulation:  float64. For fp16, bf16 and fp32 the square of an element is exact in float64
 //                apart from its last rounding, and neither overflows nor underflows: one word is
 //                enough. A float64 element can leave that range, so its squares go to one of three
-//                scaled words (Blue's algorithm as in LAPACK's xNRM2; Anderson 2017, ACM TOMS 44:1),
-//                and its column sum is kept twice, plain and scaled by 2^-64.
+//                scaled words (Blue's algorithm as in LAPACK's xNRM2; Anderson 2017, ACM TOMS
+//                44:1), and its column sum is kept twice, plain and scaled by 2^-64.
 // Merging:       word by word, by addition. Every partial result of a row or a column is therefore
 //                just kWords numbers, and a reduction needs no knowledge of the type.
 // Non-finite:    NaN and infinity stay in the row and the column they occur in.

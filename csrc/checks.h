@@ -112,9 +112,9 @@ inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, Sc
   int32_t device_type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      static_cast<int32_t>(dtype), device_type, like.get_device(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), static_cast<int32_t>(dtype),
+                                                  device_type, like.get_device(), &handle));
   return Tensor(handle);
 }
 
@@ -122,8 +122,8 @@ inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, Sc
 struct StatisticsCall {
   std::array<std::vector<Layer>, kDtypes.size()> layers;  // by element type
   int64_t rows = 0;
-  Tensor norms;      // [2, (C,) L, B] float64
-  Tensor grad_mean;  // [(C,) sum of D_l] float32, or float64 where the layers are
+  Tensor norms;                // [2, (C,) L, B] float64
+  Tensor grad_mean;            // [(C,) sum of D_l] float32, or float64 where the layers are
   std::vector<Tensor> copies;  // of inputs whose samples are not dense
 };
 
@@ -192,8 +192,7 @@ inline StatisticsCall check_statistics_call(const std::vector<Tensor>& hiddens,
     mean_sizes.insert(mean_sizes.begin(), stack);
   }
   call.norms = empty_on(first, norm_sizes, ScalarType::Double);
-  call.grad_mean =
-      empty_on(first, mean_sizes, has_double ? ScalarType::Double : ScalarType::Float);
+  call.grad_mean = empty_on(first, mean_sizes, has_double ? ScalarType::Double : ScalarType::Float);
   // The mean of no samples is undefined; there is nothing left for a kernel to do.
   if (call.rows == 0) {
     torch::stable::fill_(call.grad_mean, std::numeric_limits<double>::quiet_NaN());
@@ -242,8 +241,8 @@ inline CosinesCall check_cosines_call(const std::vector<Tensor>& grad_means, int
   if (grad_means.empty()) fail(op, "expected at least one direction, got an empty list");
   const int64_t count = static_cast<int64_t>(grad_means.size());
   if (num_batches < 1 || count % num_batches != 0) {
-    fail(op, "expected the same number of layers in each of ", num_batches, " batches, got ",
-         count, " directions in all");
+    fail(op, "expected the same number of layers in each of ", num_batches, " batches, got ", count,
+         " directions in all");
   }
   const int64_t num_layers = count / num_batches;
   const int64_t sample_dim = stacked ? 1 : 0;

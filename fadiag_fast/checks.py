@@ -77,10 +77,6 @@ def check_cosines_input(grad_means: Sequence[Sequence[Tensor]], stacked: bool) -
     if len(grad_means) == 0 or len(grad_means[0]) == 0:
         raise ValueError(f"{op}: expected at least one direction, got an empty list")
     for batch, layers in enumerate(grad_means):
-        if isinstance(layers, Tensor):
-            raise TypeError(
-                f"{op}: batch {batch}: expected a sequence of one tensor per layer, got a tensor"
-            )
         if len(layers) != len(grad_means[0]):
             raise ValueError(
                 f"{op}: batch {batch}: expected {len(grad_means[0])} layers like batch 0, "

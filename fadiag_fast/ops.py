@@ -48,7 +48,9 @@ def build_info() -> dict[str, Any]:
 def _load(device: str) -> NativeLibrary:
     path = _FOLDER / f"libfadiag_{device}.so"
     if device == "cuda" and torch.version.cuda is None:
-        return NativeLibrary(device, path, False, f"torch {torch.__version__} is built without CUDA")
+        return NativeLibrary(
+            device, path, False, f"torch {torch.__version__} is built without CUDA"
+        )
     if not path.exists():
         decision = build_info().get("decision", "no native library was built")
         return NativeLibrary(device, path, False, f"{path.name} is missing: {decision}")
@@ -128,14 +130,17 @@ def _is_native(device_type: str, backend: Backend | None) -> bool:
 
 def _memory_order(sizes: Sequence[int], strides: Sequence[int]) -> list[int] | None:
     """Return a dense sample's dimensions from slowest to fastest, None if it has gaps."""
-    order = sorted(range(len(sizes)), key=lambda d: strides[d], reverse=True)
+    # The same search as in csrc/checks.h; comparisons only, so that symbolic sizes can be traced.
+    left = list(range(len(sizes) - 1, -1, -1))
+    order: list[int] = []
     expected = 1
-    for d in reversed(order):
-        if sizes[d] == 1:
-            continue
-        if strides[d] != expected:
+    while left:
+        found = next((d for d in left if sizes[d] == 1 or strides[d] == expected), None)
+        if found is None:
             return None
-        expected *= sizes[d]
+        left.remove(found)
+        order.insert(0, found)
+        expected *= sizes[found]
     return order
 
 
@@ -145,10 +150,10 @@ def _shape_mean(mean: Tensor, grad: Tensor, batch_dims: int) -> Tensor:
     lead = mean.shape[:-1]
     order = _memory_order(sizes, grad.stride()[batch_dims:])
     if order is None or order == sorted(order):
-        return mean.reshape(*lead, *sizes)
+        return mean.reshape((*lead, *sizes))
     dims = len(lead)
     inverse = [order.index(d) + dims for d in range(len(order))]
-    return mean.reshape(*lead, *(sizes[d] for d in order)).permute(*range(dims), *inverse)
+    return mean.reshape((*lead, *(sizes[d] for d in order))).permute(*range(dims), *inverse)
 
 
 def layer_statistics(
@@ -282,9 +287,7 @@ def direction_cosines(
             return reference.direction_cosines(grad_means, stacked=stacked)
     flat = [direction for batch in grad_means for direction in batch]
     try:
-        cosines: Tensor = torch.ops.fadiag.direction_cosines.default(
-            flat, len(grad_means), stacked
-        )
+        cosines: Tensor = torch.ops.fadiag.direction_cosines.default(flat, len(grad_means), stacked)
     except (RuntimeError, TypeError, NotImplementedError):
         checks.check_cosines_input(grad_means, stacked)
         raise
@@ -292,7 +295,7 @@ def direction_cosines(
 
 
 def _register_rules() -> None:
-    """Teach torch the shapes of the operators, their batching rules and that none has a gradient."""
+    """Teach torch the operators' shapes and batching rules, and that none has a gradient."""
     library = torch.library.Library("fadiag", "IMPL")
     for name in _OPS:
         # Without this the outputs would claim to be differentiable and yield no gradient.
@@ -310,9 +313,7 @@ def _register_rules() -> None:
         width = sum(math.prod(hidden.shape[batch_dims:]) for hidden in hiddens)
         return (
             hiddens[0].new_empty((2, *stack, len(hiddens), rows), dtype=torch.float64),
-            grads[0].new_empty(
-                (*stack, width), dtype=torch.float64 if wide else torch.float32
-            ),
+            grads[0].new_empty((*stack, width), dtype=torch.float64 if wide else torch.float32),
         )
 
     @torch.library.register_fake("fadiag::direction_cosines")

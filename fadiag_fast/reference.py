@@ -47,12 +47,14 @@ def sample_norm(states: Tensor, batch_dims: int = 1) -> Tensor:
         that no square leaves the range; the norm is infinite only where the true norm is.
     """
     features = math.prod(states.shape[batch_dims:])
-    flat = states.reshape(*states.shape[:batch_dims], features).double()
+    flat = states.reshape((*states.shape[:batch_dims], features)).double()
     if states.dtype != torch.float64 or features == 0:
-        return torch.linalg.vector_norm(flat, dim=-1)
+        norm: Tensor = torch.linalg.vector_norm(flat, dim=-1)
+        return norm
     largest = flat.abs().amax(dim=-1, keepdim=True)
     scale = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
-    return torch.linalg.vector_norm(flat / scale, dim=-1) * scale.squeeze(-1)
+    scaled: Tensor = torch.linalg.vector_norm(flat / scale, dim=-1)
+    return scaled * scale.squeeze(-1)
 
 
 def batch_mean(grads: Tensor, batch_dim: int = 0) -> Tensor:
@@ -80,7 +82,7 @@ def batch_mean(grads: Tensor, batch_dim: int = 0) -> Tensor:
 def layer_statistics(
     hiddens: Sequence[Tensor], grads: Sequence[Tensor], *, stacked: bool = False
 ) -> LayerStatistics:
-    """Compute :class:`LayerStatistics` of checked input; see :func:`fadiag_fast.layer_statistics`."""
+    """Compute :class:`LayerStatistics` of checked input, as the operator of that name does."""
     batch_dims = 2 if stacked else 1
     return LayerStatistics(
         torch.stack([sample_norm(hidden, batch_dims) for hidden in hiddens], dim=batch_dims - 1),
@@ -99,28 +101,25 @@ def cosine_matrix(directions: Tensor) -> Tensor:
         ``[..., K, K]`` float64 in [-1, 1], exactly 1 on the diagonal. A zero or non-finite row has
         no direction: its cosines are NaN. Nothing is clamped to an epsilon.
     """
-    count = directions.shape[-2]
-    norms = sample_norm(directions, directions.dim() - 1).unsqueeze(-1)
-    if directions.dtype == torch.float64 and directions.shape[-1] > 0:
-        # A float64 norm can overflow where the direction is well defined.
-        largest = directions.abs().amax(dim=-1, keepdim=True)
-        scale = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
-        scaled = directions / scale
-        units = scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    else:
-        units = directions.double() / norms
-    cosines = (units @ units.transpose(-1, -2)).clamp(-1.0, 1.0)
-    own = torch.eye(count, dtype=torch.bool, device=directions.device)
-    return torch.where(own & torch.isfinite(cosines), 1.0, cosines)
+    wide = directions.double()
+    if directions.shape[-1] > 0:
+        # Scaled first: the norm of a float64 direction can leave the range, the direction cannot.
+        largest = wide.abs().amax(dim=-1, keepdim=True)
+        wide = wide / torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
+    units = wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    # One triangle serves both sides: a matrix product need not be symmetric to the last bit.
+    upper = torch.triu((units @ units.transpose(-1, -2)).clamp(-1.0, 1.0), diagonal=1)
+    own = torch.where(units.isfinite().all(-1), 1.0, torch.nan).double()
+    if directions.shape[-1] == 0:
+        own = torch.full_like(own, torch.nan)
+    return upper + upper.transpose(-1, -2) + torch.diag_embed(own)
 
 
-def direction_cosines(
-    grad_means: Sequence[Sequence[Tensor]], *, stacked: bool = False
-) -> Tensor:
-    """Compute cosines of checked input; see :func:`fadiag_fast.direction_cosines`."""
+def direction_cosines(grad_means: Sequence[Sequence[Tensor]], *, stacked: bool = False) -> Tensor:
+    """Compute cosines of checked input, as the operator of that name does."""
     sample_dim = 1 if stacked else 0
     matrices = []
     for layer in zip(*grad_means, strict=True):
-        rows = [row.reshape(*row.shape[:sample_dim], -1) for row in layer]
+        rows = [row.reshape((*row.shape[:sample_dim], -1)) for row in layer]
         matrices.append(cosine_matrix(torch.stack(rows, dim=sample_dim)))
     return torch.stack(matrices, dim=sample_dim)

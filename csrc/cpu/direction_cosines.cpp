@@ -36,15 +36,15 @@ Tensor direction_cosines(std::vector<Tensor> grad_means, int64_t num_batches, bo
   std::vector<double> scales(num_groups * num_batches, 1.0);
   if (call.dtype == ScalarType::Double) {
     run_tasks(num_groups * num_batches, elements, [&](int64_t v) {
-      scales[v] = power_of_two_scale(cpu_kernels().largest_magnitude(
-          type, call.directions[v], call.columns[v / num_batches]));
+      scales[v] = power_of_two_scale(
+          cpu_kernels().largest_magnitude(type, call.directions[v], call.columns[v / num_batches]));
     });
   }
 
   std::vector<double> products(first_chunk[num_groups] * pairs);
   run_tasks(first_chunk[num_groups], elements * num_batches, [&](int64_t chunk) {
-    const int64_t g = std::upper_bound(first_chunk.begin(), first_chunk.end(), chunk) -
-                      first_chunk.begin() - 1;
+    const int64_t g =
+        std::upper_bound(first_chunk.begin(), first_chunk.end(), chunk) - first_chunk.begin() - 1;
     const int64_t begin = (chunk - first_chunk[g]) * kChunkColumns;
     const int64_t end = std::min(call.columns[g], begin + kChunkColumns);
     cpu_kernels().dot_products(type, &call.directions[g * num_batches], &scales[g * num_batches],

@@ -32,9 +32,8 @@ constexpr int64_t kSerialElements = 32768;
 // handed out one by one, because layers of different width make tasks of different length.
 template <typename Task>
 void run_tasks(int64_t count, int64_t elements, const Task& task) {
-  const int64_t threads = elements < kSerialElements
-                              ? 1
-                              : std::min<int64_t>(count, torch::stable::get_num_threads());
+  const int64_t threads =
+      elements < kSerialElements ? 1 : std::min<int64_t>(count, torch::stable::get_num_threads());
   if (threads <= 1) {
     for (int64_t t = 0; t < count; ++t) task(t);
     return;

@@ -39,7 +39,7 @@ void add_rows(const Element* base, int64_t row_stride, int64_t columns, double* 
   constexpr int kWords = Sums::kSquareWords;
   constexpr int kColumnWords = Sums::kColumnWords;
   Double8 words[kRows][kWords] = {};
-  const auto add = [&](const Double8 (&x)[kRows], double* sums, int64_t count) {
+  const auto add = [&](const Double8(&x)[kRows], double* sums, int64_t count) {
     for (int r = 0; r < kRows; ++r) Sums::add_square(words[r], x[r]);
     if constexpr (kWithColumns) {
       // Each row's contribution first, then pairwise: the order of a column sum is fixed.
@@ -95,8 +95,8 @@ void statistics_tile_of(const Layer& layer, const Tile& tile, double* hidden_squ
     const int64_t word = r * Sums::kSquareWords;
     add_rows<Element, kRows, false>(hidden + r * layer.hidden_row_stride, layer.hidden_row_stride,
                                     columns, hidden_squares + word, nullptr);
-    add_rows<Element, kRows, true>(grad + r * layer.grad_row_stride, layer.grad_row_stride,
-                                   columns, grad_squares + word, column_sums);
+    add_rows<Element, kRows, true>(grad + r * layer.grad_row_stride, layer.grad_row_stride, columns,
+                                   grad_squares + word, column_sums);
     r += kRows;
   };
   while (r + kRowGroup <= rows) step(std::integral_constant<int, kRowGroup>{});
@@ -143,9 +143,7 @@ template <typename Element>
 void dot_products_of(const void* const* vectors, const double* scales, int64_t num_vectors,
                      int64_t column_begin, int64_t column_end, double* products) {
   const int64_t columns = column_end - column_begin;
-  const auto at = [&](int64_t i) {
-    return static_cast<const Element*>(vectors[i]) + column_begin;
-  };
+  const auto at = [&](int64_t i) { return static_cast<const Element*>(vectors[i]) + column_begin; };
   for (int64_t i = 0; i < num_vectors; ++i) {
     int64_t j = i;
     double* row = products + i * num_vectors;

@@ -81,8 +81,8 @@ void run_tile(LayerWork& work, int64_t task, int64_t rows, void* means) {
     return;
   }
   for (int w = 0; w < Sums::kColumnWords; ++w) {
-    double* target = work.column_sums.data() +
-                     (split * Sums::kColumnWords + w) * columns + block.column_begin;
+    double* target =
+        work.column_sums.data() + (split * Sums::kColumnWords + w) * columns + block.column_begin;
     std::copy(sums + w * block_columns, sums + (w + 1) * block_columns, target);
   }
 }
@@ -96,8 +96,7 @@ void finish_layer(LayerWork& work, int64_t rows, int64_t grad_norms_offset, doub
     for (int64_t r = 0; r < rows; ++r) {
       double words[kWords] = {};
       for (int64_t tile = 0; tile < work.plan.num_tiles; ++tile) {
-        const double* partial =
-            work.squares.data() + ((tile * 2 + which) * rows + r) * kWords;
+        const double* partial = work.squares.data() + ((tile * 2 + which) * rows + r) * kWords;
         for (int w = 0; w < kWords; ++w) words[w] += partial[w];
       }
       target[r] = Sums::norm(words);

@@ -13,8 +13,8 @@ void launch_chunk(const CosinesCall& call, int64_t begin, int64_t count, cudaStr
   table.num_groups = static_cast<int>(count);
   table.num_batches = static_cast<int>(num_batches);
   table.num_pairs = static_cast<int>(panels * (panels + 1) / 2);
-  table.cosines = static_cast<double*>(call.cosines.mutable_data_ptr()) +
-                  begin * num_batches * num_batches;
+  table.cosines =
+      static_cast<double*>(call.cosines.mutable_data_ptr()) + begin * num_batches * num_batches;
   int64_t num_units = 0;
   for (int64_t g = 0; g < count; ++g) {
     CosineGroup& group = table.groups[g];
@@ -64,8 +64,7 @@ Tensor direction_cosines(std::vector<Tensor> grad_means, int64_t num_batches, bo
         launch_chunk<Element, kSmallVectors, kSmallGroups>(call, begin, left, stream);
         begin += left;
       } else {
-        const int64_t count =
-            std::min<int64_t>({left, kLargeGroups, kLargeVectors / num_batches});
+        const int64_t count = std::min<int64_t>({left, kLargeGroups, kLargeVectors / num_batches});
         launch_chunk<Element, kLargeVectors, kLargeGroups>(call, begin, count, stream);
         begin += count;
       }

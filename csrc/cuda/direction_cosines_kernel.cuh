@@ -40,10 +40,10 @@ struct CosineTable {
   CosineGroup groups[kGroups];
   int num_groups;
   int num_batches;
-  int num_pairs;          // of panels: P * (P + 1) / 2
-  const double* scales;   // [groups * K], or null where no scaling is needed
-  double* products;       // [units, 16, 16]
-  double* cosines;        // [groups, K, K]
+  int num_pairs;         // of panels: P * (P + 1) / 2
+  const double* scales;  // [groups * K], or null where no scaling is needed
+  double* products;      // [units, 16, 16]
+  double* cosines;       // [groups, K, K]
 };
 
 constexpr int kSmallVectors = 256;
@@ -194,8 +194,9 @@ __device__ double merged_product(const CosineTable<kVectors, kGroups>& table,
   double total = 0.0;
 #pragma unroll 4
   for (int64_t chunk = 0; chunk < group.num_chunks; ++chunk) {
-    total += table.products[(group.first_unit + chunk * table.num_pairs + pair) * kPanelProducts +
-                            index];
+    total +=
+        table
+            .products[(group.first_unit + chunk * table.num_pairs + pair) * kPanelProducts + index];
   }
   return total;
 }
@@ -215,9 +216,9 @@ __global__ void finish_cosines_kernel(
     const int i = static_cast<int>(p / count);
     const int j = static_cast<int>(p % count);
     if (i >= j) continue;
-    const double value = cosine(merged_product(table, group, i, j),
-                                cosines[static_cast<int64_t>(i) * count + i],
-                                cosines[static_cast<int64_t>(j) * count + j]);
+    const double value =
+        cosine(merged_product(table, group, i, j), cosines[static_cast<int64_t>(i) * count + i],
+               cosines[static_cast<int64_t>(j) * count + j]);
     cosines[static_cast<int64_t>(i) * count + j] = value;
     cosines[static_cast<int64_t>(j) * count + i] = value;
   }
@@ -261,8 +262,8 @@ __global__ void direction_scales_kernel(
 // Launches all kernels for one table. `scales` is workspace of K doubles a group for float64
 // directions, null for the others; table.scales points to it as well.
 template <typename Element, int kVectors, int kGroups>
-cudaError_t launch_direction_cosines(const CosineTable<kVectors, kGroups>& table,
-                                     int64_t num_units, double* scales, cudaStream_t stream) {
+cudaError_t launch_direction_cosines(const CosineTable<kVectors, kGroups>& table, int64_t num_units,
+                                     double* scales, cudaStream_t stream) {
   if (scales != nullptr) {
     const dim3 grid(table.num_batches, table.num_groups);
     direction_scales_kernel<kVectors, kGroups><<<grid, kCosineThreads, 0, stream>>>(table, scales);
@@ -271,8 +272,7 @@ cudaError_t launch_direction_cosines(const CosineTable<kVectors, kGroups>& table
     direction_products_kernel<Element, kVectors, kGroups>
         <<<static_cast<unsigned>(num_units), kCosineThreads, 0, stream>>>(table);
   }
-  finish_cosines_kernel<kVectors, kGroups>
-      <<<table.num_groups, kCosineThreads, 0, stream>>>(table);
+  finish_cosines_kernel<kVectors, kGroups><<<table.num_groups, kCosineThreads, 0, stream>>>(table);
   return cudaGetLastError();
 }
 

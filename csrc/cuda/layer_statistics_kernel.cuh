@@ -53,10 +53,8 @@ struct StatisticsPlan {
     const int64_t unit_bytes = std::clamp(2 * rows * columns * element_size / kUnitsPerLayer,
                                           kMinUnitBytes, kMaxUnitBytes);
     const int64_t step = kRowGroup * (kWarps / warp_columns);
-    const int64_t wanted = ceil_div(std::max<int64_t>(1, unit_bytes / std::max<int64_t>(
-                                                                          1, row_bytes)),
-                                    step) *
-                           step;
+    const int64_t wanted =
+        ceil_div(std::max<int64_t>(1, unit_bytes / std::max<int64_t>(1, row_bytes)), step) * step;
     rows_per_unit = static_cast<int>(
         std::min<int64_t>({wanted, kRowSlots / warp_columns, ceil_div(rows, step) * step}));
     num_splits = rows_per_unit > 0 ? ceil_div(rows, rows_per_unit) : 0;
@@ -81,7 +79,7 @@ struct StatisticsTable {
   StatisticsEntry entries[kCapacity];
   int count;
   int64_t rows;
-  double* norms;             // hidden norms; the grad norms lie grad_norms_offset further on
+  double* norms;  // hidden norms; the grad norms lie grad_norms_offset further on
   int64_t grad_norms_offset;
   void* means;
   double* workspace;
@@ -346,8 +344,8 @@ __global__ void __launch_bounds__(kFinishThreads)
   for (int64_t split = 0; split < entry.num_splits; ++split) {
 #pragma unroll
     for (int w = 0; w < kColumnWords; ++w) {
-      words[w] += table.workspace[entry.sums_offset + (split * kColumnWords + w) * layer.columns +
-                                  column];
+      words[w] +=
+          table.workspace[entry.sums_offset + (split * kColumnWords + w) * layer.columns + column];
     }
   }
   write_mean<Sums>(table.means, layer.mean_offset + column, words, rows);
@@ -365,8 +363,8 @@ cudaError_t launch_layer_statistics(const StatisticsTable<kCapacity>& table, int
   int64_t finish_blocks = 0;
   for (int i = 0; i < table.count; ++i) {
     const StatisticsEntry& entry = table.entries[i];
-    finish_blocks = std::max(finish_blocks,
-                             finish_row_blocks(entry, table.rows) + finish_column_blocks(entry));
+    finish_blocks =
+        std::max(finish_blocks, finish_row_blocks(entry, table.rows) + finish_column_blocks(entry));
   }
   if (finish_blocks > 0) {
     const dim3 grid(static_cast<unsigned>(finish_blocks), static_cast<unsigned>(table.count));

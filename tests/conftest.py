@@ -1,0 +1,48 @@
+"""Devices to test on, and oracles that share no code with the package."""
+
+import numpy as np
+import pytest
+import torch
+
+from fadiag_fast.ops import LIBRARIES
+
+CUDA_REASON = (
+    "no CUDA device"
+    if not torch.cuda.is_available()
+    else LIBRARIES["cuda"].reason  # empty where the library is loaded
+)
+
+
+def pytest_collection_modifyitems(items):
+    if CUDA_REASON:
+        skip = pytest.mark.skip(reason=f"needs CUDA: {CUDA_REASON}")
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    return torch.device(request.param)
+
+
+def wide(tensor):
+    """The stored values in numpy's extended precision: 64 bits of mantissa, 15 of exponent."""
+    return tensor.detach().cpu().double().numpy().astype(np.longdouble)
+
+
+def oracle_norm(states):
+    flat = wide(states).reshape(states.shape[0], -1)
+    with np.errstate(invalid="ignore"):
+        return np.sqrt((flat * flat).sum(axis=1))
+
+
+def oracle_mean(grads):
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return wide(grads).sum(axis=0) / np.longdouble(grads.shape[0])
+
+
+def oracle_cosine(a, b):
+    a, b = wide(a).ravel(), wide(b).ravel()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float((a * b).sum() / np.sqrt((a * a).sum()) / np.sqrt((b * b).sum()))
