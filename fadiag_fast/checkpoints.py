@@ -31,7 +31,7 @@ import stat
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -269,9 +269,7 @@ def _load_safetensors(path: Path, device: torch.device) -> tuple[dict[str, Tenso
             # One tensor at a time, so that a copy for another device never doubles the memory.
             tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
-        raise UnreadableCheckpoint(
-            _at(path, f"expected a whole safetensors file, got a damaged one ({_brief(error)})")
-        ) from error
+        raise _damaged(path, error) from error
     return tensors, metadata
 
 
@@ -865,11 +863,12 @@ def save_checkpoint(obj: dict[str, Any], path: str | os.PathLike[str]) -> None:
                 caller="save_checkpoint",
             )
         )
-    # Through a link, the file it points to is replaced, not the link.
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
+    temporary = None
     try:
+        # Through a link, the file it points to is replaced, not the link.
+        target = Path(os.path.realpath(path))
         # Not tempfile: it would give the checkpoint the mode 0600 instead of the user's own.
+        temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
         with temporary.open("xb") as file:
             _write(obj, file, path)
             file.flush()
@@ -880,7 +879,7 @@ def save_checkpoint(obj: dict[str, Any], path: str | os.PathLike[str]) -> None:
         os.replace(temporary, target)
     except CheckpointError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte, or without a name
         raise UnwritableCheckpoint(
             _at(
                 path,
@@ -890,16 +889,9 @@ def save_checkpoint(obj: dict[str, Any], path: str | os.PathLike[str]) -> None:
         ) from error
     finally:
         # Gone already if all went well, and never made if the folder was the problem.
-        with _ignored_os_errors():
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _ignored_os_errors() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError):
-        return
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def _write(obj: dict[str, Any], file: io.BufferedWriter, path: Path) -> None:
