@@ -87,6 +87,9 @@ _LOOKALIKES = (
 )
 _WEB_PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml")
 
+# With this variable set, torch.load ignores weights_only=False.
+_FORCE_SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
 _EXPECTED = "a torch.save or safetensors file"
 
 _UNSAFE_WAY_OUT = (
@@ -362,10 +365,28 @@ def _full_unpickler_errors(path: Path) -> Iterator[None]:
             )
         ) from error
     except Exception as error:
+        if os.environ.get(_FORCE_SAFE) and isinstance(error, pickle.UnpicklingError):
+            raise UnsafeCheckpoint(
+                _at(
+                    path,
+                    "expected an environment that allows unsafe_pickle=True, got one that sets "
+                    f"{_FORCE_SAFE}, which makes torch refuse",
+                )
+            ) from error
         raise _damaged(path, error) from error
 
 
 def _damaged(path: Path, error: BaseException) -> UnreadableCheckpoint:
+    # torch's CPU allocator reports a lack of memory as a plain RuntimeError with its own name in it.
+    lacks_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if lacks_memory or "DefaultCPUAllocator" in str(error):
+        return UnreadableCheckpoint(
+            _at(
+                path,
+                "expected enough memory for its tensors, got too little, or a damaged file that "
+                f"claims too much ({_brief(error)})",
+            )
+        )
     return UnreadableCheckpoint(
         _at(path, f"expected a whole checkpoint, got a truncated or damaged one ({_brief(error)})")
     )
@@ -937,12 +958,18 @@ def _at(path: Path, text: str, caller: str = "load_checkpoint") -> str:
 def _listed(entries: Iterable[str]) -> str:
     entries = list(entries)
     more = len(entries) - _MOST_LISTED
-    return ", ".join(entries[:_MOST_LISTED]) + (f" (+{more} more)" if more > 0 else "")
+    shown = ", ".join(map(_escaped, entries[:_MOST_LISTED]))
+    return shown + (f" (+{more} more)" if more > 0 else "")
+
+
+def _escaped(text: str) -> str:
+    """Make text from a file fit for a terminal: no control characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _printable(text: str) -> str:
-    """Make text from a file fit for a terminal: no control characters, no endless names."""
-    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Make text from a file fit for a message: no control characters and not endless."""
+    safe = _escaped(text)
     return safe if len(safe) <= 120 else safe[:117] + "..."
 
 

@@ -197,6 +197,15 @@ def test_parameters_become_plain_tensors(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "a").state_dict["w"].requires_grad is False
 
 
+@pytest.mark.parametrize("form", WRITERS)
+def test_shared_storage_stays_shared(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "a.pt"
+    torch.save(assorted_tensors(), path, _use_new_zipfile_serialization=WRITERS[form])
+    state = load_checkpoint(path).state_dict
+    state["shared_a"][1].fill_(5.0)
+    assert state["shared_b"][0].tolist() == [5.0] * 6
+
+
 def test_writing_to_loaded_tensors_leaves_the_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     torch.save({"w": torch.zeros(1000)}, path)
@@ -333,6 +342,26 @@ def test_code_runs_only_when_asked_for(tmp_path: Path, form: str, kind: str) -> 
         with pytest.raises(NoStateDict):
             load_checkpoint(path, unsafe_pickle=True)
     assert witness.exists()
+
+
+def test_environment_cannot_turn_the_full_unpickler_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    path, witness = tmp_path / "m.pt", tmp_path / "ran"
+    write_malice(path, "torch-zip", RunsCommand(witness))
+    with pytest.raises(UnsafeCheckpoint):
+        load_checkpoint(path)
+    assert not witness.exists()
+
+
+def test_environment_that_forbids_the_full_unpickler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    torch.save(small_model(), tmp_path / "m.pt")
+    with pytest.raises(UnsafeCheckpoint, match="TORCH_FORCE_WEIGHTS_ONLY_LOAD"):
+        load_checkpoint(tmp_path / "m.pt", unsafe_pickle=True)
 
 
 def test_text_pickle_is_seen_through(tmp_path: Path) -> None:
@@ -554,6 +583,20 @@ def test_named_pipe_does_not_hang(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "pipe")
 
 
+def test_too_little_memory_is_not_called_damage(tmp_path: Path) -> None:
+    # The allocator's own error, for more than any machine has.
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.ones(1)}, path)
+
+    def load(*_: Any, **__: Any) -> Any:
+        torch.empty(2**62, dtype=torch.uint8)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "load", load)
+        with pytest.raises(UnreadableCheckpoint, match="expected enough memory"):
+            load_checkpoint(path)
+
+
 def test_path_with_a_nul_byte() -> None:
     with pytest.raises(UnreadableCheckpoint, match="cannot be opened"):
         load_checkpoint("a\0b")
@@ -683,6 +726,12 @@ def test_hint_names_the_prefix() -> None:
 def test_hint_names_a_close_spelling() -> None:
     text = mismatch(nn.Linear(2, 2), {"weigth": torch.ones(2, 2), "bias": torch.ones(2)})
     assert "'weight' is missing, and the checkpoint has 'weigth'" in text
+
+
+def test_keys_cannot_write_to_the_terminal() -> None:
+    text = mismatch(nn.Linear(2, 2), {"\x1b[2J": torch.ones(1)})
+    assert "\x1b" not in text
+    assert r"\x1b[2J" in text
 
 
 def test_no_hint_where_nothing_is_alike() -> None:
