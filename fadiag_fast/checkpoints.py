@@ -377,7 +377,7 @@ def _full_unpickler_errors(path: Path) -> Iterator[None]:
 
 
 def _damaged(path: Path, error: BaseException) -> UnreadableCheckpoint:
-    # torch's CPU allocator reports a lack of memory as a plain RuntimeError with its own name in it.
+    # torch's CPU allocator reports a lack of memory as a RuntimeError with its own name in it.
     lacks_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if lacks_memory or "DefaultCPUAllocator" in str(error):
         return UnreadableCheckpoint(
