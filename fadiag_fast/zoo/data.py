@@ -357,9 +357,10 @@ def _load_npz(kind: str, path: Path) -> ImageDataset:
         raise FileNotFoundError(f"load_dataset: {kind}: expected a file {path}, got none")
     names = ("train_images", "train_labels", "test_images", "test_labels")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
+        opened = np.load(path, allow_pickle=False)
+        if isinstance(opened, np.ndarray):
+            raise ValueError("a single array")
+        with opened as archive:
             missing = [name for name in names if name not in archive.files]
             if missing:
                 raise ValueError(f"no {', '.join(missing)} among {', '.join(archive.files)}")
