@@ -438,11 +438,14 @@ def test_a_new_rule_needs_only_its_credit():
         name = "shared-head"
 
         def block_credit(self, states):
-            feedback = self.model.out_head.weight.detach()
-            return [states.error @ feedback for _ in self.blocks]
+            return [states.error @ self.model.out_head.weight for _ in self.blocks]
 
     model, x, y = make_problem()
     before = parameters(model)
+    (expected,) = torch.autograd.grad(F.cross_entropy(model(x), y), [model.out_head.weight])
+    seen, _ = recorded_gradients(SharedHeadFeedback(model, total_steps=1), x, y)
+    # The credit is made from the head's weight, and yet does not train it.
+    torch.testing.assert_close(seen["out_head.weight"], expected)
     rule = SharedHeadFeedback(model, total_steps=40, learning_rate=0.01)
     losses = [rule.update(x, y)["loss"] for _ in range(40)]
     assert losses[-1] < 0.9 * losses[0]

@@ -144,8 +144,8 @@ class Rule(ABC):
     def block_credit(self, states: ForwardStates) -> list[Tensor] | list[None]:
         """Return the credit a_l of every block, from one forward pass.
 
-        A list of L detached tensors ``[B, d]``, per sample and not divided by B, or L times None
-        for a rule that gives its blocks no credit.
+        A list of L tensors ``[B, d]``, per sample and not divided by B, or L times None for a rule
+        that gives its blocks no credit. Whoever calls this detaches them.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -204,7 +204,7 @@ class Rule(ABC):
         returns L times None. Nothing is trained. Source: 'Beyond Accuracy and Alignment'
         protocol, arXiv 2606.21126.
         """
-        return self.block_credit(self.forward_states(x, y))
+        return _detached(self.block_credit(self.forward_states(x, y)))
 
     def update(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Make one training step on a batch.
@@ -218,7 +218,8 @@ class Rule(ABC):
         Σ_l mean_b ⟨f_l(h_l), a_l⟩.
         """
         states = self.forward_states(x, y)
-        credits = self.block_credit(states)
+        # Detached here, so that a credit made from the head's weights does not train the head.
+        credits = _detached(self.block_credit(states))
         loss = F.cross_entropy(states.logits, y)
         local_loss = torch.zeros_like(loss)
         for branch, credit in zip(states.branches, credits, strict=True):
@@ -244,6 +245,10 @@ class Rule(ABC):
         self.scheduler.step()
         # Nothing of this step stays behind for another backward to add to.
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def _detached(credits: list[Tensor] | list[None]) -> list[Tensor] | list[None]:
+    return [credit if credit is None else credit.detach() for credit in credits]  # type: ignore[return-value]
 
 
 def output_error(logits: Tensor, labels: Tensor) -> Tensor:
