@@ -164,7 +164,8 @@ def test_bp_credit_is_each_samples_own_gradient():
 # Frozen blocks
 
 
-def test_frozen_blocks_never_move_and_the_rest_learns_by_backpropagation():
+@pytest.mark.parametrize("train_embed", [True, False])
+def test_frozen_blocks_never_move_and_the_rest_learns_by_backpropagation(train_embed):
     model, x, y = make_problem()
     before = parameters(model)
     expected = dict(
@@ -174,12 +175,12 @@ def test_frozen_blocks_never_move_and_the_rest_learns_by_backpropagation():
             strict=True,
         )
     )
-    rule = make_rule("frozen", model, total_steps=5)
+    rule = make_rule("frozen", model, total_steps=5, train_embed=train_embed)
     seen, _ = recorded_gradients(rule, x, y)
     for _ in range(4):
         rule.update(x, y)
     for key, value in parameters(model).items():
-        if key.startswith("blocks."):
+        if key.startswith("blocks.") or (key.startswith("embed.") and not train_embed):
             # Weight decay included: a block that shrinks is not frozen.
             assert torch.equal(value, before[key])
             assert key not in seen

@@ -49,7 +49,7 @@ def make_rule(
         total_steps: number of updates the schedule spans.
         seed: of the rule's own draws.
         options: what that rule adds ("dfa": train_embed; "ep": beta, relaxation_steps,
-            relaxation_rate, train_embed).
+            relaxation_rate, train_embed; "frozen": train_embed).
 
     Raises ValueError for an unknown name (the message lists those that exist) and TypeError for
     an option the rule does not have. Source: 'Beyond Accuracy and Alignment' protocol, arXiv

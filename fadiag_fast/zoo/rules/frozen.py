@@ -15,14 +15,40 @@ class FrozenBlocks(Rule):
 
     Formula: descend mean_b CE_b in the parameters of ``embed``, ``out_ln`` and ``out_head`` only;
     the embedding's gradient passes through the fixed blocks. The blocks get no weight decay
-    either. :meth:`credit` is a list of None. See :class:`Rule` for the arguments. Source: 'Beyond
-    Accuracy and Alignment' protocol, arXiv 2606.21126 (the baseline of depth utility).
+    either. :meth:`credit` is a list of None.
+
+    Args:
+        train_embed: let the embedding learn, as in the protocol. ``False`` keeps it as it was
+            drawn too, which leaves a linear read-out of random features: a weaker baseline.
+
+    The other arguments are those of :class:`Rule`. Source: 'Beyond Accuracy and Alignment'
+    protocol, arXiv 2606.21126 (the baseline of depth utility).
     """
 
     name: ClassVar[str] = "frozen"
 
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        total_steps: int,
+        seed: int = 0,
+        train_embed: bool = True,
+    ) -> None:
+        self.train_embed = train_embed
+        super().__init__(
+            model,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            total_steps=total_steps,
+            seed=seed,
+        )
+
     def trained_parameters(self) -> list[nn.Parameter]:
-        return module_parameters([self.embed, *self.head_modules])
+        embed = [self.embed] if self.train_embed else []
+        return module_parameters([*embed, *self.head_modules])
 
     def block_credit(self, states: ForwardStates) -> list[None]:
         return [None] * len(self.blocks)
