@@ -1,0 +1,22 @@
+"""Small networks, credit rules and data that show what the probe sees."""
+
+from .data import ImageDataset, load_dataset
+from .models import MODELS, ModelSpec, ResidualMLP, build_model, model_spec
+from .rules import RULES, Rule, make_rule
+from .training import TrainedNetwork, accuracy, train
+
+__all__ = [
+    "MODELS",
+    "RULES",
+    "ImageDataset",
+    "ModelSpec",
+    "ResidualMLP",
+    "Rule",
+    "TrainedNetwork",
+    "accuracy",
+    "build_model",
+    "load_dataset",
+    "make_rule",
+    "model_spec",
+    "train",
+]

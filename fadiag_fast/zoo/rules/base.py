@@ -1,0 +1,266 @@
+"""What every training rule shares: the interface, the local update, the optimiser.
+
+Notation, with B samples in a batch and L blocks: h_0 = embed(x), h_{l+1} = h_l + f_l(h_l), and
+CE is the cross-entropy of the logits head(norm(h_L)).
+
+**Credit** a_l, l = 0 … L−1, is what a rule tells block l about its OUTPUT, per sample and not
+divided by B. Its counterpart in backpropagation is ∂CE_b/∂h_{l+1}, the gradient of sample b's OWN
+cross-entropy: B times the gradient of the batch's mean.
+
+**Reduction.** Every loss here is the mean over the samples of a batch. The local rules minimise
+
+    CE(head(norm(h_L)))  +  Σ_l mean_b ⟨f_l(h_l), a_l⟩
+
+with every h_l and a_l detached, so that no gradient crosses from one block to another: block l
+learns from its own term, ``out_ln`` and ``out_head`` from the first.
+
+A new rule is a subclass that says what its credit is::
+
+    class SignSymmetricTop(Rule):
+        "Send the head's own feedback, signs only, to every block."
+
+        name = "sign-top"
+
+        def block_credit(self, states):
+            feedback = torch.sign(self.model.out_head.weight)  # [C, d]
+            return [states.error @ feedback for _ in self.blocks]
+
+    RULES["sign-top"] = SignSymmetricTop
+
+Source: 'Beyond Accuracy and Alignment' protocol, arXiv 2606.21126.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class ForwardStates:
+    """Hold one forward pass, cut between the blocks.
+
+    Attributes:
+        hiddens: h_0 … h_L, each ``[B, d]``, detached.
+        branches: f_0(h_0) … f_{L−1}(h_{L−1}), each ``[B, d]``; each carries the graph of its own
+            block and of nothing else.
+        embedded: h_0 with the graph of ``embed``.
+        logits: ``[B, C]``, computed from the detached h_L.
+        labels: ``[B]`` int64.
+        error: softmax(logits) − onehot(labels), ``[B, C]``, detached: ∂CE_b/∂logits per sample.
+    """
+
+    hiddens: list[Tensor]
+    branches: list[Tensor]
+    embedded: Tensor
+    logits: Tensor
+    labels: Tensor
+    error: Tensor
+
+
+class Rule(ABC):
+    """Train a residual network with one credit rule.
+
+    Args:
+        model: has ``embed``, ``blocks``, ``out_head`` and optionally ``out_ln``; ``blocks[l](h)``
+            returns the branch without the skip, ``[B, d]`` for ``[B, d]``. It is trained in place
+            and should be on its device already.
+        learning_rate: of AdamW at step 0; a cosine takes it to 0 at ``total_steps``.
+        weight_decay: of AdamW.
+        total_steps: number of updates the cosine spans, at least 1.
+        seed: of whatever the rule draws (feedback matrices). Torch's random state is not used.
+
+    Raises TypeError for a model without the attributes named above and ValueError for
+    ``total_steps`` below 1. Source: 'Beyond Accuracy and Alignment' protocol, arXiv 2606.21126.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        total_steps: int,
+        seed: int = 0,
+    ) -> None:
+        missing = [part for part in ("embed", "blocks", "out_head") if not hasattr(model, part)]
+        if missing:
+            raise TypeError(
+                f"{type(self).__name__}: expected a model with embed, blocks and out_head, "
+                f"got {type(model).__name__} without {', '.join(missing)}"
+            )
+        if total_steps < 1:
+            raise ValueError(
+                f"{type(self).__name__}: expected total_steps of at least 1, got {total_steps}"
+            )
+        self.model = model
+        self.seed = seed
+        self.parameters = self.trained_parameters()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=learning_rate, weight_decay=weight_decay
+        )
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, T_max=total_steps
+        )
+
+    # The parts of the model, typed.
+
+    @property
+    def embed(self) -> nn.Module:
+        return cast(nn.Module, self.model.embed)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        # A plain list: slicing a ModuleList builds a new module.
+        return list(cast(nn.ModuleList, self.model.blocks))
+
+    @property
+    def head_modules(self) -> list[nn.Module]:
+        """List what follows h_L: ``out_ln`` where the model has one, then ``out_head``."""
+        modules = [getattr(self.model, "out_ln", None), getattr(self.model, "out_head", None)]
+        return [module for module in modules if isinstance(module, nn.Module)]
+
+    def logits(self, h_last: Tensor) -> Tensor:
+        """Compute the logits ``[B, C]`` of a deepest hidden state ``[B, d]``."""
+        for module in self.head_modules:
+            h_last = module(h_last)
+        return h_last
+
+    # What a rule defines.
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """List the parameters the optimiser may move, weight decay included: here, all."""
+        return list(self.model.parameters())
+
+    @abstractmethod
+    def block_credit(self, states: ForwardStates) -> list[Tensor] | list[None]:
+        """Return the credit a_l of every block, from one forward pass.
+
+        A list of L tensors ``[B, d]``, per sample and not divided by B, or L times None for a rule
+        that gives its blocks no credit. Whoever calls this detaches them.
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what the rule needs, beside the model, to compute its credit again.
+
+        Only tensors (feedback matrices); empty for a rule that draws nothing. The optimiser's
+        state is not part of it.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what :meth:`state_dict` returned.
+
+        Raises ValueError when names or shapes differ from this rule's own.
+        """
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            raise ValueError(
+                f"{type(self).__name__}: expected the rule state {sorted(own)}, got {sorted(state)}"
+            )
+        for key, tensor in own.items():
+            if tensor.shape != state[key].shape:
+                raise ValueError(
+                    f"{type(self).__name__}: rule state {key!r}: expected shape "
+                    f"{list(tensor.shape)}, got {list(state[key].shape)}"
+                )
+        # Only when everything fits, so that a refused state leaves the rule as it was.
+        for key, tensor in own.items():
+            tensor.copy_(state[key])
+
+    # What every rule gets.
+
+    def forward_states(self, x: Tensor, y: Tensor) -> ForwardStates:
+        """Run the model on ``x`` with labels ``y`` and cut the graph between the blocks."""
+        with torch.enable_grad():
+            embedded = self.embed(x)
+            hiddens = [embedded.detach()]
+            branches = []
+            for block in self.blocks:
+                branch = block(hiddens[-1])
+                branches.append(branch)
+                hiddens.append(hiddens[-1] + branch.detach())
+            logits = self.logits(hiddens[-1])
+        error = output_error(logits.detach(), y)
+        return ForwardStates(hiddens, branches, embedded, logits, y, error)
+
+    def credit(self, x: Tensor, y: Tensor) -> list[Tensor] | list[None]:
+        """Compute the credit vectors a_0 … a_{L−1} the rule would use on one batch.
+
+        Args:
+            x: ``[B, input_dim]``.
+            y: labels ``[B]``, int64.
+
+        Returns L detached tensors ``[B, d]``: a_l credits the OUTPUT of block l, so compare it
+        with ∂CE/∂h_{l+1}; per sample, not divided by B. A rule that gives no credit (frozen)
+        returns L times None. Nothing is trained. Source: 'Beyond Accuracy and Alignment'
+        protocol, arXiv 2606.21126.
+        """
+        return _detached(self.block_credit(self.forward_states(x, y)))
+
+    def update(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Make one training step on a batch.
+
+        Args:
+            x: ``[B, input_dim]``.
+            y: labels ``[B]``, int64.
+
+        Returns scalar tensors, on the model's device and without a graph, so that no step waits
+        for a value: ``loss``, the mean cross-entropy before the step, and ``local_loss``,
+        Σ_l mean_b ⟨f_l(h_l), a_l⟩.
+        """
+        states = self.forward_states(x, y)
+        # Detached here, so that a credit made from the head's weights does not train the head.
+        credits = _detached(self.block_credit(states))
+        loss = F.cross_entropy(states.logits, y)
+        local_loss = torch.zeros_like(loss)
+        for branch, credit in zip(states.branches, credits, strict=True):
+            if credit is not None:
+                local_loss = local_loss + mean_inner_product(branch, credit)
+        local_loss = local_loss + self.embed_loss(states)
+        self.descend(loss + local_loss)
+        return {"loss": loss.detach(), "local_loss": local_loss.detach()}
+
+    def embed_loss(self, states: ForwardStates) -> Tensor:
+        """Return the local loss the embedding descends: zero unless a rule defines one."""
+        return states.logits.new_zeros(())
+
+    def descend(self, loss: Tensor) -> None:
+        """Make one optimiser step down ``loss`` and one step of the schedule.
+
+        A parameter that ``loss`` does not reach is left alone, weight decay included.
+        """
+        grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        for parameter, grad in zip(self.parameters, grads, strict=True):
+            parameter.grad = grad
+        self.optimizer.step()
+        self.scheduler.step()
+        # Nothing of this step stays behind for another backward to add to.
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def _detached(credits: list[Tensor] | list[None]) -> list[Tensor] | list[None]:
+    return [credit if credit is None else credit.detach() for credit in credits]  # type: ignore[return-value]
+
+
+def output_error(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute e = softmax(logits) − onehot(labels), ``[B, C]``, per sample."""
+    return logits.softmax(dim=1) - F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+
+
+def mean_inner_product(branch: Tensor, credit: Tensor) -> Tensor:
+    """Compute mean_b ⟨branch_b, credit_b⟩, a scalar."""
+    return (branch * credit).sum(dim=1).mean()
+
+
+def module_parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """List the parameters of several modules, in order."""
+    return [parameter for module in modules for parameter in module.parameters()]

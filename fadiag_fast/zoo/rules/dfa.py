@@ -1,0 +1,79 @@
+"""Direct feedback alignment: every block gets the output error through its own fixed matrix."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .base import ForwardStates, Rule, mean_inner_product, module_parameters
+
+
+class DirectFeedbackAlignment(Rule):
+    """Train the blocks with the output error, sent through fixed random matrices.
+
+    Formula: a_l = e·B_lᵀ with e = softmax − onehot ``[B, C]`` and B_l ``[d, C]`` drawn once from
+    N(0, 1)/√C; block l descends mean_b ⟨f_l(h_l), a_l⟩, norm and head descend mean_b CE_b.
+
+    Args:
+        train_embed: also let the embedding descend mean_b ⟨embed(x), e·B_embedᵀ⟩ with a matrix of
+            its own. Off by default: with a fixed embedding the residual stream inflates without
+            limit, the failure the protocol is about, while a trained embedding grows along and
+            hides it from the scale-growth ratio.
+
+    The other arguments are those of :class:`Rule`. The matrices are float32 draws from ``seed``
+    on the CPU, the same on every device; :meth:`state_dict` returns them. Source: 'Beyond
+    Accuracy and Alignment' protocol, arXiv 2606.21126.
+    """
+
+    name: ClassVar[str] = "dfa"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        total_steps: int,
+        seed: int = 0,
+        train_embed: bool = False,
+    ) -> None:
+        self.train_embed = train_embed
+        super().__init__(
+            model,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            total_steps=total_steps,
+            seed=seed,
+        )
+        head_weight = model.get_parameter("out_head.weight")
+        num_classes, dim = head_weight.shape
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw() -> Tensor:
+            matrix = torch.randn(dim, num_classes, generator=generator) / math.sqrt(num_classes)
+            return matrix.to(head_weight)
+
+        self.feedback = [draw() for _ in self.blocks]
+        # Drawn last, so that the blocks' matrices do not depend on the option.
+        self.embed_feedback = draw() if train_embed else None
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        modules = [*self.blocks, *self.head_modules]
+        return module_parameters([self.embed, *modules] if self.train_embed else modules)
+
+    def block_credit(self, states: ForwardStates) -> list[Tensor]:
+        return [states.error @ matrix.T for matrix in self.feedback]
+
+    def embed_loss(self, states: ForwardStates) -> Tensor:
+        if self.embed_feedback is None:
+            return super().embed_loss(states)
+        return mean_inner_product(states.embedded, states.error @ self.embed_feedback.T)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {f"feedback.{index}": matrix for index, matrix in enumerate(self.feedback)}
+        if self.embed_feedback is not None:
+            state["embed_feedback"] = self.embed_feedback
+        return state

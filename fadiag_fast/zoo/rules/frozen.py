@@ -1,0 +1,59 @@
+"""The frozen baseline: what a network reaches when its blocks never learn."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import ForwardStates, Rule, module_parameters
+
+
+class FrozenBlocks(Rule):
+    """Keep the blocks at their initial values; train embed, norm and head by backpropagation.
+
+    Formula: descend mean_b CE_b in the parameters of ``embed``, ``out_ln`` and ``out_head`` only;
+    the embedding's gradient passes through the fixed blocks. The blocks get no weight decay
+    either. :meth:`credit` is a list of None.
+
+    Args:
+        train_embed: let the embedding learn, as in the protocol. ``False`` keeps it as it was
+            drawn too, which leaves a linear read-out of random features: a weaker baseline.
+
+    The other arguments are those of :class:`Rule`. Source: 'Beyond Accuracy and Alignment'
+    protocol, arXiv 2606.21126 (the baseline of depth utility).
+    """
+
+    name: ClassVar[str] = "frozen"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        total_steps: int,
+        seed: int = 0,
+        train_embed: bool = True,
+    ) -> None:
+        self.train_embed = train_embed
+        super().__init__(
+            model,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            total_steps=total_steps,
+            seed=seed,
+        )
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        embed = [self.embed] if self.train_embed else []
+        return module_parameters([*embed, *self.head_modules])
+
+    def block_credit(self, states: ForwardStates) -> list[None]:
+        return [None] * len(self.blocks)
+
+    def update(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        loss = F.cross_entropy(self.model(x), y)
+        self.descend(loss)
+        return {"loss": loss.detach()}

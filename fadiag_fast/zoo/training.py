@@ -1,0 +1,219 @@
+"""Train a small network with one credit rule, repeatably, and keep what an audit needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .data import ImageDataset
+from .models import build_model, model_spec
+from .rules import Rule, make_rule
+
+# How often, at most, a progress callback is called during one training run. Each call reads the
+# loss, which on an accelerator waits for the step to finish.
+PROGRESS_CALLS = 100
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedNetwork:
+    """Hold a trained model with what is needed to audit it and to make it again.
+
+    Attributes:
+        model: the module, in eval mode, on the device it was trained on.
+        rule: the rule that trained it; ``rule.credit(x, y)`` gives its credit vectors.
+        accuracy: fraction of the test set classified correctly, in [0, 1].
+        history: (step, loss) of every step; steps count from 1, the loss is the mean
+            cross-entropy of that step's batch before the update.
+        config: every argument of the run, as plain Python values.
+    """
+
+    model: nn.Module
+    rule: Rule
+    accuracy: float
+    history: list[tuple[int, float]]
+    config: dict[str, Any]
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Copy the run into a dictionary that ``torch.load(weights_only=True)`` can read back.
+
+        Returns ``state_dict`` (the model's), ``rule_state`` (the rule's tensors, such as feedback
+        matrices, without which its credit cannot be computed again) and ``config`` (plain Python
+        values, the accuracy among them). All tensors are copies on the CPU.
+        """
+        return {
+            "state_dict": _copy_to_cpu(self.model.state_dict()),
+            "rule_state": _copy_to_cpu(self.rule.state_dict()),
+            "config": {**self.config, "accuracy": self.accuracy},
+        }
+
+
+def train(
+    model_name: str,
+    rule_name: str,
+    dataset: ImageDataset,
+    *,
+    steps: int = 1200,
+    batch_size: int = 128,
+    seed: int = 42,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.01,
+    model_options: Mapping[str, Any] | None = None,
+    rule_options: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int, str], None] | None = None,
+) -> TrainedNetwork:
+    """Train a model of the registry with one rule on one image set.
+
+    Args:
+        model_name: a key of the model registry ("resmlp").
+        rule_name: a key of ``RULES``: "bp", "dfa", "ep" or "frozen".
+        dataset: see :func:`load_dataset`.
+        steps: number of updates; the cosine schedule spans all of them.
+        batch_size: samples in a batch. Every epoch is shuffled anew and its incomplete last batch
+            is left out.
+        seed: of the initial weights, the shuffling and the rule's own draws, which come from three
+            independent streams; non-negative.
+        learning_rate: of AdamW, before the cosine schedule.
+        weight_decay: of AdamW.
+        model_options: options of the model ("resmlp": d_hidden, num_blocks, terminal_norm).
+        rule_options: options of the rule (see :func:`make_rule`).
+        device: where to train. Initial weights, order of samples and feedback matrices do not
+            depend on it.
+        progress: called as ``progress(done, total, loss)``, with the loss as text, about a hundred
+            times and after the last step.
+
+    Returns the trained network. The same arguments on the same machine, with the same number of
+    threads, give the same bits; torch's global random state is neither used nor changed. Raises
+    ValueError for an unknown model or rule and for sizes that do not fit. Source: 'Beyond
+    Accuracy and Alignment' protocol, arXiv 2606.21126 (training rules, AdamW 1e-3, weight decay
+    0.01, batches of 128, cosine schedule).
+    """
+    train_count = dataset.train_images.shape[0]
+    if steps < 1:
+        raise ValueError(f"train: expected steps of at least 1, got {steps}")
+    if not 1 <= batch_size <= train_count:
+        raise ValueError(
+            f"train: expected a batch_size from 1 to {train_count}, the number of training "
+            f"images, got {batch_size}"
+        )
+    if seed < 0:
+        raise ValueError(f"train: expected a non-negative seed, got {seed}")
+    # Related seeds give unrelated streams: seed 42's shuffling is not seed 43's initial weights.
+    init_seed, shuffle_seed, rule_seed = (
+        int(word) for word in np.random.SeedSequence(seed).generate_state(3)
+    )
+    flatten = model_spec(model_name).flatten_input
+    model = build_model(
+        model_name,
+        input_shape=dataset.input_shape,
+        num_classes=dataset.num_classes,
+        seed=init_seed,
+        **dict(model_options or {}),
+    ).to(device)
+    rule = make_rule(
+        rule_name,
+        model,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        total_steps=steps,
+        seed=rule_seed,
+        **dict(rule_options or {}),
+    )
+    images = dataset.train_images.flatten(1) if flatten else dataset.train_images
+    images, labels = images.to(device), dataset.train_labels.to(device)
+
+    model.train()
+    losses = []
+    report_every = max(1, steps // PROGRESS_CALLS)
+    order = _shuffled_batches(train_count, batch_size, torch.Generator().manual_seed(shuffle_seed))
+    for step in range(1, steps + 1):
+        chosen = next(order).to(device)
+        losses.append(rule.update(images[chosen], labels[chosen])["loss"])
+        if progress is not None and (step % report_every == 0 or step == steps):
+            progress(step, steps, f"{float(losses[-1]):.4f}")
+    model.eval()
+
+    test_accuracy = accuracy(model, dataset.test_images, dataset.test_labels, flatten=flatten)
+    config = {
+        "model": model_name,
+        "model_options": dict(model_options or {}),
+        "rule": rule_name,
+        "rule_options": dict(rule_options or {}),
+        "dataset": dataset.name,
+        "input_shape": list(dataset.input_shape),
+        "num_classes": dataset.num_classes,
+        "steps": steps,
+        "batch_size": batch_size,
+        "seed": seed,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+    }
+    # One transfer for the whole run rather than one wait per step.
+    history = list(enumerate(torch.stack(losses).tolist(), start=1))
+    return TrainedNetwork(model, rule, test_accuracy, history, config)
+
+
+@torch.no_grad()
+def accuracy(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    batch_size: int = 1024,
+    flatten: bool,
+) -> float:
+    """Compute the fraction of images a model classifies correctly.
+
+    Args:
+        model: returns logits ``[B, C]``; evaluated in eval mode and put back in its own mode.
+        images: ``[N, C, H, W]``, moved to the model's device batch by batch.
+        labels: ``[N]`` int64.
+        batch_size: samples per forward pass; does not change the result's meaning.
+        flatten: pass images as ``[B, C·H·W]``.
+
+    Returns a fraction in [0, 1]. Raises ValueError for no images, another number of labels, or a
+    batch_size below 1.
+    """
+    count = images.shape[0]
+    if count == 0:
+        raise ValueError("accuracy: expected at least one image, got none")
+    if tuple(labels.shape) != (count,):
+        raise ValueError(
+            f"accuracy: expected {count} labels for {count} images, "
+            f"got labels of shape {list(labels.shape)}"
+        )
+    if batch_size < 1:
+        raise ValueError(f"accuracy: expected a batch_size of at least 1, got {batch_size}")
+    first = next(model.parameters(), None)
+    device = images.device if first is None else first.device
+    # A module's mode is its children's too, and they may differ (a frozen BatchNorm).
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        for start in range(0, count, batch_size):
+            batch = images[start : start + batch_size].to(device)
+            expected = labels[start : start + batch_size].to(device)
+            logits = model(batch.flatten(1) if flatten else batch)
+            correct += (logits.argmax(dim=1) == expected).sum()
+    finally:
+        for module, training in modes:
+            module.training = training
+    return int(correct) / count
+
+
+def _shuffled_batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    while True:
+        order = torch.randperm(count, generator=generator)
+        # An epoch's incomplete last batch is left out.
+        for start in range(0, count - batch_size + 1, batch_size):
+            yield order[start : start + batch_size]
+
+
+def _copy_to_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
