@@ -1,8 +1,20 @@
 """fadiag_fast: find out whether a network's hidden states and gradients can be trusted."""
 
-from .ops import direction_cosines, layer_statistics
-from .reference import LayerStatistics
-
 __version__ = "0.1.0"
 
-__all__ = ["LayerStatistics", "direction_cosines", "layer_statistics"]
+from .diagnosis import diagnose
+from .ops import direction_cosines, layer_statistics
+from .protocol import DiagnosticThresholds
+from .reference import LayerStatistics
+from .report import DiagnosticReport
+from .taps import ContractError
+
+__all__ = [
+    "ContractError",
+    "DiagnosticReport",
+    "DiagnosticThresholds",
+    "LayerStatistics",
+    "diagnose",
+    "direction_cosines",
+    "layer_statistics",
+]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .taps import ContractError, Taps, split_hidden, steps_of, tensor_from
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Pullback = Callable[[Tensor], tuple[Tensor]]
 
 
 class Captured(NamedTuple):
@@ -39,8 +40,10 @@ class Captured(NamedTuple):
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode; leave its modes and all random number generators as they were."""
+    """Put a model in eval mode; leave modes, buffers and random number generators as they were."""
     modes = [(module, module.training) for module in model.modules()]
+    # A forward pass may update buffers even in eval mode: a counter, for example.
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         model.eval()
@@ -49,16 +52,21 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def constants_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's parameters, detached, and copies of its buffers.
+    """Return a model's parameters and buffers by name, detached: no gradient is taken at them."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return parameters | {name: buffer.detach() for name, buffer in model.named_buffers()}
 
-    A forward pass that updates a buffer then leaves the model's own alone.
-    """
-    constants = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    constants |= {name: buffer.clone() for name, buffer in model.named_buffers()}
-    return constants
+
+def _pullback(step: Callable[[Tensor], Tensor], h: Tensor) -> tuple[Tensor, Pullback]:
+    """Run one step of the network; return its output and the map from grads there to grads at h."""
+    out, pullback = torch.func.vjp(step, h)  # type: ignore[misc]  # three values only with has_aux
+    return out, pullback
 
 
 class _Probe(nn.Module):
@@ -78,10 +86,10 @@ class _Probe(nn.Module):
         hiddens = [tensor_from(model.embed(x), "embed")]
         pullbacks = []
         for block in blocks:
-            state, pullback = torch.func.vjp(block, hiddens[-1])
+            state, pullback = _pullback(block, hiddens[-1])
             hiddens.append(state)
             pullbacks.append(pullback)
-        logits, pullback = torch.func.vjp(head, hiddens[-1])
+        logits, pullback = _pullback(head, hiddens[-1])
         pullbacks.append(pullback)
         logit_grads, loss = self._at_the_output(logits, y)
         grads = [logit_grads]
@@ -110,11 +118,11 @@ class _Probe(nn.Module):
             reached = [l for l, h in enumerate(hiddens) if h.requires_grad]
             grads: list[Tensor | None] = [None] * len(hiddens)
             if logits.requires_grad and reached:
-                found = torch.autograd.grad(
-                    logits, [hiddens[l] for l in reached], logit_grads, allow_unused=True
-                )
-                for l, grad in zip(reached, found, strict=True):
-                    grads[l] = grad
+                targets = [hiddens[l] for l in reached]
+                found = torch.autograd.grad(logits, targets, logit_grads, allow_unused=True)
+                grads = [
+                    found[reached.index(l)] if l in reached else None for l in range(len(hiddens))
+                ]
         for l, grad in enumerate(grads):
             if grad is None:
                 raise ContractError(

@@ -8,11 +8,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
+from itertools import pairwise
 
 TRUSTWORTHY = "trustworthy"
 NOT_ENOUGH_DATA = "not enough data"
 
-# The batch size at which the paper's floor of 1e-7 was set; ‖g‖ of a mean-reduced loss falls as 1/B.
+# The batch size the floor of 1e-7 belongs to: under a mean-reduced loss ‖g‖ falls as 1/B.
 _FLOOR_BATCH_SIZE = 128
 # Below this a median output error ‖softmax − onehot‖ (at most √2) counts as small.
 _SMALL_OUTPUT_ERROR = 0.1
@@ -133,7 +134,7 @@ def growth_ratios(residual_norms: Sequence[float]) -> list[float]:
     """Return ‖h_{l+1}‖ / ‖h_l‖ for consecutive norms, the denominator floored at 1e-30."""
     return [
         later / max(earlier, _NORM_FLOOR) if not math.isnan(earlier) else math.nan
-        for earlier, later in zip(residual_norms, residual_norms[1:], strict=False)
+        for earlier, later in pairwise(residual_norms)
     ]
 
 
@@ -263,9 +264,17 @@ def direction_stability(figures: Figures, thresholds: DiagnosticThresholds) -> D
     return outcome(Status.PASSED, "OK", value, layer, where)
 
 
-def depth_utility(figures: Figures, thresholds: DiagnosticThresholds) -> Diagnostic:
-    """Evaluate (d): is the network better than the same one with frozen blocks?"""
-    headline, frozen = figures.headline_acc, figures.frozen_baseline_acc
+def depth_utility(
+    figures: Figures, thresholds: DiagnosticThresholds, frozen_baseline_acc: float | None = None
+) -> Diagnostic:
+    """Evaluate (d): is the network better than the same one with frozen blocks?
+
+    ``frozen_baseline_acc`` stands in where the figures have none.
+    """
+    headline = figures.headline_acc
+    frozen = figures.frozen_baseline_acc
+    if frozen is None:
+        frozen = frozen_baseline_acc
     if headline is None or frozen is None:
         absent = " and ".join(
             name
@@ -330,7 +339,7 @@ def explain_disagreement(
 ) -> str | None:
     """Say in a sentence why (b) and the credit gain disagree, None where they agree.
 
-    ‖g_L‖ is the credit gain times the output error, and carries the loss's factor 1/B. (b) therefore
+    ‖g_L‖ is the credit gain times the output error, with the loss's factor 1/B in it. So (b)
     fires on a solved task and on large batches, and passes a dead gradient in small ones.
     """
     if floor.value is None or not figures.credit_gains or not math.isfinite(floor.value):

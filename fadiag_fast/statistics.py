@@ -69,4 +69,5 @@ def medians(values: Tensor) -> list[float]:
     """
     if values.shape[-1] == 0:
         return [float("nan")] * values.shape[0]
-    return torch.nanmedian(values, dim=-1).values.tolist()  # type: ignore[no-any-return]
+    rows: list[float] = torch.nanmedian(values, dim=-1).values.tolist()
+    return rows

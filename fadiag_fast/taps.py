@@ -145,7 +145,7 @@ def find_taps(model: nn.Module, x: Tensor) -> Taps:
         )
         raise ContractError(
             f"{type(model).__name__}: expected embed, blocks, out_ln and out_head to reproduce "
-            f"model(x) within {tolerance:g} of the largest logit, whether blocks return branches or "
+            f"model(x) within {tolerance:g} of the largest logit, with blocks as branches or as "
             f"states; got differences {shown}"
         )
     return Taps(best, names)

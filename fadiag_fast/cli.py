@@ -1,0 +1,428 @@
+"""The command line: demo, train, diagnose, doctor.
+
+Exit codes: 0 trustworthy, 1 needs walk-back, 2 not enough data, above 2 an error.
+"""
+
+import ast
+import importlib
+import json
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from . import __version__, ops
+from .checkpoints import CheckpointError, load_checkpoint, load_into, save_checkpoint
+from .diagnosis import diagnose as run_diagnosis
+from .protocol import (
+    NOT_ENOUGH_DATA,
+    TRUSTWORTHY,
+    Diagnostic,
+    DiagnosticThresholds,
+    depth_utility,
+)
+from .report import DiagnosticReport, SummaryRow, summary_table
+from .taps import ContractError
+from .zoo import (
+    ImageDataset,
+    TrainedNetwork,
+    accuracy,
+    build_model,
+    load_dataset,
+    model_spec,
+    train,
+)
+
+EXIT_TRUSTWORTHY, EXIT_WALK_BACK, EXIT_NOT_ENOUGH_DATA, EXIT_ERROR = 0, 1, 2, 3
+
+app = typer.Typer(
+    name="fadiag",
+    help="Find out whether a network's hidden states and gradients can be trusted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+DataOption = Annotated[
+    str,
+    typer.Option(
+        help="fashion-mnist-mini (shipped), fashion-mnist:FOLDER, cifar10:FOLDER or npz:FILE."
+    ),
+]
+ModelOption = Annotated[str, typer.Option(help="resmlp, or package.module:function.")]
+OptionsOption = Annotated[
+    list[str] | None,
+    typer.Option("--model-option", help="NAME=VALUE for the model's builder; repeatable."),
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _options(pairs: list[str] | None) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, sign, text = pair.partition("=")
+        if not sign or not name:
+            raise ValueError(f"option: expected NAME=VALUE, got {pair!r}")
+        try:
+            options[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            options[name] = text
+    return options
+
+
+@contextmanager
+def _reported_errors() -> Iterator[None]:
+    """Turn an expected failure into one line on stderr and exit code 3."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        errors.print(f"fadiag: {error}", style="red", markup=False)
+        raise typer.Exit(EXIT_ERROR) from None
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str], Callable[[int, int, str], None]]]:
+    """Offer progress bars on a terminal, one line per finished task elsewhere."""
+    if quiet:
+        yield lambda name: lambda done, total, loss: None
+        return
+    if not errors.is_terminal:
+
+        def line(name: str) -> Callable[[int, int, str], None]:
+            def update(done: int, total: int, loss: str) -> None:
+                if done == total:
+                    errors.print(f"trained {name}: {total} steps, last loss {loss}", markup=False)
+
+            return update
+
+        yield line
+        return
+    columns = [TextColumn("{task.description:<8}"), BarColumn()]
+    columns += [TextColumn("{task.completed}/{task.total} steps, loss {task.fields[loss]}")]
+    with Progress(*columns, TimeRemainingColumn(), console=errors) as bars:
+
+        def bar(name: str) -> Callable[[int, int, str], None]:
+            task = bars.add_task(name, total=None, loss="-")
+            return lambda done, total, loss: bars.update(
+                task, completed=done, total=total, loss=loss
+            )
+
+        yield bar
+
+
+@app.command("train")
+def train_command(
+    out: Annotated[Path, typer.Option(help="Checkpoint to write.")],
+    model: ModelOption = "resmlp",
+    rule: Annotated[str, typer.Option(help="bp, frozen, dfa or ep.")] = "bp",
+    data: DataOption = "fashion-mnist-mini",
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 1200,
+    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of weights, order and feedback.")] = 42,
+    model_option: OptionsOption = None,
+    rule_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the rule; repeatable.")
+    ] = None,
+    device: DeviceOption = "auto",
+    quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
+) -> None:
+    """Train a zoo network with a credit rule and save it, feedback matrices included."""
+    with _reported_errors():
+        dataset = load_dataset(data)
+        with _progress(quiet) as progress:
+            network = train(
+                model,
+                rule,
+                dataset,
+                steps=steps,
+                batch_size=batch_size,
+                seed=seed,
+                model_options=_options(model_option),
+                rule_options=_options(rule_option),
+                device=_device(device),
+                progress=progress(rule),
+            )
+        save_checkpoint(network.checkpoint(), out)
+        print(f"{out}: {rule}, seed {seed}, {steps} steps, test accuracy {network.accuracy:.4f}")
+
+
+def _build(
+    name: str, dataset: ImageDataset, config: dict[str, Any], options: dict[str, Any]
+) -> tuple[nn.Module, bool]:
+    """Build the network that a checkpoint is for; return it and whether it takes flat input."""
+    if ":" not in name:
+        saved = config.get("model_options", {}) if config.get("model") == name else {}
+        model = build_model(
+            name,
+            input_shape=dataset.input_shape,
+            num_classes=dataset.num_classes,
+            **{**saved, **options},
+        )
+        return model, model_spec(name).flatten_input
+    module_name, _, function_name = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"--model: expected package.module:function, got {name!r}: {error}"
+        ) from None
+    model = function(**options)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model: expected {name} to return a module, got {type(model).__name__}")
+    return model, False
+
+
+def _exit_code(verdicts: list[str]) -> int:
+    if any(verdict not in (TRUSTWORTHY, NOT_ENOUGH_DATA) for verdict in verdicts):
+        return EXIT_WALK_BACK
+    return EXIT_NOT_ENOUGH_DATA if NOT_ENOUGH_DATA in verdicts else EXIT_TRUSTWORTHY
+
+
+@app.command("diagnose")
+def diagnose_command(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoint files.")],
+    model: ModelOption = "resmlp",
+    data: DataOption = "fashion-mnist-mini",
+    frozen_acc: Annotated[
+        float | None, typer.Option(help="Accuracy with frozen blocks, 0 to 1: evaluates (d).")
+    ] = None,
+    batches: Annotated[int, typer.Option(help="Evaluation batches.")] = 10,
+    batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 128,
+    flatten: Annotated[
+        bool | None,
+        typer.Option(
+            "--flatten/--no-flatten", help="Give images as vectors; default: the model's."
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the reports here.")
+    ] = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", help="Write the reports here.")
+    ] = None,
+    max_growth: Annotated[float, typer.Option(help="(a) fires above.")] = 50.0,
+    min_gradient: Annotated[float, typer.Option(help="(b) fires below.")] = 1e-7,
+    max_stability: Annotated[float, typer.Option(help="(c) fires above.")] = 0.30,
+    min_utility: Annotated[float, typer.Option(help="(d) fires below, in points.")] = 2.0,
+    model_option: OptionsOption = None,
+    device: DeviceOption = "auto",
+    unsafe_pickle: Annotated[
+        bool, typer.Option("--unsafe-pickle", help="Run code from files that need it to load.")
+    ] = False,
+) -> None:
+    """Audit checkpoints and print a report for each; one bad file does not stop the others."""
+    with _reported_errors():
+        dataset = load_dataset(data)
+        options = _options(model_option)
+        target = _device(device)
+        thresholds = DiagnosticThresholds(
+            scale_growth=max_growth,
+            gradient_floor=min_gradient,
+            direction_stability=max_stability,
+            depth_utility=min_utility,
+        )
+        rows: list[SummaryRow] = []
+        records: list[dict[str, Any]] = []
+        failed = 0
+        for path in checkpoints:
+            try:
+                report = _diagnose_file(
+                    path,
+                    model_name=model,
+                    dataset=dataset,
+                    frozen_acc=frozen_acc,
+                    shape=(batches, batch_size),
+                    flatten=flatten,
+                    thresholds=thresholds,
+                    options=options,
+                    device=target,
+                    unsafe_pickle=unsafe_pickle,
+                )
+            except (CheckpointError, ContractError, ValueError, TypeError, RuntimeError) as error:
+                failed += 1
+                records.append({"checkpoint": str(path), "error": str(error)})
+                errors.print(f"fadiag: {path}: {error}", style="red", markup=False)
+                continue
+            print(report, end="\n\n")
+            rows.append(SummaryRow(report))
+            records.append({"checkpoint": str(path), **json.loads(report.to_json())})
+        if len(rows) > 1:
+            print(summary_table(rows))
+        if json_file is not None:
+            json_file.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n")
+        if markdown_file is not None:
+            markdown_file.write_text("\n".join(row.report.to_markdown() for row in rows))
+        if failed:
+            errors.print(f"fadiag: {failed} of {len(checkpoints)} checkpoints could not be audited")
+            raise typer.Exit(EXIT_ERROR)
+        raise typer.Exit(_exit_code([row.report.verdict for row in rows]))
+
+
+def _diagnose_file(
+    path: Path,
+    *,
+    model_name: str,
+    dataset: ImageDataset,
+    frozen_acc: float | None,
+    shape: tuple[int, int],
+    flatten: bool | None,
+    thresholds: DiagnosticThresholds,
+    options: dict[str, Any],
+    device: torch.device,
+    unsafe_pickle: bool,
+) -> DiagnosticReport:
+    checkpoint = load_checkpoint(path, unsafe_pickle=unsafe_pickle)
+    saved = checkpoint.extra.get("config")
+    model, flat = _build(model_name, dataset, saved if isinstance(saved, dict) else {}, options)
+    load_into(model, checkpoint)
+    model = model.to(device)
+    flat = flat if flatten is None else flatten
+    num_batches, batch_size = shape
+    return run_diagnosis(
+        model,
+        dataset.eval_batches(batch_size, num_batches, flatten=flat, device=device),
+        accuracy(model, dataset.test_images, dataset.test_labels, flatten=flat),
+        frozen_acc,
+        method_name=path.stem,
+        notes=f"{model_name} from {path} on {dataset.name}",
+        thresholds=thresholds,
+    )
+
+
+# What the demo is expected to show; see the README.
+DEMO_RULES = ("bp", "dfa", "ep", "frozen")
+_DEMO_NOTES = {
+    "bp": "Backpropagation: the healthy reference.",
+    "dfa": "Direct feedback alignment: nothing bounds the residual stream.",
+    "ep": "Equilibrium propagation: a local rule whose residual stream stays bounded.",
+    "frozen": "Blocks fixed at their initial values: the baseline of (d).",
+}
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and reports.")] = Path(
+        "fadiag-demo"
+    ),
+    data: DataOption = "fashion-mnist-mini",
+    seed: Annotated[list[int] | None, typer.Option(help="Repeatable; default 42.")] = None,
+    steps: Annotated[int, typer.Option(help="Training steps per network.")] = 1200,
+    device: DeviceOption = "auto",
+    quiet: Annotated[bool, typer.Option(help="No progress bars, summary only.")] = False,
+) -> None:
+    """Train four small networks on real images and audit each."""
+    with _reported_errors():
+        dataset = load_dataset(data)
+        out.mkdir(parents=True, exist_ok=True)
+        surprises: list[str] = []
+        for one_seed in seed or [42]:
+            rows = _demo_seed(dataset, one_seed, steps, out, _device(device), quiet)
+            print(f"\nseed {one_seed}, {steps} steps on {dataset.name}")
+            print(summary_table(rows))
+            surprises += [f"seed {one_seed}: {text}" for text in _unexpected(rows)]
+        print(f"\ncheckpoints and reports: {out}")
+        print("(d) is judged beside the verdict: it needs the frozen-blocks accuracy.")
+        if surprises:
+            for text in surprises:
+                errors.print(f"fadiag: unexpected: {text}", style="red", markup=False)
+            raise typer.Exit(EXIT_ERROR)
+
+
+def _demo_seed(
+    dataset: ImageDataset, seed: int, steps: int, out: Path, device: torch.device, quiet: bool
+) -> list[SummaryRow]:
+    networks: dict[str, TrainedNetwork] = {}
+    with _progress(quiet) as progress:
+        for rule in DEMO_RULES:
+            networks[rule] = train(
+                "resmlp",
+                rule,
+                dataset,
+                steps=steps,
+                seed=seed,
+                device=device,
+                progress=progress(rule),
+            )
+            save_checkpoint(networks[rule].checkpoint(), out / f"{rule}_s{seed}.pt")
+    frozen_acc = networks["frozen"].accuracy
+    rows = []
+    for rule, network in networks.items():
+        report = run_diagnosis(
+            network.model,
+            dataset.eval_batches(flatten=True, device=device),
+            network.accuracy,
+            method_name=rule.upper() if rule != "frozen" else rule,
+            notes=f"{_DEMO_NOTES[rule]} resmlp on {dataset.name}, seed {seed}, {steps} steps.",
+        )
+        stem = out / f"{rule}_s{seed}"
+        stem.with_suffix(".json").write_text(report.to_json() + "\n")
+        stem.with_suffix(".md").write_text(report.to_markdown())
+        if not quiet:
+            print(report, end="\n\n")
+        rows.append(SummaryRow(report, _beside_frozen(report, rule, frozen_acc)))
+    return rows
+
+
+def _beside_frozen(report: DiagnosticReport, rule: str, frozen_acc: float) -> Diagnostic | None:
+    if rule == "frozen":
+        return None
+    return depth_utility(report.figures, DiagnosticThresholds(), frozen_acc)
+
+
+def _unexpected(rows: list[SummaryRow]) -> list[str]:
+    verdicts = {row.report.method_name: row.report.verdict for row in rows}
+    texts = [
+        f"{name}: expected {TRUSTWORTHY}, got {verdicts[name]}"
+        for name in ("BP", "EP")
+        if verdicts[name] != TRUSTWORTHY
+    ]
+    if "(a)" not in verdicts["DFA"]:
+        texts.append(f"DFA: expected needs walk-back with (a), got {verdicts['DFA']}")
+    return texts
+
+
+@app.command("doctor")
+def doctor_command() -> None:
+    """Print versions, and which native libraries loaded, for what they were built, or why not."""
+    info = ops.build_info()
+    lines = [
+        ("fadiag_fast", __version__),
+        ("torch", f"{torch.__version__} (needs 2.10 or later)"),
+        ("python", platform.python_version()),
+        ("platform", platform.platform()),
+        ("cuda in torch", torch.version.cuda or "no"),
+    ]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            name = torch.cuda.get_device_name(index)
+            lines.append((f"gpu {index}", f"{name}, compute capability {major}.{minor}"))
+    else:
+        lines.append(("gpu", "none available to torch"))
+    for device, library in ops.LIBRARIES.items():
+        built = {
+            "cpu": f"variants {', '.join(info.get('cpu_variants', [])) or 'none'}",
+            "cuda": f"architectures {', '.join(info.get('cuda_architectures', [])) or 'none'}"
+            + (f", with nvcc {info['cuda']}" if info.get("cuda") else ""),
+        }[device]
+        state = "loaded" if library.loaded else f"not loaded: {library.reason}"
+        lines.append((f"{device} library", f"{state}; built for {built}"))
+    lines.append(("built with", f"torch {info['torch_built_with']}" if info else "nothing built"))
+    lines.append(("FADIAG_BACKEND", ops.default_backend() or "not set"))
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        print(f"{name:<{width}}  {text}")

@@ -1,0 +1,219 @@
+"""Show what a diagnosis found: plain text, JSON and Markdown, from the same record."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .protocol import Diagnostic, Figures, growth_ratios, verdict_of
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """Format a figure in at most nine characters; a dash where there is none."""
+    if value is None or math.isnan(value):
+        return "-" if value is None else "nan"
+    if value != 0 and not 1e-2 <= abs(value) < 1e5:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{digits}g}"
+
+
+def _strict(value: Any) -> Any:
+    """Replace what JSON has no number for by its name."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return value
+
+
+@dataclass(frozen=True)
+class DiagnosticReport:
+    """The outcome of one diagnosis; print it, or take the record apart.
+
+    Attributes:
+        method_name: what was diagnosed.
+        figures: the medians and cosines behind the diagnostics.
+        diagnostics: (a) to (d), see :class:`fadiag_fast.protocol.Diagnostic`.
+        notes: the caller's remark.
+        remarks: sentences on what a reader should know: a solved task, samples left out, …
+        provenance: versions, device, dtype, batch sizes, loss, taps.
+    """
+
+    method_name: str
+    figures: Figures
+    diagnostics: tuple[Diagnostic, ...]
+    notes: str = ""
+    remarks: tuple[str, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """``trustworthy``, ``needs walk-back: (a)+(b)`` or ``not enough data``."""
+        return verdict_of(self.diagnostics)
+
+    @property
+    def residual_norms(self) -> list[float]:
+        """Median ‖h_l‖ over the first batch, per hidden state."""
+        return list(self.figures.residual_norms)
+
+    @property
+    def bp_grad_norms(self) -> list[float]:
+        """Median ‖g_l‖ over the first batch, per hidden state; carries the loss's factor 1/B."""
+        return list(self.figures.bp_grad_norms)
+
+    @property
+    def credit_gains(self) -> list[float]:
+        """Median ‖g_l‖ / ‖∂loss/∂logits‖ over the first batch, per hidden state."""
+        return list(self.figures.credit_gains)
+
+    @property
+    def cross_batch_direction_stability(self) -> float | None:
+        """Mean cosine over all pairs of batches at layer L/2; None without a pair."""
+        return self["c"].value
+
+    def __getitem__(self, key: str) -> Diagnostic:
+        """Return a diagnostic by its letter."""
+        for diagnostic in self.diagnostics:
+            if diagnostic.key == key:
+                return diagnostic
+        raise KeyError(f"expected one of a, b, c, d, got {key!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain Python values; NaN and infinity stay floats."""
+        return {
+            "method_name": self.method_name,
+            "notes": self.notes,
+            "verdict": self.verdict,
+            "layers": list(self.figures.layers),
+            "residual_norms": self.residual_norms,
+            "bp_grad_norms": self.bp_grad_norms,
+            "credit_gains": self.credit_gains,
+            "cross_batch_stability": self.cross_batch_direction_stability,
+            "cross_batch_stability_by_layer": list(self.figures.stabilities),
+            "output_grad_norm": self.figures.output_grad_norm,
+            "headline_acc": self.figures.headline_acc,
+            "frozen_baseline_acc": self.figures.frozen_baseline_acc,
+            "diagnostics": {
+                d.key: {**dataclasses.asdict(d), "status": d.status.value} for d in self.diagnostics
+            },
+            "remarks": list(self.remarks),
+            "provenance": dict(self.provenance),
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Return strict JSON; non-finite figures become the strings NaN, Infinity, -Infinity."""
+        return json.dumps(_strict(self.to_dict()), indent=indent, ensure_ascii=False)
+
+    def layer_rows(self) -> list[list[str]]:
+        """Return the per-layer table as text: layer, name, ‖h‖, growth, ‖g‖, gain, cosine."""
+        growth = ["", *(_number(ratio) for ratio in growth_ratios(self.residual_norms))]
+        return [
+            [
+                f"h_{l}",
+                self.figures.layers[l],
+                _number(self.residual_norms[l]),
+                growth[l],
+                _number(self.bp_grad_norms[l]),
+                _number(self.credit_gains[l]),
+                _number(self.figures.stabilities[l]),
+            ]
+            for l in range(len(self.residual_norms))
+        ]
+
+    def diagnostic_rows(self) -> list[list[str]]:
+        """Return the four diagnostics as text: name, value, limit, label, evidence."""
+        return [
+            [
+                f"({d.key}) {d.name}",
+                _number(d.value),
+                f"{d.comparison} {_number(d.threshold)}",
+                d.label,
+                d.evidence,
+            ]
+            for d in self.diagnostics
+        ]
+
+    def __str__(self) -> str:
+        lines = [f"{self.method_name}: {self.verdict}"]
+        if self.notes:
+            lines.append(self.notes)
+        if rows := self.layer_rows():
+            lines += ["", *_text_table(LAYER_HEADER, rows)]
+        lines += ["", *_text_table(DIAGNOSTIC_HEADER, self.diagnostic_rows())]
+        lines += ["", *(f"note: {remark}" for remark in self.remarks)] if self.remarks else []
+        lines += ["", f"verdict: {self.verdict}", "", *self._provenance_lines()]
+        return "\n".join(lines)
+
+    def to_markdown(self) -> str:
+        """Return the report for a paper's appendix: two tables, remarks, provenance."""
+        lines = [f"### {_cell(self.method_name)}: {self.verdict}", ""]
+        if self.notes:
+            lines += [self.notes, ""]
+        if rows := self.layer_rows():
+            lines += [*_markdown_table(LAYER_HEADER, rows), ""]
+        lines += [*_markdown_table(DIAGNOSTIC_HEADER, self.diagnostic_rows()), ""]
+        lines += [f"- {remark}" for remark in self.remarks]
+        lines += ["", *(f"*{line}*  " for line in self._provenance_lines())]
+        return "\n".join(lines) + "\n"
+
+    def _provenance_lines(self) -> list[str]:
+        return [f"{key.replace('_', ' ')}: {value}" for key, value in self.provenance.items()]
+
+
+LAYER_HEADER = ["layer", "after", "‖h‖", "growth", "‖g‖", "gain", "cosine"]
+DIAGNOSTIC_HEADER = ["diagnostic", "value", "fires", "label", "evidence"]
+
+
+def _text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align columns; the last one is left as long as it is."""
+    widths = [max(len(row[c]) for row in [header, *rows]) for c in range(len(header))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
+
+
+def _cell(text: str) -> str:
+    """Escape what would end a Markdown table cell."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines]
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One network in a table of several."""
+
+    report: DiagnosticReport
+    depth_utility: Diagnostic | None = None
+
+    def cells(self) -> list[str]:
+        report = self.report
+        acc = report.figures.headline_acc
+        utility = self.depth_utility or report["d"]
+        return [
+            report.method_name,
+            "-" if acc is None else f"{100 * acc:.1f}%",
+            _number(report["a"].value),
+            _number(report["b"].value),
+            _number(report.credit_gains[-1] if report.credit_gains else None),
+            _number(report["c"].value),
+            "-" if utility.value is None else f"{utility.value:+.1f} pp {utility.label}",
+            report.verdict,
+        ]
+
+
+SUMMARY_HEADER = ["network", "accuracy", "(a) growth", "(b) ‖g_L‖", "gain", "(c) cosine"]
+SUMMARY_HEADER += ["(d) against frozen", "verdict by (a)-(c)"]
+
+
+def summary_table(rows: Sequence[SummaryRow]) -> str:
+    """Return one aligned line per network."""
+    return "\n".join(_text_table(SUMMARY_HEADER, [row.cells() for row in rows]))
