@@ -118,8 +118,7 @@ def find_taps(model: nn.Module, x: Tensor) -> Taps:
         )
     with torch.no_grad():
         if missing:
-            _, hiddens = split_hidden(model(x, return_hidden=True), type(model).__name__)
-            return Taps("return_hidden", tuple(f"hidden {i}" for i in range(len(hiddens))))
+            return _handed_taps(model, x)
         expected = tensor_from(model(x), f"{type(model).__name__}.forward")
         differences: dict[Style, float | str] = {}
         for style in ("branch", "state"):
@@ -139,6 +138,9 @@ def find_taps(model: nn.Module, x: Tensor) -> Taps:
     tolerance = _LOGIT_TOLERANCE.get(expected.dtype, _COARSE_TOLERANCE)
     best = min(numbers, key=lambda style: numbers[style], default=None)
     if best is None or not numbers[best] <= tolerance:
+        if offers_hidden:
+            with torch.no_grad():
+                return _handed_taps(model, x)
         shown = "; ".join(
             f"as {style}: {d:.3g}" if isinstance(d, float) else f"as {style}: {d}"
             for style, d in differences.items()
@@ -149,6 +151,11 @@ def find_taps(model: nn.Module, x: Tensor) -> Taps:
             f"states; got differences {shown}"
         )
     return Taps(best, names)
+
+
+def _handed_taps(model: nn.Module, x: Tensor) -> Taps:
+    _, hiddens = split_hidden(model(x, return_hidden=True), type(model).__name__)
+    return Taps("return_hidden", tuple(f"hidden {i}" for i in range(len(hiddens))))
 
 
 def split_hidden(output: object, where: str) -> tuple[Tensor, list[Tensor]]:

@@ -40,13 +40,13 @@ _IDX_UNSIGNED_BYTE = 8
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """Hold one labelled image set in memory, normalised and split.
+    """Hold one labelled image set in memory, split.
 
     Attributes:
         name: short name, for reports.
-        train_images: ``[N, C, H, W]`` float32, normalised per channel.
+        train_images: ``[N, C, H, W]`` float32; see :func:`load_dataset` for their range.
         train_labels: ``[N]`` int64 in ``[0, num_classes)``.
-        test_images: ``[M, C, H, W]`` float32, normalised with the training set's constants.
+        test_images: ``[M, C, H, W]`` float32, in the same units.
         test_labels: ``[M]`` int64 in ``[0, num_classes)``.
         num_classes: number of classes.
         input_shape: ``(C, H, W)`` of one image.
@@ -153,8 +153,8 @@ def load_dataset(spec: str) -> ImageDataset:
               ``[N, 1, 1, D]``); integer labels, of which the largest training label gives the
               number of classes.
 
-    Returns float32 images normalised by the training set's mean and (population) standard
-    deviation per channel, or by the protocol's constants for CIFAR-10, and int64 labels. Raises
+    Returns float32 images and int64 labels. Bytes become pixels in [0, 1]; CIFAR-10 is then
+    normalised by the protocol's constants; floats of an npz file stay as they are. Raises
     TypeError for a spec that is not a string or arrays of a wrong type, FileNotFoundError for a
     missing folder or file, ValueError for everything else that does not fit. Source: 'Beyond
     Accuracy and Alignment' protocol, arXiv 2606.21126 (CIFAR-10's constants).
@@ -436,7 +436,7 @@ def _assemble(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> ImageDataset:
-    """Check two splits (images [N, C, H, W], labels [N]) against each other and normalise them."""
+    """Check two splits (images [N, C, H, W], labels [N]) against each other and convert them."""
     for split, (images, labels) in (("training", train), ("test", test)):
         if images.size == 0:
             raise ValueError(
@@ -459,9 +459,11 @@ def _assemble(
             f"[{_sizes(train[0].shape[1:])}] like the training images in {place}, "
             f"got [{_sizes(test[0].shape[1:])}]"
         )
-    if mean is None or std is None:
-        mean, std = _channel_statistics(train[0])
-    train_images, test_images = (_normalise(images, mean, std) for images, _ in (train, test))
+    train_images, test_images = (_pixels(images) for images, _ in (train, test))
+    if mean is not None and std is not None:
+        for images in (train_images, test_images):
+            shape = (1, len(mean), 1, 1)
+            images.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
     train_labels, test_labels = (
         torch.from_numpy(labels.astype(np.int64)) for _, labels in (train, test)
     )
@@ -476,27 +478,9 @@ def _assemble(
     )
 
 
-def _pixels(images: Array) -> Array:
-    # Bytes become [0, 1], as the published constants expect; floats keep their scale.
-    pixels = images.astype(np.float32)
-    return pixels / np.float32(255) if images.dtype == np.uint8 else pixels
-
-
-def _channel_statistics(images: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    means, stds = [], []
-    for channel in range(images.shape[1]):
-        pixels = _pixels(images[:, channel])
-        means.append(float(pixels.mean(dtype=np.float64)))
-        deviation = float(pixels.std(dtype=np.float64))
-        # A constant channel carries nothing; it becomes zero rather than NaN.
-        stds.append(deviation if deviation > 0 else 1.0)
-    return tuple(means), tuple(stds)
-
-
-def _normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    shape = (1, len(mean), 1, 1)
-    pixels = torch.from_numpy(np.ascontiguousarray(_pixels(images)))
-    return pixels.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
+def _pixels(images: Array) -> Tensor:
+    pixels = torch.from_numpy(images.astype(np.float32))
+    return pixels / 255 if images.dtype == np.uint8 else pixels
 
 
 def _require_folder(kind: str, folder: Path) -> None:

@@ -1,0 +1,52 @@
+# make test   lint, types, build, tests          make demo   the main job
+# make bench  the benchmarks that fit this machine
+# Each sets itself up: a virtual environment in .venv, with the torch that PYTHON has if that will
+# do, else torch 2.13.0.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+NATIVE := fadiag_fast/_native/build_info.json
+
+.PHONY: test demo bench lint format native clean
+
+test: lint native
+	$(BIN)/python -m pytest
+
+demo: native
+	$(BIN)/fadiag demo
+
+bench: native
+	$(BIN)/python -m benchmarks
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+native: $(NATIVE)
+
+# An editable install: it compiles csrc and puts the libraries beside the package.
+$(NATIVE): $(VENV)/.installed setup.py $(CSRC)
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import torch; v = torch.__version__.split("."); assert (int(v[0]), int(v[1])) >= (2, 10)' 2>/dev/null \
+	  && { echo "using the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); } \
+	  || { echo "installing $(TORCH)"; $(PYTHON) -m venv $(VENV); }
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/python -m fadiag_requirements 2>/dev/null || $(BIN)/pip install --quiet $$($(BIN)/python tools/requirements.py)
+	@touch $@
+
+clean:
+	rm -rf build dist $(VENV) fadiag_fast/_native *.egg-info
