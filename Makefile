@@ -34,19 +34,19 @@ format: $(VENV)/.installed
 
 native: $(NATIVE)
 
-# An editable install: it compiles csrc and puts the libraries beside the package.
+# Compiles csrc and puts the libraries beside the package; nothing else changes on a rebuild.
 $(NATIVE): $(VENV)/.installed setup.py $(CSRC)
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml
-	@$(PYTHON) -c 'import torch; v = torch.__version__.split("."); assert (int(v[0]), int(v[1])) >= (2, 10)' 2>/dev/null \
-	  && { echo "using the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); } \
-	  || { echo "installing $(TORCH)"; $(PYTHON) -m venv $(VENV); }
+	@if $(PYTHON) -c 'import torch; v = torch.__version__.split("."); assert (int(v[0]), int(v[1])) >= (2, 10)' 2>/dev/null; \
+	  then echo "using the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	  else echo "installing $(TORCH)"; $(PYTHON) -m venv $(VENV); fi
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/python -m fadiag_requirements 2>/dev/null || $(BIN)/pip install --quiet $$($(BIN)/python tools/requirements.py)
-	@touch $@
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[dev]'
+	@touch $@ $(NATIVE)
 
 clean:
 	rm -rf build dist $(VENV) fadiag_fast/_native *.egg-info

@@ -89,6 +89,8 @@ def _reported_errors() -> Iterator[None]:
     """Turn an expected failure into one line on stderr and exit code 3."""
     try:
         yield
+    except typer.Exit:  # a RuntimeError to Python, the normal way out to typer
+        raise
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         errors.print(f"fadiag: {error}", style="red", markup=False)
         raise typer.Exit(EXIT_ERROR) from None

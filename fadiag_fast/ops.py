@@ -57,7 +57,9 @@ def _load(device: str) -> NativeLibrary:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return NativeLibrary(device, path, False, f"{path.name} did not load: {error}")
+        # torch's message names the file only; the loader's own reason is the cause.
+        reason = error.__cause__ or error
+        return NativeLibrary(device, path, False, f"{path.name} did not load: {reason}")
     return NativeLibrary(device, path, True, "")
 
 

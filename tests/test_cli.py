@@ -1,0 +1,190 @@
+"""The command line as a user runs it: output, files, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fadiag_fast import cli
+from fadiag_fast.checkpoints import save_checkpoint
+from fadiag_fast.zoo import build_model
+
+runner = CliRunner()
+
+
+def fadiag(*arguments):
+    return runner.invoke(cli.app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A BP and a DFA network, trained on the command line; DFA passes growth 50 in 300 steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    for rule in ("bp", "dfa"):
+        result = fadiag(
+            "train", "--rule", rule, "--steps", 300, "--out", folder / f"{rule}.pt", "--quiet"
+        )
+        assert result.exit_code == 0, result.output
+        assert f"{rule}, seed 42, 300 steps, test accuracy 0." in result.output
+    return folder
+
+
+def test_train_saves_what_an_audit_needs(trained):
+    saved = torch.load(trained / "dfa.pt", weights_only=True)
+    assert set(saved) == {"state_dict", "rule_state", "config"}
+    assert any("feedback" in key for key in saved["rule_state"])
+    assert saved["config"]["rule"] == "dfa"
+
+
+def test_diagnose_prints_reports_a_summary_and_files(trained, tmp_path):
+    out, markdown = tmp_path / "reports.json", tmp_path / "reports.md"
+    arguments = ["diagnose", trained / "bp.pt", trained / "dfa.pt", "--max-stability", 1]
+    result = fadiag(*arguments, "--json", out, "--markdown", markdown)
+    assert result.exit_code == 1, result.output
+    assert "bp: trustworthy" in result.output
+    assert "dfa: needs walk-back: (a)" in result.output
+    assert "verdict by (a)-(c)" in result.output
+    records = json.loads(out.read_text())
+    assert [record["verdict"] for record in records] == ["trustworthy", "needs walk-back: (a)"]
+    assert records[0]["checkpoint"].endswith("bp.pt")
+    assert "### dfa: needs walk-back" in markdown.read_text()
+
+
+def test_exit_codes(trained):
+    bp, loose = trained / "bp.pt", ("--max-stability", 1)
+    assert fadiag("diagnose", bp, *loose).exit_code == 0
+    assert fadiag("diagnose", bp, *loose, "--batches", 2).exit_code == 2
+    assert fadiag("diagnose", bp, *loose, "--frozen-acc", 0.99).exit_code == 1
+    assert fadiag("diagnose", bp, "--frozen-acc", 99).exit_code == 3
+
+
+def test_one_bad_file_does_not_stop_the_others(trained, tmp_path):
+    (tmp_path / "broken.pt").write_bytes((trained / "bp.pt").read_bytes()[:5000])
+    other = build_model("resmlp", input_shape=(1, 28, 28), num_classes=10, num_blocks=2)
+    save_checkpoint({"state_dict": other.state_dict()}, tmp_path / "other.pt")
+    out = tmp_path / "reports.json"
+    files = [
+        tmp_path / "missing.pt",
+        tmp_path / "broken.pt",
+        tmp_path / "other.pt",
+        trained / "bp.pt",
+    ]
+    result = fadiag("diagnose", *files, "--json", out)
+    assert result.exit_code == 3
+    assert "bp:" in result.output
+    assert "3 of 4 checkpoints could not be audited" in result.output
+    records = json.loads(out.read_text())
+    assert ["error" in record for record in records] == [True, True, True, False]
+    assert "blocks.2" in records[2]["error"]
+
+
+def test_a_malicious_file_is_refused_and_nothing_runs(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+    result = fadiag("diagnose", tmp_path / "evil.pt")
+    assert result.exit_code == 3
+    assert "mkdir" in result.output
+    assert "--unsafe-pickle" in result.output
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_of_the_users_own(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from fadiag_fast.zoo import ResidualMLP\n"
+        "def net(blocks=2):\n    return ResidualMLP(784, 16, 10, blocks)\n"
+        "def wrong():\n    return 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    from mine import net
+
+    save_checkpoint({"model": net(3).state_dict()}, tmp_path / "mine.pt")
+    good = ("--model", "mine:net", "--model-option", "blocks=3", "--flatten")
+    result = fadiag("diagnose", tmp_path / "mine.pt", *good)
+    assert result.exit_code in (0, 1), result.output
+    assert "blocks.2" in result.output
+    for name, message in (
+        ("mine:none", "expected package.module:function, got 'mine:none'"),
+        ("nowhere:net", "expected package.module:function"),
+        ("mine:wrong", "expected mine:wrong to return a module, got int"),
+        ("nothing", "expected one of resmlp"),
+    ):
+        result = fadiag("diagnose", tmp_path / "mine.pt", "--model", name)
+        assert result.exit_code == 3
+        assert message in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("diagnose", "x.pt", "--data", "mnist"), "expected one of fashion-mnist-mini"),
+        (("diagnose", "x.pt", "--data", "cifar10:/nowhere"), "expected a folder /nowhere"),
+        (("train", "--rule", "magic", "--out", "x.pt"), "magic"),
+        (("train", "--model-option", "d_hidden", "--out", "x.pt"), "expected NAME=VALUE"),
+        (("diagnose", "x.pt", "--max-growth", "-1"), "scale_growth: expected a finite number"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    result = fadiag(*arguments)
+    assert result.exit_code == 3
+    assert message in result.output.replace("\n", " ")
+
+
+def test_demo_runs_the_whole_chain(tmp_path):
+    """Two steps show the plumbing; the full demo is `make demo`. Too short for its verdicts."""
+    result = fadiag("demo", "--steps", 2, "--out", tmp_path, "--quiet")
+    assert result.exit_code == 3
+    assert "unexpected: seed 42: DFA: expected needs walk-back with (a)" in result.output
+    assert "(d) against frozen" in result.output
+    for rule in ("bp", "dfa", "ep", "frozen"):
+        record = json.loads((tmp_path / f"{rule}_s42.json").read_text())
+        assert len(record["residual_norms"]) == 5
+        assert (tmp_path / f"{rule}_s42.pt").exists()
+
+
+@pytest.mark.slow
+def test_demo_verdicts_on_three_seeds(tmp_path):
+    seeds = [option for seed in (42, 123, 456) for option in ("--seed", seed)]
+    result = fadiag("demo", *seeds, "--out", tmp_path, "--quiet")
+    assert result.exit_code == 0, result.output
+
+
+def test_doctor():
+    result = fadiag("doctor")
+    assert result.exit_code == 0
+    for expected in ("cpu library", "cuda library", "architectures", torch.__version__):
+        assert expected in result.output
+
+
+def test_doctor_gives_the_loaders_own_reason(tmp_path):
+    """A library that is no library: the reason is the dynamic loader's."""
+    program = (
+        "import pathlib, fadiag_fast.ops as ops\n"
+        f"ops._FOLDER = pathlib.Path({str(tmp_path)!r})\n"
+        "(ops._FOLDER / 'libfadiag_cpu.so').write_bytes(b'not a library')\n"
+        "print(ops._load('cpu').reason)\n"
+        "(ops._FOLDER / 'libfadiag_cpu.so').unlink()\n"
+        "print(ops._load('cpu').reason)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    first, second = result.stdout.splitlines()
+    assert "libfadiag_cpu.so did not load" in first
+    assert "file too short" in first or "invalid" in first
+    assert "libfadiag_cpu.so is missing" in second
+
+
+def test_without_typer_the_extra_is_named():
+    program = (
+        "import sys; sys.modules['typer'] = None\nfrom fadiag_fast.__main__ import main\nmain()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 3
+    assert "pip install 'fadiag-fast[cli]'" in result.stderr
