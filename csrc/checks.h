@@ -9,7 +9,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
@@ -45,84 +47,118 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
-inline std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
-  text << ']';
-  return text.str();
-}
+// What a check or a kernel needs of a tensor, fetched once: with a hundred layers, calls into torch
+// are what a small operator costs.
+struct TensorInfo {
+  int64_t dim = 0;
+  int64_t* sizes = nullptr;
+  int64_t* strides = nullptr;
+  int32_t dtype = 0;
+  int32_t device_type = 0;
+  int32_t device_index = 0;
 
-inline bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  const auto sizes_a = a.sizes();
-  const auto sizes_b = b.sizes();
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (sizes_a[d] != sizes_b[d]) return false;
+  explicit TensorInfo(const Tensor& tensor) {
+    AtenTensorHandle handle = tensor.get();
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index));
   }
-  return true;
-}
+
+  bool same_device(const TensorInfo& other) const {
+    return device_type == other.device_type && device_index == other.device_index;
+  }
+  bool same_shape(const TensorInfo& other) const {
+    return dim == other.dim && std::equal(sizes, sizes + dim, other.sizes);
+  }
+  int64_t columns(int64_t first) const {
+    int64_t product = 1;
+    for (int64_t d = first; d < dim; ++d) product *= sizes[d];
+    return product;
+  }
+  // Whether dimensions [first, dim) fill their block of memory without gaps, in any order.
+  bool is_dense(int64_t first) const {
+    // Nearly always the last dimension is the fastest.
+    int64_t expected = 1;
+    int64_t d = dim - 1;
+    while (d >= first && (strides[d] == expected || sizes[d] == 1)) expected *= sizes[d--];
+    if (d < first) return true;
+    expected = 1;
+    int64_t seen = 0;
+    for (int64_t step = first; step < dim; ++step) {
+      bool found = false;
+      for (int64_t e = first; e < dim && !found; ++e) {
+        if (sizes[e] == 0) return true;
+        if (seen >> e & 1) continue;
+        if (sizes[e] == 1 || strides[e] == expected) {
+          seen |= int64_t{1} << e;
+          expected *= sizes[e];
+          found = true;
+        }
+      }
+      if (!found) return false;
+    }
+    return true;
+  }
+  std::string shape_text() const {
+    std::ostringstream text;
+    text << '[';
+    for (int64_t d = 0; d < dim; ++d) text << (d ? ", " : "") << sizes[d];
+    text << ']';
+    return text.str();
+  }
+};
 
 // The element types the kernels know, as an index into per-type tables.
-constexpr std::array<ScalarType, 4> kDtypes = {ScalarType::Half, ScalarType::BFloat16,
-                                               ScalarType::Float, ScalarType::Double};
+enum ElementType : int { kHalf, kBFloat16, kFloat, kDouble, kNumElementTypes };
+constexpr std::array<int64_t, kNumElementTypes> kElementSizes = {2, 2, 4, 8};
 
-inline int dtype_index(ScalarType dtype) {
-  for (int i = 0; i < static_cast<int>(kDtypes.size()); ++i) {
-    if (kDtypes[i] == dtype) return i;
+// Returns the ElementType of torch's dtype code, -1 for all others.
+inline int element_type(int32_t dtype) {
+  switch (static_cast<ScalarType>(dtype)) {
+    case ScalarType::Half:
+      return kHalf;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Float:
+      return kFloat;
+    case ScalarType::Double:
+      return kDouble;
+    default:
+      return -1;
   }
-  return -1;
 }
 
-// Whether dimensions [first, dim) fill their block of memory without gaps, in any order.
-inline bool is_dense(const Tensor& tensor, int64_t first) {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  int64_t expected = 1;
-  int64_t seen = 0;
-  const int64_t dims = tensor.dim();
-  for (int64_t step = first; step < dims; ++step) {
-    bool found = false;
-    for (int64_t d = first; d < dims && !found; ++d) {
-      if (sizes[d] == 0) return true;
-      if (seen >> d & 1) continue;
-      if (sizes[d] == 1 || strides[d] == expected) {
-        seen |= int64_t{1} << d;
-        expected *= sizes[d];
-        found = true;
-      }
-    }
-    if (!found) return false;
-  }
-  return true;
-}
-
-inline Tensor dense(const Tensor& tensor, int64_t first) {
-  return is_dense(tensor, first) ? tensor : torch::stable::contiguous(tensor);
+inline const char* data_of(const Tensor& tensor) {
+  void* data = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &data));
+  return static_cast<const char*>(data);
 }
 
 // An uninitialised, contiguous tensor on the device of `like`.
-inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size());
+inline Tensor empty_on(const TensorInfo& like, std::initializer_list<int64_t> sizes,
+                       ScalarType dtype) {
+  std::array<int64_t, 4> strides{};
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
-    stride *= sizes[d] > 0 ? sizes[d] : 1;
+    stride *= std::max<int64_t>(1, sizes.begin()[d]);
   }
-  int32_t device_type = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
                                                   strides.data(), static_cast<int32_t>(dtype),
-                                                  device_type, like.get_device(), &handle));
+                                                  like.device_type, like.device_index, &handle));
   return Tensor(handle);
 }
 
 // One checked call of layer_statistics, ready for a kernel.
 struct StatisticsCall {
-  std::array<std::vector<Layer>, kDtypes.size()> layers;  // by element type
+  std::array<std::vector<Layer>, kNumElementTypes> layers;
   int64_t rows = 0;
-  Tensor norms;                // [2, (C,) L, B] float64
+  Tensor hidden_norm;          // [(C,) L, B] float64
+  Tensor grad_norm;            // the same
   Tensor grad_mean;            // [(C,) sum of D_l] float32, or float64 where the layers are
   std::vector<Tensor> copies;  // of inputs whose samples are not dense
 };
@@ -135,92 +171,112 @@ inline StatisticsCall check_statistics_call(const std::vector<Tensor>& hiddens,
     fail(op, "expected one grad per hidden, got ", hiddens.size(), " hiddens and ", grads.size(),
          " grads");
   }
-  const int64_t num_layers = static_cast<int64_t>(hiddens.size());
+  const auto num_layers = static_cast<int64_t>(hiddens.size());
   const int64_t batch_dim = stacked ? 1 : 0;
-  const Tensor& first = hiddens[0];
-  std::vector<int64_t> columns(num_layers);
-  int64_t total_columns = 0;
-  bool has_double = false;
-  for (int64_t l = 0; l < num_layers; ++l) {
-    const Tensor& hidden = hiddens[l];
-    const Tensor& grad = grads[l];
-    if (dtype_index(hidden.scalar_type()) < 0) {
-      fail(op, "layer ", l, ": expected float16, bfloat16, float32 or float64, got ",
-           dtype_name(hidden.scalar_type()));
-    }
-    if (hidden.dim() <= batch_dim) {
-      fail(op, "layer ", l, ": expected a ", stacked ? "stack and a batch" : "batch",
-           " dimension, got shape ", shape_text(hidden));
-    }
-    if (grad.scalar_type() != hidden.scalar_type()) {
-      fail(op, "layer ", l, ": expected a grad of the hidden's dtype ",
-           dtype_name(hidden.scalar_type()), ", got ", dtype_name(grad.scalar_type()));
-    }
-    if (!same_shape(hidden, grad)) {
-      fail(op, "layer ", l, ": expected a grad of the hidden's shape ", shape_text(hidden),
-           ", got ", shape_text(grad));
-    }
-    if (hidden.device() != first.device() || grad.device() != first.device()) {
-      fail(op, "layer ", l, ": expected hidden and grad on the device of layer 0");
-    }
-    if (hidden.size(batch_dim) != first.size(batch_dim)) {
-      fail(op, "layer ", l, ": expected ", first.size(batch_dim), " samples like layer 0, got ",
-           hidden.size(batch_dim));
-    }
-    if (stacked && hidden.size(0) != first.size(0)) {
-      fail(op, "layer ", l, ": expected a stack of ", first.size(0), " like layer 0, got ",
-           hidden.size(0));
-    }
-    const bool is_double = hidden.scalar_type() == ScalarType::Double;
-    if (l > 0 && is_double != has_double) {
-      fail(op, "layer ", l, ": expected float64 in all layers or in none, got ",
-           dtype_name(hidden.scalar_type()), " beside ", dtype_name(first.scalar_type()));
-    }
-    has_double = is_double;
-    columns[l] = 1;
-    for (int64_t d = batch_dim + 1; d < hidden.dim(); ++d) columns[l] *= hidden.size(d);
-    total_columns += columns[l];
-  }
+  const TensorInfo first(hiddens[0]);
+  const bool wide = element_type(first.dtype) == kDouble;
+  const auto name = [](int32_t dtype) { return dtype_name(static_cast<ScalarType>(dtype)); };
 
   StatisticsCall call;
-  call.rows = first.size(batch_dim);
-  const int64_t stack = stacked ? first.size(0) : 1;
-  std::vector<int64_t> norm_sizes = {2, num_layers, call.rows};
-  std::vector<int64_t> mean_sizes = {total_columns};
-  if (stacked) {
-    norm_sizes.insert(norm_sizes.begin() + 1, stack);
-    mean_sizes.insert(mean_sizes.begin(), stack);
+  // Offsets and stack members follow once all layers are known to be sound.
+  struct Source {
+    Layer layer;
+    int type;
+    int64_t hidden_stack_stride;
+    int64_t grad_stack_stride;
+  };
+  std::vector<Source> sources(num_layers);
+  int64_t total_columns = 0;
+  for (int64_t l = 0; l < num_layers; ++l) {
+    const TensorInfo hidden(hiddens[l]);
+    const TensorInfo grad(grads[l]);
+    const int type = element_type(hidden.dtype);
+    if (type < 0) {
+      fail(op, "layer ", l, ": expected float16, bfloat16, float32 or float64, got ",
+           name(hidden.dtype));
+    }
+    if (hidden.dim <= batch_dim) {
+      fail(op, "layer ", l, ": expected ", stacked ? "a stack and a batch" : "a batch",
+           " dimension, got shape ", hidden.shape_text());
+    }
+    if (grad.dtype != hidden.dtype) {
+      fail(op, "layer ", l, ": expected a grad of the hidden's dtype ", name(hidden.dtype),
+           ", got ", name(grad.dtype));
+    }
+    if (!grad.same_shape(hidden)) {
+      fail(op, "layer ", l, ": expected a grad of the hidden's shape ", hidden.shape_text(),
+           ", got ", grad.shape_text());
+    }
+    if (!hidden.same_device(first) || !grad.same_device(first)) {
+      fail(op, "layer ", l, ": expected hidden and grad on the device of layer 0");
+    }
+    if (hidden.sizes[batch_dim] != first.sizes[batch_dim]) {
+      fail(op, "layer ", l, ": expected ", first.sizes[batch_dim], " samples like layer 0, got ",
+           hidden.sizes[batch_dim]);
+    }
+    if (stacked && hidden.sizes[0] != first.sizes[0]) {
+      fail(op, "layer ", l, ": expected a stack of ", first.sizes[0], " like layer 0, got ",
+           hidden.sizes[0]);
+    }
+    if ((type == kDouble) != wide) {
+      fail(op, "layer ", l, ": expected float64 in all layers or in none, got ", name(hidden.dtype),
+           " beside ", name(first.dtype));
+    }
+
+    Source& source = sources[l];
+    source.type = type;
+    source.layer.columns = hidden.columns(batch_dim + 1);
+    source.layer.mean_offset = total_columns;
+    total_columns += source.layer.columns;
+    const auto add = [&](const Tensor& tensor, const TensorInfo& info, const void*& data,
+                         int64_t& row_stride, int64_t& stack_stride) {
+      if (info.is_dense(batch_dim + 1)) {
+        data = data_of(tensor);
+        row_stride = info.strides[batch_dim];
+        stack_stride = info.strides[0];
+        return;
+      }
+      call.copies.push_back(torch::stable::contiguous(tensor));
+      const TensorInfo copy(call.copies.back());
+      data = data_of(call.copies.back());
+      row_stride = copy.strides[batch_dim];
+      stack_stride = copy.strides[0];
+    };
+    add(hiddens[l], hidden, source.layer.hidden, source.layer.hidden_row_stride,
+        source.hidden_stack_stride);
+    add(grads[l], grad, source.layer.grad, source.layer.grad_row_stride, source.grad_stack_stride);
   }
-  call.norms = empty_on(first, norm_sizes, ScalarType::Double);
-  call.grad_mean = empty_on(first, mean_sizes, has_double ? ScalarType::Double : ScalarType::Float);
+
+  call.rows = first.sizes[batch_dim];
+  const int64_t stack = stacked ? first.sizes[0] : 1;
+  const ScalarType mean_dtype = wide ? ScalarType::Double : ScalarType::Float;
+  if (stacked) {
+    call.hidden_norm = empty_on(first, {stack, num_layers, call.rows}, ScalarType::Double);
+    call.grad_norm = empty_on(first, {stack, num_layers, call.rows}, ScalarType::Double);
+    call.grad_mean = empty_on(first, {stack, total_columns}, mean_dtype);
+  } else {
+    call.hidden_norm = empty_on(first, {num_layers, call.rows}, ScalarType::Double);
+    call.grad_norm = empty_on(first, {num_layers, call.rows}, ScalarType::Double);
+    call.grad_mean = empty_on(first, {total_columns}, mean_dtype);
+  }
   // The mean of no samples is undefined; there is nothing left for a kernel to do.
   if (call.rows == 0) {
     torch::stable::fill_(call.grad_mean, std::numeric_limits<double>::quiet_NaN());
     return call;
   }
 
-  int64_t mean_offset = 0;
-  for (int64_t l = 0; l < num_layers; ++l) {
-    const Tensor hidden = dense(hiddens[l], batch_dim + 1);
-    const Tensor grad = dense(grads[l], batch_dim + 1);
-    if (hidden.get() != hiddens[l].get()) call.copies.push_back(hidden);
-    if (grad.get() != grads[l].get()) call.copies.push_back(grad);
-    const int64_t item = static_cast<int64_t>(hidden.element_size());
-    const auto* hidden_data = static_cast<const char*>(hidden.const_data_ptr());
-    const auto* grad_data = static_cast<const char*>(grad.const_data_ptr());
-    auto& table = call.layers[dtype_index(hidden.scalar_type())];
-    for (int64_t c = 0; c < stack; ++c) {
-      Layer layer{};
-      layer.hidden = hidden_data + (stacked ? c * hidden.stride(0) * item : 0);
-      layer.grad = grad_data + (stacked ? c * grad.stride(0) * item : 0);
-      layer.hidden_row_stride = hidden.stride(batch_dim);
-      layer.grad_row_stride = grad.stride(batch_dim);
-      layer.columns = columns[l];
-      layer.mean_offset = c * total_columns + mean_offset;
+  call.layers[sources[0].type].reserve(stack * num_layers);
+  for (int64_t c = 0; c < stack; ++c) {
+    for (int64_t l = 0; l < num_layers; ++l) {
+      const Source& source = sources[l];
+      const int64_t item = kElementSizes[source.type];
+      Layer layer = source.layer;
+      layer.hidden = static_cast<const char*>(layer.hidden) + c * source.hidden_stack_stride * item;
+      layer.grad = static_cast<const char*>(layer.grad) + c * source.grad_stack_stride * item;
+      layer.mean_offset += c * total_columns;
       layer.norm_offset = (c * num_layers + l) * call.rows;
-      table.push_back(layer);
+      call.layers[source.type].push_back(layer);
     }
-    mean_offset += columns[l];
   }
   return call;
 }
@@ -230,8 +286,8 @@ struct CosinesCall {
   std::vector<const void*> directions;  // [groups, K]
   std::vector<int64_t> columns;         // [groups]
   int64_t num_batches = 0;
-  ScalarType dtype = ScalarType::Float;
-  Tensor cosines;  // [(C,) L, K, K] float64
+  int type = kFloat;  // ElementType
+  Tensor cosines;     // [(C,) L, K, K] float64
   std::vector<Tensor> copies;
 };
 
@@ -239,38 +295,40 @@ inline CosinesCall check_cosines_call(const std::vector<Tensor>& grad_means, int
                                       bool stacked) {
   constexpr const char* op = "direction_cosines: ";
   if (grad_means.empty()) fail(op, "expected at least one direction, got an empty list");
-  const int64_t count = static_cast<int64_t>(grad_means.size());
+  const auto count = static_cast<int64_t>(grad_means.size());
   if (num_batches < 1 || count % num_batches != 0) {
     fail(op, "expected the same number of layers in each of ", num_batches, " batches, got ", count,
          " directions in all");
   }
   const int64_t num_layers = count / num_batches;
   const int64_t sample_dim = stacked ? 1 : 0;
-  const Tensor& first = grad_means[0];
+  const auto name = [](int32_t dtype) { return dtype_name(static_cast<ScalarType>(dtype)); };
+  std::vector<TensorInfo> infos;
+  infos.reserve(count);
+  for (const Tensor& direction : grad_means) infos.emplace_back(direction);
+  const TensorInfo& first = infos[0];
   for (int64_t i = 0; i < count; ++i) {
-    const Tensor& direction = grad_means[i];
-    const Tensor& reference = grad_means[i % num_layers];
+    const TensorInfo& direction = infos[i];
+    const TensorInfo& reference = infos[i % num_layers];
     const int64_t batch = i / num_layers;
     const int64_t layer = i % num_layers;
-    if (dtype_index(direction.scalar_type()) < 0) {
+    if (element_type(direction.dtype) < 0) {
       fail(op, "batch ", batch, ", layer ", layer,
-           ": expected float16, bfloat16, float32 or float64, got ",
-           dtype_name(direction.scalar_type()));
+           ": expected float16, bfloat16, float32 or float64, got ", name(direction.dtype));
     }
-    if (direction.scalar_type() != first.scalar_type()) {
-      fail(op, "batch ", batch, ", layer ", layer, ": expected dtype ",
-           dtype_name(first.scalar_type()), " like batch 0, layer 0, got ",
-           dtype_name(direction.scalar_type()));
+    if (direction.dtype != first.dtype) {
+      fail(op, "batch ", batch, ", layer ", layer, ": expected dtype ", name(first.dtype),
+           " like batch 0, layer 0, got ", name(direction.dtype));
     }
-    if (direction.dim() <= sample_dim - 1 || (stacked && direction.size(0) != first.size(0))) {
-      fail(op, "batch ", batch, ", layer ", layer, ": expected a stack of ", first.size(0),
-           ", got shape ", shape_text(direction));
+    if (stacked && (direction.dim < 1 || direction.sizes[0] != first.sizes[0])) {
+      fail(op, "batch ", batch, ", layer ", layer,
+           ": expected a stack like batch 0, layer 0, got shape ", direction.shape_text());
     }
-    if (!same_shape(direction, reference)) {
-      fail(op, "batch ", batch, ", layer ", layer, ": expected shape ", shape_text(reference),
-           " like batch 0, got ", shape_text(direction));
+    if (!direction.same_shape(reference)) {
+      fail(op, "batch ", batch, ", layer ", layer, ": expected shape ", reference.shape_text(),
+           " like batch 0, got ", direction.shape_text());
     }
-    if (direction.device() != first.device()) {
+    if (!direction.same_device(first)) {
       fail(op, "batch ", batch, ", layer ", layer,
            ": expected the device of batch 0, layer 0, got another");
     }
@@ -278,40 +336,40 @@ inline CosinesCall check_cosines_call(const std::vector<Tensor>& grad_means, int
 
   CosinesCall call;
   call.num_batches = num_batches;
-  call.dtype = first.scalar_type();
-  const int64_t stack = stacked ? first.size(0) : 1;
-  std::vector<int64_t> sizes = {num_layers, num_batches, num_batches};
-  if (stacked) sizes.insert(sizes.begin(), stack);
-  call.cosines = empty_on(first, sizes, ScalarType::Double);
+  call.type = element_type(first.dtype);
+  const int64_t item = kElementSizes[call.type];
+  const int64_t stack = stacked ? first.sizes[0] : 1;
+  if (stacked) {
+    call.cosines =
+        empty_on(first, {stack, num_layers, num_batches, num_batches}, ScalarType::Double);
+  } else {
+    call.cosines = empty_on(first, {num_layers, num_batches, num_batches}, ScalarType::Double);
+  }
   call.directions.resize(stack * count);
   call.columns.resize(stack * num_layers);
   for (int64_t l = 0; l < num_layers; ++l) {
     // A dot product may take the elements in any order, as long as it is the same in all batches.
-    const auto layout = grad_means[l].strides();
-    bool shared_layout = is_dense(grad_means[l], sample_dim);
+    const TensorInfo& layout = infos[l];
+    bool shared_layout = layout.is_dense(sample_dim);
     for (int64_t k = 1; k < num_batches && shared_layout; ++k) {
-      const auto strides = grad_means[k * num_layers + l].strides();
-      for (int64_t d = sample_dim; d < grad_means[l].dim(); ++d) {
-        shared_layout = shared_layout && strides[d] == layout[d];
-      }
+      const int64_t* strides = infos[k * num_layers + l].strides;
+      shared_layout = std::equal(layout.strides + sample_dim, layout.strides + layout.dim,
+                                 strides + sample_dim);
+    }
+    for (int64_t c = 0; c < stack; ++c) {
+      call.columns[c * num_layers + l] = layout.columns(sample_dim);
     }
     for (int64_t k = 0; k < num_batches; ++k) {
-      Tensor direction = grad_means[k * num_layers + l];
+      const Tensor* direction = &grad_means[k * num_layers + l];
+      int64_t stack_stride = stacked ? infos[k * num_layers + l].strides[0] : 0;
       if (!shared_layout) {
-        direction = torch::stable::contiguous(direction);
-        call.copies.push_back(direction);
+        call.copies.push_back(torch::stable::contiguous(*direction));
+        direction = &call.copies.back();
+        stack_stride = stacked ? TensorInfo(*direction).strides[0] : 0;
       }
-      const int64_t item = static_cast<int64_t>(direction.element_size());
-      const auto* data = static_cast<const char*>(direction.const_data_ptr());
+      const char* data = data_of(*direction);
       for (int64_t c = 0; c < stack; ++c) {
-        const int64_t group = c * num_layers + l;
-        call.directions[group * num_batches + k] =
-            data + (stacked ? c * direction.stride(0) * item : 0);
-        if (k == 0) {
-          int64_t columns = 1;
-          for (int64_t d = sample_dim; d < direction.dim(); ++d) columns *= direction.size(d);
-          call.columns[group] = columns;
-        }
+        call.directions[(c * num_layers + l) * num_batches + k] = data + c * stack_stride * item;
       }
     }
   }

@@ -12,6 +12,6 @@
 STABLE_TORCH_LIBRARY(fadiag, m) {
   m.def(
       "layer_statistics(Tensor[] hiddens, Tensor[] grads, bool stacked=False) -> "
-      "(Tensor norms, Tensor grad_mean)");
+      "(Tensor hidden_norm, Tensor grad_norm, Tensor grad_mean)");
   m.def("direction_cosines(Tensor[] grad_means, int num_batches, bool stacked=False) -> Tensor");
 }

@@ -9,13 +9,14 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from . import checks, reference
 from .reference import LayerStatistics
@@ -146,16 +147,74 @@ def _memory_order(sizes: Sequence[int], strides: Sequence[int]) -> list[int] | N
     return order
 
 
-def _shape_mean(mean: Tensor, grad: Tensor, batch_dims: int) -> Tensor:
-    """Give a packed mean the shape of one sample; it lies in the memory order of the grad's."""
-    sizes = grad.shape[batch_dims:]
-    lead = mean.shape[:-1]
-    order = _memory_order(sizes, grad.stride()[batch_dims:])
-    if order is None or order == sorted(order):
-        return mean.reshape((*lead, *sizes))
-    dims = len(lead)
-    inverse = [order.index(d) + dims for d in range(len(order))]
-    return mean.reshape((*lead, *(sizes[d] for d in order))).permute(*range(dims), *inverse)
+class PackedMeans(Sequence[Tensor]):
+    """The mean gradients of all layers in one tensor, cut into layers on demand.
+
+    A training loop that only keeps them for later never pays for L views.
+
+    Attributes:
+        packed: ``[sum of D_l]``, with any leading dimensions.
+        shapes: of the grads, ``batch_dims`` leading dimensions included.
+        strides: of the grads; None where every sample has one dimension.
+        batch_dims: leading dimensions of the grads that number samples.
+    """
+
+    __slots__ = ("batch_dims", "packed", "shapes", "strides")
+
+    def __init__(
+        self,
+        packed: Tensor,
+        shapes: tuple[Sequence[int], ...],
+        strides: tuple[Sequence[int], ...] | None,
+        batch_dims: int,
+    ) -> None:
+        self.packed = packed
+        self.shapes = shapes
+        self.strides = strides
+        self.batch_dims = batch_dims
+
+    def tensors(self) -> list[Tensor]:
+        """Return all layers, each a view shaped like a sample."""
+        samples = [tuple(shape[self.batch_dims :]) for shape in self.shapes]
+        parts = self.packed.split([math.prod(sizes) for sizes in samples], dim=-1)
+        if self.strides is None:
+            return list(parts)
+        return [
+            self._shaped(part, sizes, strides[self.batch_dims :])
+            for part, sizes, strides in zip(parts, samples, self.strides, strict=True)
+        ]
+
+    @staticmethod
+    def _shaped(mean: Tensor, sizes: tuple[int, ...], strides: Sequence[int]) -> Tensor:
+        lead = mean.shape[:-1]
+        order = _memory_order(sizes, strides)
+        if order is None or order == sorted(order):
+            return mean.reshape((*lead, *sizes))
+        # It lies in the memory order of the grad's samples.
+        inverse = [order.index(d) + len(lead) for d in range(len(order))]
+        shaped = mean.reshape((*lead, *(sizes[d] for d in order)))
+        return shaped.permute((*range(len(lead)), *inverse))
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tensors()[index]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.tensors())
+
+    def __repr__(self) -> str:
+        return f"PackedMeans({self.tensors()!r})"
+
+
+# vmap, torch.compile and torch.export look into containers that they know.
+register_pytree_node(
+    PackedMeans,
+    lambda means: ([means.packed], (means.shapes, means.strides, means.batch_dims)),
+    lambda packed, context: PackedMeans(next(iter(packed)), *context),
+    serialized_type_name="fadiag_fast.ops.PackedMeans",
+)
 
 
 def layer_statistics(
@@ -205,22 +264,21 @@ def layer_statistics(
         with torch.no_grad():
             return reference.layer_statistics(hiddens, grads, stacked=stacked)
     try:
-        norms, packed = torch.ops.fadiag.layer_statistics.default(hiddens, grads, stacked)
+        hidden_norm, grad_norm, packed = _statistics_op(hiddens, grads, stacked)
     except (RuntimeError, TypeError, NotImplementedError):
         checks.check_statistics_input(hiddens, grads, stacked)
         if len({hidden.dtype == torch.float64 for hidden in hiddens}) == 2:
             return _statistics_by_width(hiddens, grads, stacked, backend)
         raise
     batch_dims = 2 if stacked else 1
-    means = packed.split([math.prod(grad.shape[batch_dims:]) for grad in grads], dim=-1)
-    return LayerStatistics(
-        norms[0],
-        norms[1],
-        tuple(
-            mean if grad.dim() == batch_dims + 1 else _shape_mean(mean, grad, batch_dims)
-            for mean, grad in zip(means, grads, strict=True)
-        ),
-    )
+    shapes = tuple([grad.shape for grad in grads])
+    strides = None
+    for shape in shapes:
+        if len(shape) != batch_dims + 1:
+            strides = tuple([grad.stride() for grad in grads])
+            break
+    means = PackedMeans(packed, shapes, strides, batch_dims)
+    return LayerStatistics(hidden_norm, grad_norm, means)
 
 
 def _statistics_by_width(
@@ -307,14 +365,16 @@ def _register_rules() -> None:
     @torch.library.register_fake("fadiag::layer_statistics")
     def _(
         hiddens: Sequence[Tensor], grads: Sequence[Tensor], stacked: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         checks.check_statistics_input(hiddens, grads, stacked)
         batch_dims = 2 if stacked else 1
         *stack, rows = hiddens[0].shape[:batch_dims]
         wide = hiddens[0].dtype == torch.float64
         width = sum(math.prod(hidden.shape[batch_dims:]) for hidden in hiddens)
+        norm_sizes = (*stack, len(hiddens), rows)
         return (
-            hiddens[0].new_empty((2, *stack, len(hiddens), rows), dtype=torch.float64),
+            hiddens[0].new_empty(norm_sizes, dtype=torch.float64),
+            hiddens[0].new_empty(norm_sizes, dtype=torch.float64),
             grads[0].new_empty((*stack, width), dtype=torch.float64 if wide else torch.float32),
         )
 
@@ -333,17 +393,16 @@ def _register_rules() -> None:
         hiddens: Sequence[Tensor],
         grads: Sequence[Tensor],
         stacked: bool = False,
-    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         hidden_dims, grad_dims = in_dims[:2]
-        norms, means = torch.ops.fadiag.layer_statistics.default(
+        outputs = _statistics_op(
             _stack(hiddens, hidden_dims, info.batch_size, stacked),
             _stack(grads, grad_dims, info.batch_size, stacked),
             True,
         )
         if stacked:
-            norms = norms.unflatten(1, (info.batch_size, -1))
-            means = means.unflatten(0, (info.batch_size, -1))
-        return (norms, means), (1, 0)
+            outputs = tuple(output.unflatten(0, (info.batch_size, -1)) for output in outputs)
+        return tuple(outputs), (0, 0, 0)
 
     @torch.library.register_vmap("fadiag::direction_cosines")
     def _(
@@ -353,7 +412,7 @@ def _register_rules() -> None:
         num_batches: int,
         stacked: bool = False,
     ) -> tuple[Tensor, int]:
-        cosines = torch.ops.fadiag.direction_cosines.default(
+        cosines = _cosines_op(
             _stack(grad_means, in_dims[0], info.batch_size, stacked), num_batches, True
         )
         return (cosines.unflatten(0, (info.batch_size, -1)) if stacked else cosines), 0
@@ -372,3 +431,6 @@ def _stack(
 
 if "cpu" in _NATIVE_DEVICES:
     _register_rules()
+    # Bound once: looking an overload up costs as much as a small kernel.
+    _statistics_op = torch.ops.fadiag.layer_statistics.default
+    _cosines_op = torch.ops.fadiag.direction_cosines.default

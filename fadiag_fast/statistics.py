@@ -56,7 +56,7 @@ def batch_statistics(
         grad_norm=statistics.grad_norm[:-1],
         output_grad_norm=output_grad_norm,
         credit_gain=statistics.grad_norm[:-1] / output_grad_norm,
-        grad_mean=statistics.grad_mean[:-1],
+        grad_mean=tuple(statistics.grad_mean)[:-1],
         loss=float(captured.loss),
         correct=correct,
     )

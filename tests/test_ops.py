@@ -1,6 +1,7 @@
 """The operators against extended-precision numpy, on every device, type, shape and layout."""
 
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -380,6 +381,24 @@ def test_vmap_keeps_channels_last_means(device, backend):
     torch.testing.assert_close(means, stack.double().mean(1).float())
 
 
+@native_only
+def test_means_are_views_of_one_tensor_and_keep_no_gradient_alive(device):
+    grads = [
+        random_states((4, 3), torch.float32, device),
+        random_states((4, 2, 5), torch.float32, device),
+    ]
+    statistics = layer_statistics(grads, grads)
+    means = statistics.grad_mean
+    storages = {mean.untyped_storage().data_ptr() for mean in means}
+    assert storages == {means.packed.untyped_storage().data_ptr()}
+    assert [tuple(mean.shape) for mean in means] == [(3,), (2, 5)]
+    assert torch.equal(means[-1], list(means)[1])
+    assert len(means) == 2
+    alive = weakref.ref(grads[1])
+    del grads
+    assert alive() is None
+
+
 def test_never_differentiable(device, backend):
     states = random_states((6, 5), torch.float32, device).requires_grad_()
     statistics = layer_statistics([states * 2], [states * 3], backend=backend)
@@ -399,13 +418,13 @@ def test_never_differentiable(device, backend):
 def test_jit_script(device):
     @torch.jit.script
     def probe(h: torch.Tensor, g: torch.Tensor):
-        norms, mean = torch.ops.fadiag.layer_statistics([h], [g])
+        norms, _, mean = torch.ops.fadiag.layer_statistics([h], [g])
         return norms, mean, torch.ops.fadiag.direction_cosines([mean, mean * 2.0], 2)
 
     states = random_states((5, 9), torch.float32, device)
     norms, mean, cosines = probe(states, states)
     expected = layer_statistics([states], [states])
-    assert torch.equal(norms[0], expected.hidden_norm)
+    assert torch.equal(norms, expected.hidden_norm)
     assert torch.equal(mean, expected.grad_mean[0])
     assert (cosines == 1).all()
 
@@ -417,6 +436,7 @@ def test_compile_fullgraph(dynamic, device, backend):
         cosines = direction_cosines([statistics.grad_mean, statistics.grad_mean], backend=backend)
         return statistics.hidden_norm, statistics.grad_mean[1], cosines
 
+    torch._dynamo.reset()  # every parameter compiles the same function anew
     compiled = torch.compile(probe, fullgraph=True, dynamic=dynamic)
     for rows in (8, 11):
         h = random_states((rows, 5, 3, 3), torch.float32, device)
@@ -424,6 +444,15 @@ def test_compile_fullgraph(dynamic, device, backend):
         g = random_states((rows, 5, 3, 3), torch.float32, device, 1)
         for got, expected in zip(compiled(h, g), probe(h, g), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_statistics_leave_a_compiled_function_whole(device):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda h: layer_statistics([h, h + 1], [h, h]), fullgraph=True)
+    states = random_states((4, 6), torch.float32, device)
+    statistics = compiled(states)
+    assert len(statistics.grad_mean) == 2
+    torch.testing.assert_close(statistics.grad_mean[1], states.mean(0))
 
 
 def test_export(device, backend):

@@ -23,7 +23,7 @@ double power_of_two_scale(double largest) {
 
 Tensor direction_cosines(std::vector<Tensor> grad_means, int64_t num_batches, bool stacked) {
   const CosinesCall call = check_cosines_call(grad_means, num_batches, stacked);
-  const int type = dtype_index(call.dtype);
+  const int type = call.type;
   const auto num_groups = static_cast<int64_t>(call.columns.size());
   const int64_t pairs = num_batches * num_batches;
 
@@ -34,7 +34,7 @@ Tensor direction_cosines(std::vector<Tensor> grad_means, int64_t num_batches, bo
     elements += call.columns[g] * num_batches;
   }
   std::vector<double> scales(num_groups * num_batches, 1.0);
-  if (call.dtype == ScalarType::Double) {
+  if (type == kDouble) {
     run_tasks(num_groups * num_batches, elements, [&](int64_t v) {
       scales[v] = power_of_two_scale(
           cpu_kernels().largest_magnitude(type, call.directions[v], call.columns[v / num_batches]));

@@ -88,11 +88,10 @@ void run_tile(LayerWork& work, int64_t task, int64_t rows, void* means) {
 }
 
 template <typename Sums>
-void finish_layer(LayerWork& work, int64_t rows, int64_t grad_norms_offset, double* norms,
-                  void* means) {
+void finish_layer(LayerWork& work, int64_t rows, double* const (&norms)[2], void* means) {
   constexpr int kWords = Sums::kSquareWords;
   for (int64_t which = 0; which < 2; ++which) {
-    double* target = norms + which * grad_norms_offset + work.layer->norm_offset;
+    double* target = norms[which] + work.layer->norm_offset;
     for (int64_t r = 0; r < rows; ++r) {
       double words[kWords] = {};
       for (int64_t tile = 0; tile < work.plan.num_tiles; ++tile) {
@@ -112,18 +111,19 @@ void finish_layer(LayerWork& work, int64_t rows, int64_t grad_norms_offset, doub
   write_means<Sums>(work, 0, work.layer->columns, rows, total, work.layer->columns, means);
 }
 
-std::tuple<Tensor, Tensor> layer_statistics(std::vector<Tensor> hiddens, std::vector<Tensor> grads,
-                                            bool stacked) {
+std::tuple<Tensor, Tensor, Tensor> layer_statistics(std::vector<Tensor> hiddens,
+                                                    std::vector<Tensor> grads, bool stacked) {
   const StatisticsCall call = check_statistics_call(hiddens, grads, stacked);
   const int64_t rows = call.rows;
-  auto* norms = static_cast<double*>(call.norms.mutable_data_ptr());
+  double* const norms[2] = {static_cast<double*>(call.hidden_norm.mutable_data_ptr()),
+                            static_cast<double*>(call.grad_norm.mutable_data_ptr())};
   void* means = call.grad_mean.mutable_data_ptr();
 
   std::vector<LayerWork> works;
   int64_t num_tasks = 0;
   int64_t elements = 0;
-  for (int type = 0; type < static_cast<int>(kDtypes.size()); ++type) {
-    const bool wide = kDtypes[type] == ScalarType::Double;
+  for (int type = 0; type < kNumElementTypes; ++type) {
+    const bool wide = type == kDouble;
     for (const Layer& layer : call.layers[type]) {
       LayerWork work{&layer, type, TilePlan(rows, layer.columns), num_tasks, {}, {}};
       const int square_words = wide ? WideSums::kSquareWords : NarrowSums::kSquareWords;
@@ -144,22 +144,21 @@ std::tuple<Tensor, Tensor> layer_statistics(std::vector<Tensor> hiddens, std::ve
         [](int64_t value, const LayerWork& work) { return value < work.first_task; });
     LayerWork& work = *std::prev(after);
     const int64_t local = task - work.first_task;
-    if (kDtypes[work.type] == ScalarType::Double) {
+    if (work.type == kDouble) {
       run_tile<WideSums>(work, local, rows, means);
     } else {
       run_tile<NarrowSums>(work, local, rows, means);
     }
   });
-  const int64_t grad_norms_offset = call.norms.numel() / 2;
   run_tasks(static_cast<int64_t>(works.size()), elements, [&](int64_t index) {
     LayerWork& work = works[index];
-    if (kDtypes[work.type] == ScalarType::Double) {
-      finish_layer<WideSums>(work, rows, grad_norms_offset, norms, means);
+    if (work.type == kDouble) {
+      finish_layer<WideSums>(work, rows, norms, means);
     } else {
-      finish_layer<NarrowSums>(work, rows, grad_norms_offset, norms, means);
+      finish_layer<NarrowSums>(work, rows, norms, means);
     }
   });
-  return {call.norms, call.grad_mean};
+  return {call.hidden_norm, call.grad_norm, call.grad_mean};
 }
 
 }  // namespace

@@ -36,7 +36,8 @@ void launch_chunk(const CosinesCall& call, int64_t begin, int64_t count, cudaStr
   Tensor workspace;
   double* data = nullptr;
   if (scales_size + products_size > 0) {
-    workspace = empty_on(call.cosines, {scales_size + products_size}, ScalarType::Double);
+    workspace =
+        empty_on(TensorInfo(call.cosines), {scales_size + products_size}, ScalarType::Double);
     data = static_cast<double*>(workspace.mutable_data_ptr());
   }
   table.products = data;
@@ -51,12 +52,12 @@ Tensor direction_cosines(std::vector<Tensor> grad_means, int64_t num_batches, bo
     fail("direction_cosines: expected at most ", kLargeVectors, " batches on CUDA, got ",
          num_batches);
   }
-  const torch::stable::accelerator::DeviceGuard guard(
-      grad_means.empty() ? 0 : grad_means[0].get_device_index());
   const CosinesCall call = check_cosines_call(grad_means, num_batches, stacked);
-  const cudaStream_t stream = current_stream(call.cosines);
+  const int32_t device = TensorInfo(grad_means[0]).device_index;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
   const auto num_groups = static_cast<int64_t>(call.columns.size());
-  with_element(dtype_index(call.dtype), [&](auto* tag) {
+  with_element(call.type, [&](auto* tag) {
     using Element = std::remove_pointer_t<decltype(tag)>;
     for (int64_t begin = 0; begin < num_groups;) {
       const int64_t left = num_groups - begin;

@@ -11,9 +11,9 @@
 
 namespace fadiag {
 
-inline cudaStream_t current_stream(const Tensor& tensor) {
+inline cudaStream_t current_stream(int32_t device_index) {
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -22,15 +22,15 @@ inline bool is_aligned(const void* pointer, int64_t row_stride, int64_t element_
          row_stride * element_size % kVectorBytes == 0;
 }
 
-// Calls `function` with a null pointer of the element type at index `type` of kDtypes.
+// Calls `function` with a null pointer of the element type that `type`, an ElementType, names.
 template <typename Function>
 auto with_element(int type, Function&& function) {
-  switch (kDtypes[type]) {
-    case ScalarType::Half:
+  switch (type) {
+    case kHalf:
       return function(static_cast<__half*>(nullptr));
-    case ScalarType::BFloat16:
+    case kBFloat16:
       return function(static_cast<__nv_bfloat16*>(nullptr));
-    case ScalarType::Float:
+    case kFloat:
       return function(static_cast<float*>(nullptr));
     default:
       return function(static_cast<double*>(nullptr));

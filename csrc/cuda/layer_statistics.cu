@@ -13,8 +13,8 @@ void launch_chunk(const StatisticsCall& call, const std::vector<Layer>& layers, 
   StatisticsTable<kCapacity> table;
   table.count = static_cast<int>(count);
   table.rows = call.rows;
-  table.norms = static_cast<double*>(call.norms.mutable_data_ptr());
-  table.grad_norms_offset = call.norms.numel() / 2;
+  table.norms[0] = static_cast<double*>(call.hidden_norm.mutable_data_ptr());
+  table.norms[1] = static_cast<double*>(call.grad_norm.mutable_data_ptr());
   table.means = call.grad_mean.mutable_data_ptr();
   int64_t num_units = 0;
   int64_t workspace_size = 0;
@@ -43,20 +43,21 @@ void launch_chunk(const StatisticsCall& call, const std::vector<Layer>& layers, 
   Tensor workspace;
   table.workspace = nullptr;
   if (workspace_size > 0) {
-    workspace = empty_on(call.norms, {workspace_size}, ScalarType::Double);
+    workspace = empty_on(TensorInfo(call.grad_mean), {workspace_size}, ScalarType::Double);
     table.workspace = static_cast<double*>(workspace.mutable_data_ptr());
   }
   STD_CUDA_CHECK((launch_layer_statistics<Element, kCapacity>(table, num_units, stream)));
 }
 
-std::tuple<Tensor, Tensor> layer_statistics(std::vector<Tensor> hiddens, std::vector<Tensor> grads,
-                                            bool stacked) {
-  const torch::stable::accelerator::DeviceGuard guard(
-      hiddens.empty() ? 0 : hiddens[0].get_device_index());
+std::tuple<Tensor, Tensor, Tensor> layer_statistics(std::vector<Tensor> hiddens,
+                                                    std::vector<Tensor> grads, bool stacked) {
   const StatisticsCall call = check_statistics_call(hiddens, grads, stacked);
-  const cudaStream_t stream = current_stream(call.norms);
-  for (int type = 0; type < static_cast<int>(kDtypes.size()); ++type) {
+  const int32_t device = TensorInfo(hiddens[0]).device_index;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  for (int type = 0; type < kNumElementTypes; ++type) {
     const std::vector<Layer>& layers = call.layers[type];
+    if (layers.empty()) continue;
     with_element(type, [&](auto* tag) {
       using Element = std::remove_pointer_t<decltype(tag)>;
       for (size_t begin = 0; begin < layers.size();) {
@@ -72,7 +73,7 @@ std::tuple<Tensor, Tensor> layer_statistics(std::vector<Tensor> hiddens, std::ve
       }
     });
   }
-  return {call.norms, call.grad_mean};
+  return {call.hidden_norm, call.grad_norm, call.grad_mean};
 }
 
 }  // namespace

@@ -79,8 +79,7 @@ struct StatisticsTable {
   StatisticsEntry entries[kCapacity];
   int count;
   int64_t rows;
-  double* norms;  // hidden norms; the grad norms lie grad_norms_offset further on
-  int64_t grad_norms_offset;
+  double* norms[2];  // of hiddens and of grads
   void* means;
   double* workspace;
 };
@@ -237,8 +236,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       words[w] = total;
     }
     if (entry.num_tiles == 1) {
-      table.norms[which * table.grad_norms_offset + layer.norm_offset + row_begin + row] =
-          Sums::norm(words);
+      table.norms[which][layer.norm_offset + row_begin + row] = Sums::norm(words);
     } else {
       double* target = table.workspace + entry.squares_offset +
                        ((tile * 2 + which) * rows + row_begin + row) * kWords;
@@ -329,8 +327,7 @@ __global__ void __launch_bounds__(kFinishThreads)
         words[w] = total;
       }
       const int64_t which = value / rows;
-      table.norms[which * table.grad_norms_offset + layer.norm_offset + value - which * rows] =
-          Sums::norm(words);
+      table.norms[which][layer.norm_offset + value - which * rows] = Sums::norm(words);
     }
     return;
   }

@@ -461,9 +461,9 @@ def _assemble(
         )
     train_images, test_images = (_pixels(images) for images, _ in (train, test))
     if mean is not None and std is not None:
-        for images in (train_images, test_images):
+        for split_images in (train_images, test_images):
             shape = (1, len(mean), 1, 1)
-            images.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
+            split_images.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
     train_labels, test_labels = (
         torch.from_numpy(labels.astype(np.int64)) for _, labels in (train, test)
     )
