@@ -41,6 +41,10 @@ struct Vector {
   __device__ __forceinline__ Vector() : bits(make_uint4(0, 0, 0, 0)) {}
   __device__ __forceinline__ double operator[](int i) const { return to_double(elements[i]); }
 
+  __device__ __forceinline__ void load_shared(const Element* source) {
+    bits = *reinterpret_cast<const uint4*>(source);
+  }
+
   // Loads the first `valid` elements; the others stay zero and add nothing to any sum. The data are
   // read once: no line of them is kept in the L1 cache.
   __device__ __forceinline__ void load(const Element* source, int valid, bool aligned) {

@@ -8,7 +8,7 @@ namespace {
 // Launches layers [begin, begin + table.count) of one element type.
 template <typename Element, int kCapacity>
 void launch_chunk(const StatisticsCall& call, const std::vector<Layer>& layers, size_t begin,
-                  size_t count, cudaStream_t stream) {
+                  size_t count, int multiprocessors, cudaStream_t stream) {
   using Sums = typename ElementTraits<Element>::Sums;
   StatisticsTable<kCapacity> table;
   table.count = static_cast<int>(count);
@@ -20,7 +20,7 @@ void launch_chunk(const StatisticsCall& call, const std::vector<Layer>& layers, 
   int64_t workspace_size = 0;
   for (size_t i = 0; i < count; ++i) {
     const Layer& layer = layers[begin + i];
-    const StatisticsPlan plan(call.rows, layer.columns, sizeof(Element));
+    const StatisticsPlan plan(call.rows, layer.columns, sizeof(Element), Sums::kSquareWords);
     StatisticsEntry& entry = table.entries[i];
     entry.layer = layer;
     entry.first_unit = static_cast<int>(num_units);
@@ -32,6 +32,7 @@ void launch_chunk(const StatisticsCall& call, const std::vector<Layer>& layers, 
     const int64_t grad_stride = call.rows > 1 ? layer.grad_row_stride : 0;
     entry.aligned = is_aligned(layer.hidden, hidden_stride, sizeof(Element)) &&
                     is_aligned(layer.grad, grad_stride, sizeof(Element));
+    entry.bulk = entry.aligned && layer.columns * sizeof(Element) % kVectorBytes == 0;
     entry.squares_offset = workspace_size;
     if (plan.num_tiles > 1) workspace_size += plan.num_tiles * 2 * call.rows * Sums::kSquareWords;
     entry.sums_offset = workspace_size;
@@ -40,13 +41,14 @@ void launch_chunk(const StatisticsCall& call, const std::vector<Layer>& layers, 
     }
     num_units += plan.num_tiles * plan.num_splits;
   }
+  table.num_units = static_cast<int>(num_units);
   Tensor workspace;
   table.workspace = nullptr;
   if (workspace_size > 0) {
     workspace = empty_on(TensorInfo(call.grad_mean), {workspace_size}, ScalarType::Double);
     table.workspace = static_cast<double*>(workspace.mutable_data_ptr());
   }
-  STD_CUDA_CHECK((launch_layer_statistics<Element, kCapacity>(table, num_units, stream)));
+  STD_CUDA_CHECK((launch_layer_statistics<Element, kCapacity>(table, multiprocessors, stream)));
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_statistics(std::vector<Tensor> hiddens,
@@ -55,6 +57,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_statistics(std::vector<Tensor> hiddens,
   const int32_t device = TensorInfo(hiddens[0]).device_index;
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
+  int multiprocessors = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   for (int type = 0; type < kNumElementTypes; ++type) {
     const std::vector<Layer>& layers = call.layers[type];
     if (layers.empty()) continue;
@@ -63,11 +67,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_statistics(std::vector<Tensor> hiddens,
       for (size_t begin = 0; begin < layers.size();) {
         const size_t left = layers.size() - begin;
         if (left <= kSmallTable) {
-          launch_chunk<Element, kSmallTable>(call, layers, begin, left, stream);
+          launch_chunk<Element, kSmallTable>(call, layers, begin, left, multiprocessors, stream);
           begin += left;
         } else {
           const size_t count = std::min<size_t>(left, kLargeTable);
-          launch_chunk<Element, kLargeTable>(call, layers, begin, count, stream);
+          launch_chunk<Element, kLargeTable>(call, layers, begin, count, multiprocessors, stream);
           begin += count;
         }
       }
