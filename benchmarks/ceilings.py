@@ -75,5 +75,5 @@ def find_ceilings(
 
 
 def bandwidth(nbytes: float, timing: Timing) -> float:
-    """Return TB/s, counting 10**12."""
-    return round(nbytes / timing.median_us * 1e-6, 4)
+    """Return TB/s, counting 10**12, to five digits."""
+    return float(f"{nbytes / timing.median_us * 1e-6:.5g}")

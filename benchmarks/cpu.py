@@ -103,6 +103,6 @@ def run(device: torch.device, results: Path, quick: bool = False) -> list[Path]:
     # The read buffer is not needed any more, and the sweep's larger cells are.
     del read
     cells = sweep_rows(device, cell_plan, _MOST_ELEMENTS >> 3 if quick else _MOST_ELEMENTS)
-    sweep = rows.results_path(results, "cpu_sweep", device, quick)
+    sweep = rows.results_path(results, "cpu-sweep", device, quick)
     rows.write(sweep, [{**row, **where} for row in cells])
     return [path, sweep]

@@ -26,6 +26,9 @@ TOLERANCE = 1e-4
 # Row by row, foreach needs one tensor per sample; beyond this, unbinding them takes seconds.
 _MOST_FOREACH_TENSORS = 20_000
 
+# One kernel of hundreds of reductions takes minutes to compile.
+_MOST_COMBINED_LAYERS = 40
+
 # Copying the layers together saves launches; where bytes cost more than launches it cannot win.
 _MOST_STACKED_BYTES = 256 << 20
 # The paths that copy; the ratio without them is reported too.
@@ -111,7 +114,13 @@ def paths(
         torch._dynamo.reset()
         found["compile"] = _compile(eager)
         # Combo kernels join the layers' reductions into few launches; off by default in Inductor.
-        found["compile combo"] = _compile(eager, options={"combo_kernels": True})
+        if len(hiddens) <= _MOST_COMBINED_LAYERS:
+            try:
+                found["compile combo"] = _compile(eager, options={"combo_kernels": True})
+            except RuntimeError as error:  # an option that this torch does not know
+                left_out.append(failed("compile combo", "eager", error))
+        else:
+            left_out.append(failed("compile combo", "eager", "left out: minutes of compilation"))
         if "stack" in found:
             found["compile stack"] = _compile(stack)
         if autotune:

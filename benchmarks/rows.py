@@ -71,6 +71,14 @@ def _command() -> str:
     return " ".join(["python -m benchmarks", *words])
 
 
+def _load() -> str:
+    """Return the runnable processes per core before the run: above 0.2 or so others disturb it."""
+    try:
+        return f"{os.getloadavg()[0] / (os.cpu_count() or 1):.2f}"
+    except (AttributeError, OSError):
+        return ""
+
+
 def environment(device: torch.device) -> Row:
     """Return the columns that every row carries."""
     return {
@@ -82,6 +90,7 @@ def environment(device: torch.device) -> Row:
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": _command(),
+        "load": _load(),
     }
 
 

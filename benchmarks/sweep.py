@@ -2,7 +2,7 @@
 
 The pure path of a cell is the faster of eager and foreach, each whole and graphed. torch.compile
 stays out: half a minute of compilation for each of more than a hundred cells; it competes in
-operator.py. Cells are checked against the pure path as everywhere.
+operator.py. Each path is checked in each cell, as everywhere.
 """
 
 import math
@@ -61,7 +61,8 @@ def cell_row(
     graphed = pick(timings, OPERATOR, "graphed").median_us
     ratio_graphed = fastest(timings, list(runs), "graphed").median_us / graphed
     # Like with like: a whole call against a whole call, a replay against a replay.
-    least = min(ratio for ratio in (ratio_eager, ratio_graphed) if not math.isnan(ratio))
+    ratios = [ratio for ratio in (ratio_eager, ratio_graphed) if not math.isnan(ratio)]
+    least = min(ratios, default=math.nan)
     achieved = ceilings.bandwidth(nbytes, mine)
     return {
         "workload": f"L{layers} N{samples} D{width} {dtype}",
@@ -106,15 +107,18 @@ def find_cliffs(times: dict[Cell, float], nbytes: dict[Cell, float]) -> dict[Cel
 
     A small call costs a launch whatever it reads, so bandwidth rises with size and a plain
     comparison of bandwidths would call every small cell a cliff. Expected is therefore the
-    neighbour's time scaled by the bytes, plus the quickest call of the grid; a cell is a cliff
-    where it takes more than twice that. Where time is proportional to bytes this is half of the
-    neighbour's bandwidth.
+    neighbour's time scaled by the bytes, plus the quickest call with as many layers; a cell is a
+    cliff where it takes more than twice that. Where time is proportional to bytes this is half of
+    the neighbour's bandwidth.
     """
-    floor = min(times.values())
+    times = {cell: time for cell, time in times.items() if not math.isnan(time)}
+    floors: dict[int, float] = {}
+    for cell, time in times.items():
+        floors[cell[1]] = min(time, floors.get(cell[1], math.inf))
     cliffs: dict[Cell, Cell] = {}
     for cell, time in times.items():
         for other in neighbours(cell, list(times)):
-            expected = floor + times[other] * nbytes[cell] / nbytes[other]
+            expected = floors[cell[1]] + times[other] * nbytes[cell] / nbytes[other]
             if time > 2 * expected:
                 cliffs[cell] = other
                 break
@@ -128,9 +132,8 @@ def run(device: torch.device, results: Path, quick: bool = False) -> Path:
     plan = Plan(5, 0.2, 0.2e-3) if quick else Plan(100, 3.0, 0.5e-3)
     where = rows.environment(device)
     size = ceilings.READ_BYTES if on_gpu else ceilings.READ_BYTES // 8
-    read, _ = ceilings.find_ceilings(device, plan, size, copy=False)
-    reading = ceilings.bandwidth(size, fastest(measure({"": read.run}, device, plan), [""]))
-    del read
+    _, reads = ceilings.find_ceilings(device, plan, size, copy=False)
+    reading = max(row["tb_per_s"] for row in reads if row["repetitions"])
     found: list[rows.Row] = []
     for name, dtype in DTYPES.items():
         pool = torch.randn(most_bytes // dtype.itemsize, dtype=dtype, device=device)
