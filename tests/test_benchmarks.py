@@ -1,7 +1,9 @@
 """The benchmark harness: fair rounds, right competitors, rows and tables that agree."""
 
+import contextlib
 import math
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -59,6 +61,92 @@ def test_variant_that_raises_is_a_row_with_its_reason():
 def test_percentiles_are_in_order():
     (taken,) = timing.measure({"a": lambda: sum(range(100))}, CPU, timing.Plan(20))
     assert 0 < taken.p10_us <= taken.median_us <= taken.p90_us
+
+
+class FakeGraph:
+    """Stands for a CUDA graph: keeps what ran under capture and runs it again."""
+
+    current = None
+
+    def __init__(self):
+        self.recorded = []
+
+    def replay(self):
+        for run in self.recorded:
+            run()
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """torch.cuda's events, streams and graphs with the host's clock, to walk the GPU's code."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = time.perf_counter()
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return (end.time - self.time) * 1e3
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    @contextlib.contextmanager
+    def graph(graph, stream):
+        FakeGraph.current = graph
+        try:
+            yield
+        finally:
+            FakeGraph.current = None
+
+    fakes = {
+        "Event": Event,
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "CUDAGraph": FakeGraph,
+        "graph": graph,
+        "synchronize": lambda device=None: None,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return torch.device("cuda")
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_gpu_modes_and_a_variant_that_cannot_be_captured(fake_cuda, flushed):
+    ran = Counter()
+
+    def good():
+        ran["good"] += 1
+        if FakeGraph.current:
+            FakeGraph.current.recorded.append(good)
+
+    def long():
+        time.sleep(3e-4)  # long enough for events
+
+    def synchronizing():
+        if FakeGraph.current:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    cache = timing.Cache("flushed", torch.ones(8)) if flushed else timing.Cache("hot")
+    variants = {"good": good, "long": long, "synchronizing": synchronizing}
+    timings = timing.measure(variants, fake_cuda, TINY, cache)
+    found = {(taken.variant, taken.mode): taken for taken in timings}
+    assert set(found) == {(name, mode) for name in variants for mode in ("eager", "graphed")}
+    assert found["synchronizing", "graphed"].repetitions == 0
+    assert "not capturable" in found["synchronizing", "graphed"].note
+    assert found["synchronizing", "eager"].repetitions == 3
+    assert found["good", "graphed"].repetitions == 3
+    assert found["long", "eager"].median_us >= 300
+    assert found["long", "eager"].cache == cache.state
+    assert not flushed or found["good", "eager"].calls == 1
 
 
 # --- pure paths ---
