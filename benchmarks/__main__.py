@@ -1,0 +1,80 @@
+"""Run the benchmarks: ``python -m benchmarks [operator|cpu|sweep|special|tables|plots]``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from . import cpu, operator, plots, rows, special, sweep, tables
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's grammar."""
+    found = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    found.add_argument(
+        "what",
+        nargs="*",
+        help="operator, cpu, sweep, special, tables, plots; by default what fits the machine: on "
+        "CUDA operator, sweep and special, else cpu and special; then tables and plots",
+    )
+    found.add_argument("--device", help="cuda or cpu; by default CUDA where there is one")
+    found.add_argument(
+        "--quick", action="store_true", help="few repetitions, into files ending in _quick"
+    )
+    found.add_argument("--results", type=Path, default=rows.RESULTS, help="the folder of the CSVs")
+    found.add_argument("--only", default="", help="operator: workloads whose name contains this")
+    found.add_argument("--no-compile", action="store_true", help="operator: without torch.compile")
+    found.add_argument("--autotune", action="store_true", help="operator: max-autotune mode too")
+    found.add_argument("--check", action="store_true", help="tables: fail if a README is stale")
+    return found
+
+
+def _tables(results: Path, check: bool) -> int:
+    stale = tables.update(results, check)
+    for file in stale:
+        state = "stale: run python -m benchmarks tables" if check else "updated"
+        print(f"tables: {file.relative_to(rows.ROOT)} {state}")
+    return 1 if check and stale else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what the command line asks for; return the exit code."""
+    asked = parser().parse_args(arguments)
+    device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    fitting = ["operator", "sweep", "special"] if device.type == "cuda" else ["cpu", "special"]
+    what = asked.what or fitting
+    unknown = set(what) - {"operator", "cpu", "sweep", "special", "tables", "plots"}
+    if unknown:
+        parser().error(f"unknown benchmark: {', '.join(sorted(unknown))}")
+
+    written: list[Path] = []
+    if "operator" in what:
+        compiled = not asked.no_compile
+        written.append(
+            operator.run(device, asked.results, asked.quick, asked.only, compiled, asked.autotune)
+        )
+    if "cpu" in what:
+        written += cpu.run(torch.device("cpu"), asked.results, asked.quick)
+    if "sweep" in what:
+        written.append(sweep.run(device, asked.results, asked.quick))
+    if "special" in what:
+        written.append(special.run(device, asked.results, asked.quick))
+
+    code = 0
+    if "plots" in what:
+        plots.draw(asked.results)
+    elif written:
+        try:
+            plots.draw(asked.results, written)
+        except RuntimeError as error:
+            print(f"plots: left out: {error}")
+    if "tables" in what or (not asked.what and asked.results == rows.RESULTS and not asked.quick):
+        code = _tables(asked.results, asked.check)
+    for path in written:
+        print(f"\n{path.name}\n\n{tables.tables_of(path)}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,313 @@
+"""Make the Markdown tables from the CSVs, and put them between markers in the README files.
+
+``<!-- begin:NAME -->`` and ``<!-- end:NAME -->`` enclose a table; NAME is one of :data:`TABLES`.
+Every device that has rows gets its own table, and losing rows are shown like the others.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import rows
+from .operator import OPERATOR, STATISTICS
+from .rows import number
+
+Rows = list[dict[str, str]]
+
+FILES = (rows.ROOT / "README.md", rows.ROOT / "benchmarks" / "README.md")
+_MARKED = re.compile(r"<!-- begin:([\w-]+) -->\n(.*?)<!-- end:\1 -->", re.DOTALL)
+_BEGIN = re.compile(r"<!-- begin:([\w-]+) -->")
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, numbers right-aligned: all columns but the first."""
+    ruler = ["---", *["---:"] * (len(header) - 1)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ruler, *lines))
+
+
+def _show(value: float, digits: int = 3, unit: str = "") -> str:
+    """Return a number with a few significant digits; a dash for one that was not measured."""
+    if math.isnan(value):
+        return "–"
+    if value and abs(value) >= 10**digits:
+        return f"{value:.0f}{unit}"
+    return f"{value:.{digits}g}{unit}"
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.1%}"
+
+
+def _operator(found: Rows) -> str:
+    lines = []
+    for row in found:
+        if row["variant"] != OPERATOR or row["mode"] != "eager" or not row.get("best_pure"):
+            continue
+        plain = number(row, "ratio_without_stacking")
+        lines.append(
+            [
+                row["workload"],
+                _show(number(row, "median_us"), 4),
+                _show(number(row, "graphed_us"), 4),
+                _show(number(row, "tb_per_s")),
+                _percent(number(row, "share_of_read")),
+                f"{row['best_pure']}: {_show(number(row, 'best_pure_us'), 4)}",
+                _show(number(row, "ratio"), unit="×"),
+                _show(number(row, "ratio_eager"), unit="×"),
+                _show(number(row, "ratio_graphed"), unit="×"),
+                _show(plain, unit="×"),
+                row["verdict"],
+            ]
+        )
+    header = [
+        "workload",
+        "whole call, µs",
+        "graphed, µs",
+        "TB/s",
+        "of a plain read",
+        "best pure path, µs",
+        "ratio",
+        "eager : eager",
+        "graphed : graphed",
+        "ratio without stacking",
+        "targets",
+    ]
+    return markdown(header, lines)
+
+
+def _variants(found: Rows) -> str:
+    """Every path's time, one line per workload: whole call / graphed."""
+    shown = [
+        row
+        for row in found
+        if row["workload"] != "ceilings" and not row["variant"].startswith("read:")
+    ]
+    names = list(dict.fromkeys(row["variant"] for row in shown if row["variant"] != STATISTICS))
+    lines = []
+    for workload in dict.fromkeys(row["workload"] for row in shown):
+        cells = []
+        for name in names:
+            mine = [r for r in shown if r["workload"] == workload and r["variant"] == name]
+            times = {r["mode"]: _show(number(r, "median_us"), 4) for r in mine}
+            cells.append(" / ".join([times.get("eager", "–"), times.get("graphed", "–")]))
+        lines.append([workload, *cells])
+    table = markdown(["whole call / graphed, µs", *names], lines)
+    notes = dict.fromkeys(
+        f"- {row['workload']}, {row['variant']} {row['mode']}: {row['note']}\n"
+        for row in shown
+        if row["note"]
+    )
+    return table + ("\n" + "".join(notes) if notes else "")
+
+
+def _cosines(found: Rows) -> str:
+    lines = [
+        [
+            row["workload"],
+            f"{row['variant']}, {row['mode']}",
+            _show(number(row, "median_us"), 4),
+            _percent(number(row, "added")),
+            row["verdict"],
+        ]
+        for row in found
+        if row.get("added")
+    ]
+    return markdown(
+        ["workload", "path", "µs", "added to ten times the statistics", "target"], lines
+    )
+
+
+def _ceilings(found: Rows) -> str:
+    lines = [
+        [
+            row["variant"],
+            row["mode"],
+            _show(number(row, "median_us"), 4),
+            _show(number(row, "tb_per_s")),
+        ]
+        for row in found
+        if row["workload"] == "ceilings"
+    ]
+    return markdown(["1 GiB of", "mode", "µs", "TB/s"], lines)
+
+
+def _cpu(found: Rows) -> str:
+    lines = [
+        [
+            row["workload"],
+            row["variant"],
+            _show(number(row, "median_us") / 1000),
+            f"{_show(number(row, 'p10_us') / 1000)}–{_show(number(row, 'p90_us') / 1000)}",
+            _show(number(row, "tb_per_s") * 1000),
+            _percent(number(row, "share_of_read")),
+            _show(number(row, "ratio"), unit="×"),
+            row["verdict"],
+        ]
+        for row in found
+    ]
+    header = ["workload", "path", "ms", "p10–p90", "GB/s", "of a plain read", "ratio", "targets"]
+    return markdown(header, lines)
+
+
+def _grid(found: Rows, column: str) -> str:
+    """N down, D across, one table per dtype and L."""
+    parts = []
+    for dtype, layers in dict.fromkeys((row["dtype"], row["layers"]) for row in found):
+        mine = [row for row in found if (row["dtype"], row["layers"]) == (dtype, layers)]
+        across = sorted({int(row["width"]) for row in mine})
+        values = {(int(row["samples"]), int(row["width"])): number(row, column) for row in mine}
+        lines = [
+            [f"N{samples}", *(_show(values.get((samples, w), math.nan)) for w in across)]
+            for samples in sorted({int(row["samples"]) for row in mine})
+        ]
+        parts.append(markdown([f"{dtype}, L{layers}", *(f"D{w}" for w in across)], lines))
+    return "\n".join(parts)
+
+
+def _cpu_sweep(found: Rows) -> str:
+    slower = [row for row in found if not number(row, "ratio") >= 1]
+    text = f"Time of eager over the operator's; {len(slower)} of {len(found)} cells slower.\n\n"
+    return text + _grid(found, "ratio")
+
+
+def _sweep(found: Rows) -> str:
+    slower = [row for row in found if not number(row, "ratio") >= 1]
+    cliffs = [row for row in found if row["cliff"]]
+    text = (
+        f"{len(found)} cells: {len(slower)} slower than the best of eager and foreach in either "
+        f"mode, {len(cliffs)} under half of a neighbour. The weakest of them, and every such "
+        "cell:\n\n"
+    )
+    weakest = sorted(found, key=lambda row: number(row, "ratio"))[:5]
+    shown = [row for row in found if row in slower or row in cliffs or row in weakest]
+    lines = [
+        [
+            row["workload"],
+            _show(number(row, "eager_us"), 4),
+            _show(number(row, "graphed_us"), 4),
+            _percent(number(row, "share_of_read")),
+            _show(number(row, "ratio_eager"), unit="×"),
+            _show(number(row, "ratio_graphed"), unit="×"),
+            row["verdict"],
+            row["cliff"] or "–",
+        ]
+        for row in shown
+    ]
+    header = [
+        "cell",
+        "whole call, µs",
+        "graphed, µs",
+        "of a plain read",
+        "eager : eager",
+        "graphed : graphed",
+        "no slower",
+        "cliff",
+    ]
+    return text + markdown(header, lines)
+
+
+def _special(found: Rows) -> str:
+    lines = [
+        [
+            row["workload"],
+            ", ".join(word for word in (row["variant"], row["mode"]) if word),
+            _show(number(row, "median_us"), 4),
+            _show(number(row, "tb_per_s")),
+            row["value"] or "–",
+            row["verdict"] or row["note"] or "–",
+        ]
+        for row in found
+    ]
+    return markdown(["claim", "case", "µs", "TB/s", "value", "target"], lines)
+
+
+# Name between the markers: the CSVs' name, and what makes the table of one of them.
+TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
+    "operator": ("operator", _operator),
+    "variants": ("operator", _variants),
+    "cosines": ("operator", _cosines),
+    "ceilings": ("operator", _ceilings),
+    "cpu": ("cpu", _cpu),
+    "cpu-sweep": ("cpu-sweep", _cpu_sweep),
+    "sweep": ("sweep", _sweep),
+    "special": ("special", _special),
+}
+
+
+def _origin(found: Rows) -> str:
+    """Return one line on where rows come from; of rows of several runs, each run's."""
+    runs = dict.fromkeys(
+        (
+            row["device"],
+            f"torch {row['torch']}",
+            f"Python {row['python']}",
+            f"commit {row['commit']}",
+            row["date"][:10],
+            f"`{row['command']}`",
+            f"load per core {row['load']}",
+        )
+        for row in found
+    )
+    return "; ".join(", ".join(run) for run in runs) + "\n"
+
+
+def render(name: str, found: Rows) -> str:
+    """Return a table of one device's rows, with their origin above."""
+    return f"{_origin(found)}\n{TABLES[name][1](found)}"
+
+
+def tables_of(path: Path) -> str:
+    """Return all tables that are made of one CSV."""
+    stem = path.stem.split("_")[0]
+    found = rows.read(path)
+    return "\n".join(render(name, found) for name, (csv, _) in TABLES.items() if csv == stem)
+
+
+def csvs(results: Path, stem: str) -> list[Path]:
+    """Return the CSVs of a name, one per device, without those of quick runs."""
+    paths = sorted(results.glob(f"{stem}_*.csv"))
+    return [path for path in paths if not path.stem.endswith("_quick")]
+
+
+def fill(text: str, results: Path) -> str:
+    """Return a file's text with every marked table made anew.
+
+    Raises:
+        ValueError: a marker names no table, or its end is missing.
+    """
+    complete = {match.group(1) for match in _MARKED.finditer(text)}
+    for name in _BEGIN.findall(text):
+        if name not in TABLES:
+            raise ValueError(f"tables: no table {name!r}; there are {', '.join(TABLES)}")
+        if name not in complete:
+            raise ValueError(f"tables: <!-- begin:{name} --> has no <!-- end:{name} -->")
+
+    def replacement(match: re.Match[str]) -> str:
+        name = match.group(1)
+        parts = [render(name, rows.read(path)) for path in csvs(results, TABLES[name][0])]
+        body = "\n".join(parts) or "Not measured yet.\n"
+        return f"<!-- begin:{name} -->\n{body}<!-- end:{name} -->"
+
+    return _MARKED.sub(replacement, text)
+
+
+def update(results: Path, check: bool = False, files: Sequence[Path] = FILES) -> list[Path]:
+    """Fill the marked tables of README files; return those that were stale.
+
+    Args:
+        results: the folder of the CSVs.
+        check: leave the files as they are.
+        files: the files to look at; one that is absent is skipped.
+    """
+    stale = []
+    for file in files:
+        if not file.exists():
+            continue
+        text = file.read_text(encoding="utf-8")
+        filled = fill(text, results)
+        if filled != text:
+            stale.append(file)
+            if not check:
+                file.write_text(filled, encoding="utf-8")
+    return stale
