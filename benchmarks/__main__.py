@@ -1,4 +1,4 @@
-"""Run the benchmarks: ``python -m benchmarks [operator|cpu|sweep|special|tables|plots]``."""
+"""Run the benchmarks: ``python -m benchmarks [operator|cpu|sweep|special|demo|tables|plots]``."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import cpu, operator, plots, rows, special, sweep, tables
+from . import cpu, demo, operator, plots, rows, special, sweep, tables
 
 
 def parser() -> argparse.ArgumentParser:
@@ -15,7 +15,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "what",
         nargs="*",
-        help="operator, cpu, sweep, special, tables, plots; by default what fits the machine: on "
+        help="operator, cpu, sweep, special, demo, tables, plots; by default what fits the machine: on "
         "CUDA operator, sweep and special, else cpu and special; then tables and plots",
     )
     found.add_argument("--device", help="cuda or cpu; by default CUDA where there is one")
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     fitting = ["operator", "sweep", "special"] if device.type == "cuda" else ["cpu", "special"]
     what = asked.what or fitting
-    unknown = set(what) - {"operator", "cpu", "sweep", "special", "tables", "plots"}
+    unknown = set(what) - {"operator", "cpu", "sweep", "special", "demo", "tables", "plots"}
     if unknown:
         parser().error(f"unknown benchmark: {', '.join(sorted(unknown))}")
 
@@ -60,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         written.append(sweep.run(device, asked.results, asked.quick))
     if "special" in what:
         written.append(special.run(device, asked.results, asked.quick))
+    if "demo" in what:
+        written.append(demo.run(device, asked.results, asked.quick))
 
     code = 0
     if "plots" in what:

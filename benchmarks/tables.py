@@ -222,6 +222,24 @@ def _special(found: Rows) -> str:
     return markdown(["claim", "case", "µs", "TB/s", "value", "target"], lines)
 
 
+def _demo(found: Rows) -> str:
+    lines = [
+        [
+            f"{row['rule']}, seed {row['seed']}",
+            f"{number(row, 'accuracy'):.3f}",
+            _show(number(row, "growth")),
+            f"{number(row, 'grad_norm'):.1e}",
+            _show(number(row, "credit_gain")),
+            _show(number(row, "stability"), 2),
+            row["verdict"],
+            f"{number(row, 'points_over_frozen'):+.1f}" if row["rule"] != "frozen" else "–",
+        ]
+        for row in found
+    ]
+    header = ["network", "accuracy", "(a) growth", "(b) ‖g_L‖", "credit gain", "(c) cosine"]
+    return markdown([*header, "verdict by (a)–(c)", "(d) points over frozen"], lines)
+
+
 # Name between the markers: the CSVs' name, and what makes the table of one of them.
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "operator": ("operator", _operator),
@@ -232,6 +250,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "cpu-sweep": ("cpu-sweep", _cpu_sweep),
     "sweep": ("sweep", _sweep),
     "special": ("special", _special),
+    "demo": ("demo", _demo),
 }
 
 
