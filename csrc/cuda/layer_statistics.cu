@@ -1,40 +1,79 @@
 // layer_statistics for CUDA tensors: plans, workspace, launches, registration.
 #include "glue.h"
 #include "layer_statistics_kernel.cuh"
+#include "small_layers_kernel.cuh"
 
 namespace fadiag {
 namespace {
 
-// Launches layers [begin, begin + table.count) of one element type.
-template <typename Element, int kCapacity>
-void launch_chunk(const StatisticsCall& call, const std::vector<Layer>& layers, size_t begin,
-                  size_t count, int multiprocessors, cudaStream_t stream) {
-  using Sums = typename ElementTraits<Element>::Sums;
-  StatisticsTable<kCapacity> table;
+// What all launches of a call share.
+struct Target {
+  const StatisticsCall& call;
+  int multiprocessors;
+  bool has_clusters;
+  cudaStream_t stream;
+};
+
+template <typename Element>
+StatisticsEntry describe(const Layer& layer, int64_t rows) {
+  StatisticsEntry entry{};
+  entry.layer = layer;
+  const int64_t hidden_stride = rows > 1 ? layer.hidden_row_stride : 0;
+  const int64_t grad_stride = rows > 1 ? layer.grad_row_stride : 0;
+  entry.aligned = is_aligned(layer.hidden, hidden_stride, sizeof(Element)) &&
+                  is_aligned(layer.grad, grad_stride, sizeof(Element));
+  entry.bulk = entry.aligned && layer.columns * sizeof(Element) % kVectorBytes == 0;
+  return entry;
+}
+
+template <int kCapacity>
+void point_at_outputs(const StatisticsCall& call, size_t count, StatisticsTable<kCapacity>& table) {
   table.count = static_cast<int>(count);
   table.rows = call.rows;
   table.norms[0] = static_cast<double*>(call.hidden_norm.mutable_data_ptr());
   table.norms[1] = static_cast<double*>(call.grad_norm.mutable_data_ptr());
   table.means = call.grad_mean.mutable_data_ptr();
+  table.workspace = nullptr;
+}
+
+// Launches for layers that fit a cluster each.
+template <typename Element, int kCapacity>
+void launch_small(const Target& target, const Layer* layers, size_t count) {
+  StatisticsTable<kCapacity> table;
+  point_at_outputs(target.call, count, table);
+  constexpr int64_t kWarpWidth = kWarpSize * kVectorBytes / sizeof(Element);
+  for (size_t i = 0; i < count; ++i) {
+    StatisticsEntry& entry = table.entries[i];
+    entry = describe<Element>(layers[i], target.call.rows);
+    entry.warp_columns = 1;
+    while (entry.warp_columns * kWarpWidth < layers[i].columns) entry.warp_columns *= 2;
+  }
+  STD_CUDA_CHECK((launch_small_layers<Element, kCapacity>(table, target.stream)));
+}
+
+// Launches for all others.
+template <typename Element, int kCapacity>
+void launch_large(const Target& target, const Layer* layers, size_t count) {
+  using Sums = typename ElementTraits<Element>::Sums;
+  const int64_t rows = target.call.rows;
+  StatisticsTable<kCapacity> table;
+  point_at_outputs(target.call, count, table);
   int64_t num_units = 0;
   int64_t workspace_size = 0;
   for (size_t i = 0; i < count; ++i) {
-    const Layer& layer = layers[begin + i];
-    const StatisticsPlan plan(call.rows, layer.columns, sizeof(Element), Sums::kSquareWords);
+    const Layer& layer = layers[i];
+    const StatisticsPlan plan(rows, layer.columns, sizeof(Element), Sums::kSquareWords);
     StatisticsEntry& entry = table.entries[i];
-    entry.layer = layer;
+    entry = describe<Element>(layer, rows);
     entry.first_unit = static_cast<int>(num_units);
     entry.num_tiles = static_cast<int>(plan.num_tiles);
     entry.num_splits = static_cast<int>(plan.num_splits);
     entry.rows_per_unit = static_cast<int16_t>(plan.rows_per_unit);
     entry.warp_columns = static_cast<int8_t>(plan.warp_columns);
-    const int64_t hidden_stride = call.rows > 1 ? layer.hidden_row_stride : 0;
-    const int64_t grad_stride = call.rows > 1 ? layer.grad_row_stride : 0;
-    entry.aligned = is_aligned(layer.hidden, hidden_stride, sizeof(Element)) &&
-                    is_aligned(layer.grad, grad_stride, sizeof(Element));
-    entry.bulk = entry.aligned && layer.columns * sizeof(Element) % kVectorBytes == 0;
+    entry.packed_rows = plan.num_tiles == 1 && layer.hidden_row_stride == layer.columns &&
+                        layer.grad_row_stride == layer.columns;
     entry.squares_offset = workspace_size;
-    if (plan.num_tiles > 1) workspace_size += plan.num_tiles * 2 * call.rows * Sums::kSquareWords;
+    if (plan.num_tiles > 1) workspace_size += plan.num_tiles * 2 * rows * Sums::kSquareWords;
     entry.sums_offset = workspace_size;
     if (plan.num_splits > 1) {
       workspace_size += plan.num_splits * layer.columns * Sums::kColumnWords;
@@ -43,38 +82,56 @@ void launch_chunk(const StatisticsCall& call, const std::vector<Layer>& layers, 
   }
   table.num_units = static_cast<int>(num_units);
   Tensor workspace;
-  table.workspace = nullptr;
   if (workspace_size > 0) {
-    workspace = empty_on(TensorInfo(call.grad_mean), {workspace_size}, ScalarType::Double);
+    workspace = empty_on(TensorInfo(target.call.grad_mean), {workspace_size}, ScalarType::Double);
     table.workspace = static_cast<double*>(workspace.mutable_data_ptr());
   }
-  STD_CUDA_CHECK((launch_layer_statistics<Element, kCapacity>(table, multiprocessors, stream)));
+  STD_CUDA_CHECK(
+      (launch_layer_statistics<Element, kCapacity>(table, target.multiprocessors, target.stream)));
+}
+
+// Calls small(begin, count) or large(begin, count) for stretches that a kernel's table holds.
+template <typename Small, typename Large>
+void for_each_table(size_t total, Small&& small, Large&& large) {
+  for (size_t begin = 0; begin < total;) {
+    const size_t left = total - begin;
+    const size_t count = std::min<size_t>(left, kLargeTable);
+    left <= kSmallTable ? small(begin, left) : large(begin, count);
+    begin += count;
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_statistics(std::vector<Tensor> hiddens,
                                                     std::vector<Tensor> grads, bool stacked) {
-  const StatisticsCall call = check_statistics_call(hiddens, grads, stacked);
+  StatisticsCall call = check_statistics_call(hiddens, grads, stacked);
   const int32_t device = TensorInfo(hiddens[0]).device_index;
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const cudaStream_t stream = current_stream(device);
   int multiprocessors = 0;
+  int major = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  const Target target{call, multiprocessors, major >= 9, current_stream(device)};
   for (int type = 0; type < kNumElementTypes; ++type) {
-    const std::vector<Layer>& layers = call.layers[type];
+    std::vector<Layer>& layers = call.layers[type];
     if (layers.empty()) continue;
     with_element(type, [&](auto* tag) {
       using Element = std::remove_pointer_t<decltype(tag)>;
-      for (size_t begin = 0; begin < layers.size();) {
-        const size_t left = layers.size() - begin;
-        if (left <= kSmallTable) {
-          launch_chunk<Element, kSmallTable>(call, layers, begin, left, multiprocessors, stream);
-          begin += left;
-        } else {
-          const size_t count = std::min<size_t>(left, kLargeTable);
-          launch_chunk<Element, kLargeTable>(call, layers, begin, count, multiprocessors, stream);
-          begin += count;
-        }
-      }
+      const auto first_large =
+          std::stable_partition(layers.begin(), layers.end(), [&](const Layer& layer) {
+            return target.has_clusters &&
+                   fits_one_cluster(call.rows, layer.columns, sizeof(Element));
+          });
+      const Layer* small = layers.data();
+      const Layer* large = small + (first_large - layers.begin());
+      const size_t num_small = large - small;
+      for_each_table(
+          num_small,
+          [&](size_t b, size_t n) { launch_small<Element, kSmallTable>(target, small + b, n); },
+          [&](size_t b, size_t n) { launch_small<Element, kLargeTable>(target, small + b, n); });
+      for_each_table(
+          layers.size() - num_small,
+          [&](size_t b, size_t n) { launch_large<Element, kSmallTable>(target, large + b, n); },
+          [&](size_t b, size_t n) { launch_large<Element, kLargeTable>(target, large + b, n); });
     });
   }
   return {call.hidden_norm, call.grad_norm, call.grad_mean};

@@ -19,19 +19,14 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../layer_table.h"
-#include "elements.cuh"
+#include "lane_sums.cuh"
 #include "ring.cuh"
+#include "statistics_table.h"
 
 namespace fadiag {
 
-constexpr int kWarpSize = 32;
-constexpr int kWarps = 8;
-constexpr int kConsumers = kWarps * kWarpSize;
 constexpr int kThreads = kConsumers + kWarpSize;  // and the warp that fills the ring
 constexpr int kBlocksPerMultiprocessor = 2;
-// A warp's turn: four rows of h and of g, eight 16-byte vectors per lane.
-constexpr int kRowGroup = 4;
 constexpr int kStageBytes = kWarps * kRowGroup * kWarpSize * kVectorBytes;  // of either tensor
 // Two blocks of three stages keep up to 192 KB in flight per multiprocessor; 40 KB cover the
 // latency of the memory, the rest covers the ends of units.
@@ -43,8 +38,6 @@ constexpr int kRowSlots = 1024;  // rows of a unit times warp_columns
 constexpr int64_t kUnitsPerLayer = 64;
 constexpr int64_t kMinUnitBytes = 16 << 10;
 constexpr int64_t kMaxUnitBytes = 1 << 20;
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct StatisticsPlan {
   int warp_columns;  // warps side by side; kWarps / warp_columns walk down the rows
@@ -73,67 +66,6 @@ struct StatisticsPlan {
     num_splits = rows_per_unit > 0 ? ceil_div(rows, rows_per_unit) : 0;
   }
 };
-
-// One row of the table that a kernel gets by value.
-struct StatisticsEntry {
-  Layer layer;
-  int64_t squares_offset;  // into the workspace: [tiles, 2, rows, words]; unused for one tile
-  int64_t sums_offset;     // into the workspace: [splits, words, columns]; unused for one split
-  int first_unit;
-  int num_tiles;
-  int num_splits;
-  int16_t rows_per_unit;
-  int8_t warp_columns;
-  bool aligned : 1;  // 16-byte loads are possible in every row
-  bool bulk : 1;     // and so are bulk copies: rows are whole vectors
-};
-
-template <int kCapacity>
-struct StatisticsTable {
-  StatisticsEntry entries[kCapacity];
-  int count;
-  int num_units;
-  int64_t rows;
-  double* norms[2];  // of hiddens and of grads
-  void* means;
-  double* workspace;
-};
-
-// Kernel parameters end at 32,764 bytes; most calls need far fewer, and fewer launch faster.
-constexpr int kSmallTable = 40;
-constexpr int kLargeTable = 320;
-static_assert(sizeof(StatisticsTable<kLargeTable>) <= 32764);
-
-// Sums eight values over a warp, transposed: lane i returns the total of value i / 4.
-__device__ __forceinline__ double sum_transposed(double (&v)[8], int lane) {
-#pragma unroll
-  for (int half = 4; half >= 1; half /= 2) {
-    const int offset = half * 4;
-    const bool upper = lane & offset;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const double send = upper ? v[i] : v[i + half];
-      const double keep = upper ? v[i + half] : v[i];
-      v[i] = keep + __shfl_xor_sync(0xffffffffu, send, offset);
-    }
-  }
-  double total = v[0];
-  total += __shfl_xor_sync(0xffffffffu, total, 2);
-  total += __shfl_xor_sync(0xffffffffu, total, 1);
-  return total;
-}
-
-template <typename Sums>
-__device__ __forceinline__ void write_mean(void* means, int64_t index,
-                                           const double (&words)[Sums::kColumnWords],
-                                           int64_t rows) {
-  const double mean = Sums::mean(words, static_cast<double>(rows));
-  if constexpr (Sums::kColumnWords == WideSums::kColumnWords) {
-    static_cast<double*>(means)[index] = mean;
-  } else {
-    static_cast<float*>(means)[index] = static_cast<float>(mean);
-  }
-}
 
 template <int kCapacity>
 __device__ __forceinline__ int find_entry(const StatisticsTable<kCapacity>& table, int unit) {
@@ -165,6 +97,7 @@ struct Unit {
   int tile_width;
   int64_t tile_begin;
   int tile_columns;  // those that exist
+  int pitch;         // elements between the rows of a stage
 
   __device__ Unit(const StatisticsEntry& entry, int unit, int64_t total_rows) {
     tile = unit % entry.num_tiles;
@@ -178,6 +111,7 @@ struct Unit {
     tile_begin = tile * tile_width;
     const int64_t columns_left = entry.layer.columns - tile_begin;
     tile_columns = columns_left < tile_width ? static_cast<int>(columns_left) : tile_width;
+    pitch = entry.packed_rows ? tile_columns : tile_width;
   }
   __device__ int rows_per_step() const { return warp_rows * kRowGroup; }
   __device__ int steps() const { return (rows + rows_per_step() - 1) / rows_per_step(); }
@@ -204,23 +138,26 @@ __device__ void fill_ring(const StatisticsTable<kCapacity>& table, Ring<kStages>
     if (!entry.bulk) continue;
     const Unit<Element> unit(entry, u - entry.first_unit, table.rows);
     const int row_bytes = unit.tile_columns * static_cast<int>(sizeof(Element));
-    const int pitch = unit.tile_width * static_cast<int>(sizeof(Element));
+    const int pitch_bytes = unit.pitch * static_cast<int>(sizeof(Element));
     for (int step = 0; step < unit.steps(); ++step) {
       const int first_row = step * unit.rows_per_step();
       const int rows = min(unit.rows_per_step(), unit.rows - first_row);
+      // Rows without a gap between them are one copy.
+      const int copies = entry.packed_rows ? 1 : rows;
+      const int copy_bytes = entry.packed_rows ? rows * row_bytes : row_bytes;
       ring.wait_empty();
       if (lane == 0) ring.expect(2 * rows * row_bytes);
       __syncwarp();
       unsigned char* stage = stages + ring.stage() * 2 * kStageBytes;
-      for (int copy = lane; copy < 2 * rows; copy += kWarpSize) {
-        const bool is_grad = copy >= rows;
-        const int row = is_grad ? copy - rows : copy;
+      for (int copy = lane; copy < 2 * copies; copy += kWarpSize) {
+        const bool is_grad = copy >= copies;
+        const int row = is_grad ? copy - copies : copy;
         const void* base = is_grad ? entry.layer.grad : entry.layer.hidden;
         const int64_t stride =
             is_grad ? entry.layer.grad_row_stride : entry.layer.hidden_row_stride;
         const auto* source = static_cast<const Element*>(base) +
                              (unit.row_begin + first_row + row) * stride + unit.tile_begin;
-        ring.copy(stage + (is_grad ? kStageBytes : 0) + row * pitch, source, row_bytes);
+        ring.copy(stage + (is_grad ? kStageBytes : 0) + row * pitch_bytes, source, copy_bytes);
       }
       ring.advance();
     }
@@ -230,12 +167,11 @@ __device__ void fill_ring(const StatisticsTable<kCapacity>& table, Ring<kStages>
 template <typename Element, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     layer_statistics_kernel(const __grid_constant__ StatisticsTable<kCapacity> table) {
-  using Sums = typename ElementTraits<Element>::Sums;
-  constexpr int kWords = Sums::kSquareWords;
-  constexpr int kColumnWords = Sums::kColumnWords;
-  constexpr int kSize = Vector<Element>::kSize;
-  constexpr int kWarpWidth = kSize * kWarpSize;
-  static_assert(kColumnWords * kSize <= 8, "a lane's column sums fit their shared memory");
+  using Lanes = LaneSums<Element>;
+  using Sums = typename Lanes::Sums;
+  constexpr int kWords = Lanes::kWords;
+  constexpr int kColumnWords = Lanes::kColumnWords;
+  constexpr int kSize = Lanes::kSize;
 
   extern __shared__ __align__(128) unsigned char memory[];
   unsigned char* stages = memory + SharedLayout::kRing;
@@ -255,36 +191,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const Unit<Element> unit(entry, u - entry.first_unit, rows);
     const int warp_column = warp % unit.warp_columns;
     const int warp_row = warp / unit.warp_columns;
-    const int tile_column = warp_column * kWarpWidth + lane * kSize;
+    const int tile_lanes = unit.warp_columns * kWarpSize;
+    const int tile_lane = warp_column * kWarpSize + lane;
+    const int tile_column = tile_lane * kSize;
     const int left = unit.tile_columns - tile_column;
     const int valid = left >= kSize ? kSize : left > 0 ? left : 0;
     const bool bulk = entry.bulk && kHasBulkCopies;
 
-    double column_sums[kColumnWords][kSize] = {};
+    Lanes sums;
     for (int step = 0; step < unit.steps(); ++step) {
       const int first_row = (step * unit.warp_rows + warp_row) * kRowGroup;
-      double squares[kWords][2 * kRowGroup] = {};
-      const auto add_row = [&](int i, const Vector<Element>& h, const Vector<Element>& g) {
-        double h_words[kWords] = {};
-        double g_words[kWords] = {};
-#pragma unroll
-        for (int e = 0; e < kSize; ++e) {
-          Sums::add_square(h_words, h[e]);
-          const double x = g[e];
-          Sums::add_square(g_words, x);
-          double words[kColumnWords];
-#pragma unroll
-          for (int w = 0; w < kColumnWords; ++w) words[w] = column_sums[w][e];
-          Sums::add_column(words, x);
-#pragma unroll
-          for (int w = 0; w < kColumnWords; ++w) column_sums[w][e] = words[w];
-        }
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-          squares[w][i] = h_words[w];
-          squares[w][kRowGroup + i] = g_words[w];
-        }
-      };
       if (bulk) {
         ring.wait_full();
         const auto* stage =
@@ -295,11 +211,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
           Vector<Element> g;
           // Beyond the data a stage holds what an earlier one left there.
           if (first_row + i < unit.rows && valid != 0) {
-            const int offset = (warp_row * kRowGroup + i) * unit.tile_width + tile_column;
+            const int offset = (warp_row * kRowGroup + i) * unit.pitch + tile_column;
             h.load_shared(stage + offset);
             g.load_shared(stage + kStageBytes / sizeof(Element) + offset);
           }
-          add_row(i, h, g);
+          sums.add_row(i, h, g);
         }
         __syncwarp();
         if (lane == 0) ring.release();
@@ -308,33 +224,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
         const int64_t column = unit.tile_begin + tile_column;
         const auto* hidden = static_cast<const Element*>(layer.hidden) + column;
         const auto* grad = static_cast<const Element*>(layer.grad) + column;
-        // Two rows at a time: four loads in flight, and registers for no more.
+        // Few rows at a time: loads in flight, and registers for no more.
+        constexpr int kAtOnce = kWords == 1 ? 2 : 1;
 #pragma unroll
-        for (int half = 0; half < kRowGroup; half += 2) {
-          Vector<Element> h[2];
-          Vector<Element> g[2];
+        for (int first = 0; first < kRowGroup; first += kAtOnce) {
+          Vector<Element> h[kAtOnce];
+          Vector<Element> g[kAtOnce];
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int64_t row = unit.row_begin + first_row + half + i;
-            const int count = first_row + half + i < unit.rows ? valid : 0;
+          for (int i = 0; i < kAtOnce; ++i) {
+            const int64_t row = unit.row_begin + first_row + first + i;
+            const int count = first_row + first + i < unit.rows ? valid : 0;
             h[i].load(hidden + row * layer.hidden_row_stride, count, entry.aligned);
             g[i].load(grad + row * layer.grad_row_stride, count, entry.aligned);
           }
 #pragma unroll
-          for (int i = 0; i < 2; ++i) add_row(half + i, h[i], g[i]);
+          for (int i = 0; i < kAtOnce; ++i) sums.add_row(first + i, h[i], g[i]);
         }
       }
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        const double total = sum_transposed(squares[w], lane);
-        const int which = lane / 16;
-        const int row = first_row + lane / 4 % 4;
-        // [which, row, word, warp column]
-        if (lane % 4 == 0 && row < unit.rows) {
-          shared[((which * entry.rows_per_unit + row) * kWords + w) * unit.warp_columns +
-                 warp_column] = total;
-        }
-      }
+      sums.store_squares(shared, entry.rows_per_unit, first_row, unit.rows, unit.warp_columns,
+                         warp_column, lane);
     }
     sync_consumers<kConsumers>();
 
@@ -342,14 +250,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       const int which = i >= unit.rows;
       const int row = which ? i - unit.rows : i;
       double words[kWords];
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        const double* slots =
-            shared + ((which * entry.rows_per_unit + row) * kWords + w) * unit.warp_columns;
-        double total = slots[0];
-        for (int c = 1; c < unit.warp_columns; ++c) total += slots[c];
-        words[w] = total;
-      }
+      Lanes::load_squares(shared, entry.rows_per_unit, which, row, unit.warp_columns, words);
       if (entry.num_tiles == 1) {
         table.norms[which][layer.norm_offset + unit.row_begin + row] = Sums::norm(words);
       } else {
@@ -361,28 +262,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     }
     sync_consumers<kConsumers>();
 
-    // [element, word, warp row, lane of the tile]: consecutive lanes, consecutive banks.
-    const int tile_lanes = unit.warp_columns * kWarpSize;
-    const int tile_lane = warp_column * kWarpSize + lane;
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) {
-#pragma unroll
-      for (int w = 0; w < kColumnWords; ++w) {
-        shared[((e * kColumnWords + w) * unit.warp_rows + warp_row) * tile_lanes + tile_lane] =
-            column_sums[w][e];
-      }
-    }
+    sums.store_columns(shared, tile_lanes, tile_lane, unit.warp_rows, warp_row);
     sync_consumers<kConsumers>();
     for (int c = threadIdx.x; c < unit.tile_columns; c += kConsumers) {
       double words[kColumnWords];
-#pragma unroll
-      for (int w = 0; w < kColumnWords; ++w) {
-        const double* slots =
-            shared + (c % kSize * kColumnWords + w) * unit.warp_rows * tile_lanes + c / kSize;
-        double total = slots[0];
-        for (int r = 1; r < unit.warp_rows; ++r) total += slots[r * tile_lanes];
-        words[w] = total;
-      }
+      Lanes::load_columns(shared, tile_lanes, unit.warp_rows, c, words);
       if (entry.num_splits == 1) {
         write_mean<Sums>(table.means, layer.mean_offset + unit.tile_begin + c, words, rows);
       } else {
@@ -399,13 +283,61 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 constexpr int kFinishWarps = 16;
 constexpr int kFinishThreads = kFinishWarps * kWarpSize;
+// Up to this many partial results one thread adds by itself; more are shared among the warps.
+constexpr int kFewPartials = 8;
 
-// Blocks that an entry needs to merge its partial results: of rows, then of columns.
-FADIAG_HOST_DEVICE int64_t finish_row_blocks(const StatisticsEntry& entry, int64_t rows) {
-  return entry.num_tiles > 1 ? (2 * rows + kWarpSize - 1) / kWarpSize : 0;
+// One kind of partial results of a layer: `count` of each of `values` figures.
+struct Partials {
+  int64_t count;
+  int64_t values;
+
+  FADIAG_HOST_DEVICE bool shared_by_warps() const { return count > kFewPartials; }
+  FADIAG_HOST_DEVICE int64_t values_per_block() const {
+    return shared_by_warps() ? kWarpSize : kFinishThreads;
+  }
+  // One partial result needs no merging: its unit wrote the figure itself.
+  FADIAG_HOST_DEVICE int64_t blocks() const {
+    return count > 1 ? (values + values_per_block() - 1) / values_per_block() : 0;
+  }
+};
+
+FADIAG_HOST_DEVICE Partials row_partials(const StatisticsEntry& entry, int64_t rows) {
+  return {entry.num_tiles, 2 * rows};
 }
-FADIAG_HOST_DEVICE int64_t finish_column_blocks(const StatisticsEntry& entry) {
-  return entry.num_splits > 1 ? (entry.layer.columns + kFinishThreads - 1) / kFinishThreads : 0;
+FADIAG_HOST_DEVICE Partials column_partials(const StatisticsEntry& entry) {
+  return {entry.num_splits, entry.layer.columns};
+}
+
+// Merges one value's words. With shared_by_warps all lanes of the block call it together, and the
+// result is warp 0's. Partial result p, word w lies at data[p * partial_stride + w * word_stride].
+template <int kWords>
+__device__ __forceinline__ bool merge(const Partials& partials, const double* data,
+                                      int64_t partial_stride, int64_t word_stride, bool exists,
+                                      double (*shared)[kWords][kWarpSize],
+                                      double (&words)[kWords]) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const bool together = partials.shared_by_warps();
+  const int64_t step = together ? kFinishWarps : 1;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) words[w] = 0.0;
+  if (exists) {
+#pragma unroll 8
+    for (int64_t p = together ? warp : 0; p < partials.count; p += step) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) words[w] += data[p * partial_stride + w * word_stride];
+    }
+  }
+  if (!together) return exists;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) shared[warp][w][lane] = words[w];
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    words[w] = shared[0][w][lane];
+    for (int other = 1; other < kFinishWarps; ++other) words[w] += shared[other][w][lane];
+  }
+  return exists && warp == 0;
 }
 
 // Merges the partial results of all tiles of a row, and of all splits of a column. Block (x, y)
@@ -415,58 +347,39 @@ __global__ void __launch_bounds__(kFinishThreads)
     finish_statistics_kernel(const __grid_constant__ StatisticsTable<kCapacity> table) {
   constexpr int kWords = Sums::kSquareWords;
   constexpr int kColumnWords = Sums::kColumnWords;
-  __shared__ double shared[kFinishWarps][kWords][kWarpSize];
+  __shared__ double shared_squares[kFinishWarps][kWords][kWarpSize];
+  __shared__ double shared_sums[kFinishWarps][kColumnWords][kWarpSize];
   wait_for_previous_kernel();
   const StatisticsEntry& entry = table.entries[blockIdx.y];
-  const Layer& layer = entry.layer;
   const int64_t rows = table.rows;
-  const int64_t row_blocks = finish_row_blocks(entry, rows);
-  int64_t block = blockIdx.x;
+  const auto value_of = [](const Partials& partials, int64_t block) {
+    const int64_t within =
+        partials.shared_by_warps() ? threadIdx.x % kWarpSize : static_cast<int>(threadIdx.x);
+    return block * partials.values_per_block() + within;
+  };
 
-  if (block < row_blocks) {
-    const int lane = threadIdx.x % kWarpSize;
-    const int warp = threadIdx.x / kWarpSize;
-    const int64_t value = block * kWarpSize + lane;  // which * rows + row
-    double words[kWords] = {};
-    if (value < 2 * rows) {
-      const double* partial = table.workspace + entry.squares_offset + value * kWords;
-      const int64_t stride = 2 * rows * kWords;
-#pragma unroll 8
-      for (int64_t tile = warp; tile < entry.num_tiles; tile += kFinishWarps) {
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) words[w] += partial[tile * stride + w];
-      }
-    }
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) shared[warp][w][lane] = words[w];
-    __syncthreads();
-    if (warp == 0 && value < 2 * rows) {
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        double total = shared[0][w][lane];
-        for (int other = 1; other < kFinishWarps; ++other) total += shared[other][w][lane];
-        words[w] = total;
-      }
+  const Partials squares = row_partials(entry, rows);
+  int64_t block = blockIdx.x;
+  if (block < squares.blocks()) {
+    const int64_t value = value_of(squares, block);  // which * rows + row
+    const double* data = table.workspace + entry.squares_offset + value * kWords;
+    double words[kWords];
+    if (merge(squares, data, 2 * rows * kWords, 1, value < squares.values, shared_squares, words)) {
       const int64_t which = value / rows;
-      table.norms[which][layer.norm_offset + value - which * rows] = Sums::norm(words);
+      table.norms[which][entry.layer.norm_offset + value - which * rows] = Sums::norm(words);
     }
     return;
   }
-
-  block -= row_blocks;
-  if (block >= finish_column_blocks(entry)) return;
-  const int64_t column = block * kFinishThreads + threadIdx.x;
-  if (column >= layer.columns) return;
-  double words[kColumnWords] = {};
-#pragma unroll 4
-  for (int64_t split = 0; split < entry.num_splits; ++split) {
-#pragma unroll
-    for (int w = 0; w < kColumnWords; ++w) {
-      words[w] +=
-          table.workspace[entry.sums_offset + (split * kColumnWords + w) * layer.columns + column];
-    }
+  block -= squares.blocks();
+  const Partials sums = column_partials(entry);
+  if (block >= sums.blocks()) return;
+  const int64_t column = value_of(sums, block);
+  const double* data = table.workspace + entry.sums_offset + column;
+  double words[kColumnWords];
+  if (merge(sums, data, kColumnWords * sums.values, sums.values, column < sums.values, shared_sums,
+            words)) {
+    write_mean<Sums>(table.means, entry.layer.mean_offset + column, words, rows);
   }
-  write_mean<Sums>(table.means, layer.mean_offset + column, words, rows);
 }
 
 // Launches both kernels for up to kCapacity layers of one element type.
@@ -483,8 +396,8 @@ cudaError_t launch_layer_statistics(const StatisticsTable<kCapacity>& table, int
   int64_t finish_blocks = 0;
   for (int i = 0; i < table.count; ++i) {
     const StatisticsEntry& entry = table.entries[i];
-    finish_blocks =
-        std::max(finish_blocks, finish_row_blocks(entry, table.rows) + finish_column_blocks(entry));
+    finish_blocks = std::max(
+        finish_blocks, row_partials(entry, table.rows).blocks() + column_partials(entry).blocks());
   }
   if (finish_blocks > 0) {
     const dim3 grid(static_cast<unsigned>(finish_blocks), static_cast<unsigned>(table.count));
