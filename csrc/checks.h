@@ -157,9 +157,9 @@ inline Tensor empty_on(const TensorInfo& like, std::initializer_list<int64_t> si
 struct StatisticsCall {
   std::array<std::vector<Layer>, kNumElementTypes> layers;
   int64_t rows = 0;
-  Tensor hidden_norm;          // [(C,) L, B] float64
-  Tensor grad_norm;            // the same
-  Tensor grad_mean;            // [(C,) sum of D_l] float32, or float64 where the layers are
+  Tensor packed;               // see library.cpp
+  double* norms[2] = {};       // of hiddens and of grads; Layer::norm_offset counts from here
+  void* means = nullptr;       // float, or double where the layers are; likewise mean_offset
   std::vector<Tensor> copies;  // of inputs whose samples are not dense
 };
 
@@ -249,21 +249,24 @@ inline StatisticsCall check_statistics_call(const std::vector<Tensor>& hiddens,
 
   call.rows = first.sizes[batch_dim];
   const int64_t stack = stacked ? first.sizes[0] : 1;
-  const ScalarType mean_dtype = wide ? ScalarType::Double : ScalarType::Float;
-  if (stacked) {
-    call.hidden_norm = empty_on(first, {stack, num_layers, call.rows}, ScalarType::Double);
-    call.grad_norm = empty_on(first, {stack, num_layers, call.rows}, ScalarType::Double);
-    call.grad_mean = empty_on(first, {stack, total_columns}, mean_dtype);
-  } else {
-    call.hidden_norm = empty_on(first, {num_layers, call.rows}, ScalarType::Double);
-    call.grad_norm = empty_on(first, {num_layers, call.rows}, ScalarType::Double);
-    call.grad_mean = empty_on(first, {total_columns}, mean_dtype);
-  }
+  // One tensor for all figures: an allocation costs as much as a small kernel.
+  const int64_t norms_size = num_layers * call.rows;        // of hiddens or of grads, in doubles
+  const int64_t norms_width = (wide ? 2 : 4) * norms_size;  // of both, in elements of `packed`
+  int64_t width = norms_width + total_columns;
+  // In a stack, every member's norms have to be aligned like doubles.
+  if (stacked && !wide) width += width % 2;
+  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
+  call.packed = stacked ? empty_on(first, {stack, width}, dtype) : empty_on(first, {width}, dtype);
   // The mean of no samples is undefined; there is nothing left for a kernel to do.
   if (call.rows == 0) {
-    torch::stable::fill_(call.grad_mean, std::numeric_limits<double>::quiet_NaN());
+    torch::stable::fill_(call.packed, std::numeric_limits<double>::quiet_NaN());
     return call;
   }
+  void* data = call.packed.mutable_data_ptr();
+  call.norms[0] = static_cast<double*>(data);
+  call.norms[1] = call.norms[0] + norms_size;
+  call.means = call.norms[1] + norms_size;
+  const int64_t stack_norms = wide ? width : width / 2;
 
   call.layers[sources[0].type].reserve(stack * num_layers);
   for (int64_t c = 0; c < stack; ++c) {
@@ -273,8 +276,8 @@ inline StatisticsCall check_statistics_call(const std::vector<Tensor>& hiddens,
       Layer layer = source.layer;
       layer.hidden = static_cast<const char*>(layer.hidden) + c * source.hidden_stack_stride * item;
       layer.grad = static_cast<const char*>(layer.grad) + c * source.grad_stack_stride * item;
-      layer.mean_offset += c * total_columns;
-      layer.norm_offset = (c * num_layers + l) * call.rows;
+      layer.mean_offset += c * width;
+      layer.norm_offset = c * stack_norms + l * call.rows;
       call.layers[source.type].push_back(layer);
     }
   }

@@ -147,13 +147,13 @@ def _memory_order(sizes: Sequence[int], strides: Sequence[int]) -> list[int] | N
     return order
 
 
-class PackedMeans(Sequence[Tensor]):
-    """The mean gradients of all layers in one tensor, cut into layers on demand.
+class PackedStatistics:
+    """The figures of ``LayerStatistics`` as the operator returns them: cut up when they are read.
 
-    A training loop that only keeps them for later never pays for L views.
+    A training loop that only keeps them for later pays for no view, and keeps no gradient alive.
 
     Attributes:
-        packed: ``[sum of D_l]``, with any leading dimensions.
+        packed: what ``torch.ops.fadiag.layer_statistics`` returned, with any leading dimensions.
         shapes: of the grads, ``batch_dims`` leading dimensions included.
         strides: of the grads; None where every sample has one dimension.
         batch_dims: leading dimensions of the grads that number samples.
@@ -173,47 +173,64 @@ class PackedMeans(Sequence[Tensor]):
         self.strides = strides
         self.batch_dims = batch_dims
 
-    def tensors(self) -> list[Tensor]:
-        """Return all layers, each a view shaped like a sample."""
+    def _norms_width(self) -> int:
+        words = 2 if self.packed.dtype == torch.float64 else 4
+        return words * len(self.shapes) * self.shapes[0][self.batch_dims - 1]
+
+    def _norms(self, which: int) -> Tensor:
+        rows = self.shapes[0][self.batch_dims - 1]
+        both = self.packed[..., : self._norms_width()].view(torch.float64)
+        norms: Tensor = both.unflatten(-1, (2, len(self.shapes), rows))
+        return norms.select(-3, which)
+
+    @property
+    def hidden_norm(self) -> Tensor:
+        """L2 norm of each sample's hidden state, ``[L, B]`` float64."""
+        return self._norms(0)
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """L2 norm of each sample's gradient, ``[L, B]`` float64."""
+        return self._norms(1)
+
+    @property
+    def grad_mean(self) -> tuple[Tensor, ...]:
+        """Per layer the batch mean of the gradients, shaped like one sample."""
         samples = [tuple(shape[self.batch_dims :]) for shape in self.shapes]
-        parts = self.packed.split([math.prod(sizes) for sizes in samples], dim=-1)
+        widths = [math.prod(sizes) for sizes in samples]
+        packed_means = self.packed.narrow(-1, self._norms_width(), sum(widths))
+        means: tuple[Tensor, ...] = packed_means.split(widths, dim=-1)
         if self.strides is None:
-            return list(parts)
-        return [
-            self._shaped(part, sizes, strides[self.batch_dims :])
-            for part, sizes, strides in zip(parts, samples, self.strides, strict=True)
-        ]
+            return means
+        return tuple(
+            _shape_mean(mean, sizes, strides[self.batch_dims :])
+            for mean, sizes, strides in zip(means, samples, self.strides, strict=True)
+        )
 
-    @staticmethod
-    def _shaped(mean: Tensor, sizes: tuple[int, ...], strides: Sequence[int]) -> Tensor:
-        lead = mean.shape[:-1]
-        order = _memory_order(sizes, strides)
-        if order is None or order == sorted(order):
-            return mean.reshape((*lead, *sizes))
-        # It lies in the memory order of the grad's samples.
-        inverse = [order.index(d) + len(lead) for d in range(len(order))]
-        shaped = mean.reshape((*lead, *(sizes[d] for d in order)))
-        return shaped.permute((*range(len(lead)), *inverse))
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.tensors()[index]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.tensors())
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.hidden_norm, self.grad_norm, self.grad_mean))
 
     def __repr__(self) -> str:
-        return f"PackedMeans({self.tensors()!r})"
+        return repr(LayerStatistics(*self))
+
+
+def _shape_mean(mean: Tensor, sizes: tuple[int, ...], strides: Sequence[int]) -> Tensor:
+    """Give a mean, which lies in the memory order of the grad's samples, their shape."""
+    lead = mean.shape[:-1]
+    order = _memory_order(sizes, strides)
+    if order is None or order == sorted(order):
+        return mean.reshape((*lead, *sizes))
+    inverse = [order.index(d) + len(lead) for d in range(len(order))]
+    shaped = mean.reshape((*lead, *(sizes[d] for d in order)))
+    return shaped.permute((*range(len(lead)), *inverse))
 
 
 # vmap, torch.compile and torch.export look into containers that they know.
 register_pytree_node(
-    PackedMeans,
-    lambda means: ([means.packed], (means.shapes, means.strides, means.batch_dims)),
-    lambda packed, context: PackedMeans(next(iter(packed)), *context),
-    serialized_type_name="fadiag_fast.ops.PackedMeans",
+    PackedStatistics,
+    lambda found: ([found.packed], (found.shapes, found.strides, found.batch_dims)),
+    lambda packed, context: PackedStatistics(next(iter(packed)), *context),
+    serialized_type_name="fadiag_fast.ops.PackedStatistics",
 )
 
 
@@ -223,7 +240,7 @@ def layer_statistics(
     *,
     stacked: bool = False,
     backend: Backend | None = None,
-) -> LayerStatistics:
+) -> LayerStatistics | PackedStatistics:
     """Compute per-sample norms and batch-mean gradients of all layers in one pass.
 
     Args:
@@ -236,8 +253,9 @@ def layer_statistics(
         backend: ``"native"`` or ``"torch"`` to force one.
 
     Returns:
-        :class:`LayerStatistics`: ``hidden_norm`` and ``grad_norm`` ``[L, B]`` float64, and
-        ``grad_mean``, one tensor per layer shaped like a sample. None of them is differentiable.
+        An object with ``hidden_norm`` and ``grad_norm``, ``[L, B]`` float64, and ``grad_mean``, a
+        tuple of one tensor per layer, shaped like a sample; see :class:`LayerStatistics`. None of
+        them is differentiable.
 
     Raises:
         TypeError: a tensor is of no floating type, or a pair differs in dtype.
@@ -264,7 +282,7 @@ def layer_statistics(
         with torch.no_grad():
             return reference.layer_statistics(hiddens, grads, stacked=stacked)
     try:
-        hidden_norm, grad_norm, packed = _statistics_op(hiddens, grads, stacked)
+        packed = _statistics_op(hiddens, grads, stacked)
     except (RuntimeError, TypeError, NotImplementedError):
         checks.check_statistics_input(hiddens, grads, stacked)
         if len({hidden.dtype == torch.float64 for hidden in hiddens}) == 2:
@@ -273,12 +291,9 @@ def layer_statistics(
     batch_dims = 2 if stacked else 1
     shapes = tuple([grad.shape for grad in grads])
     strides = None
-    for shape in shapes:
-        if len(shape) != batch_dims + 1:
-            strides = tuple([grad.stride() for grad in grads])
-            break
-    means = PackedMeans(packed, shapes, strides, batch_dims)
-    return LayerStatistics(hidden_norm, grad_norm, means)
+    if set(map(len, shapes)) != {batch_dims + 1}:
+        strides = tuple([grad.stride() for grad in grads])
+    return PackedStatistics(packed, shapes, strides, batch_dims)
 
 
 def _statistics_by_width(
@@ -363,20 +378,17 @@ def _register_rules() -> None:
     _register_rules.library = library  # type: ignore[attr-defined]  # a Library ends with its object
 
     @torch.library.register_fake("fadiag::layer_statistics")
-    def _(
-        hiddens: Sequence[Tensor], grads: Sequence[Tensor], stacked: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _(hiddens: Sequence[Tensor], grads: Sequence[Tensor], stacked: bool = False) -> Tensor:
         checks.check_statistics_input(hiddens, grads, stacked)
         batch_dims = 2 if stacked else 1
         *stack, rows = hiddens[0].shape[:batch_dims]
         wide = hiddens[0].dtype == torch.float64
         width = sum(math.prod(hidden.shape[batch_dims:]) for hidden in hiddens)
-        norm_sizes = (*stack, len(hiddens), rows)
-        return (
-            hiddens[0].new_empty(norm_sizes, dtype=torch.float64),
-            hiddens[0].new_empty(norm_sizes, dtype=torch.float64),
-            grads[0].new_empty((*stack, width), dtype=torch.float64 if wide else torch.float32),
-        )
+        width = width + (2 if wide else 4) * len(hiddens) * rows
+        if stacked and not wide:
+            width = width + width % 2
+        dtype = torch.float64 if wide else torch.float32
+        return grads[0].new_empty((*stack, width), dtype=dtype)
 
     @torch.library.register_fake("fadiag::direction_cosines")
     def _(grad_means: Sequence[Tensor], num_batches: int, stacked: bool = False) -> Tensor:
@@ -393,16 +405,14 @@ def _register_rules() -> None:
         hiddens: Sequence[Tensor],
         grads: Sequence[Tensor],
         stacked: bool = False,
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    ) -> tuple[Tensor, int]:
         hidden_dims, grad_dims = in_dims[:2]
-        outputs = _statistics_op(
+        packed = _statistics_op(
             _stack(hiddens, hidden_dims, info.batch_size, stacked),
             _stack(grads, grad_dims, info.batch_size, stacked),
             True,
         )
-        if stacked:
-            outputs = tuple(output.unflatten(0, (info.batch_size, -1)) for output in outputs)
-        return tuple(outputs), (0, 0, 0)
+        return (packed.unflatten(0, (info.batch_size, -1)) if stacked else packed), 0
 
     @torch.library.register_vmap("fadiag::direction_cosines")
     def _(

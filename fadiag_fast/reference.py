@@ -26,14 +26,13 @@ class LayerStatistics(NamedTuple):
         hidden_norm: L2 norm of each sample's hidden state, ``[L, B]`` float64.
         grad_norm: L2 norm of each sample's gradient, ``[L, B]`` float64. Under a loss with mean
             reduction it carries the factor 1/B.
-        grad_mean: a sequence of L tensors, the mean over the batch of each layer's raw gradients,
-            shaped like one sample, float32 (float64 for float64 layers). The mean of no samples is
-            NaN.
+        grad_mean: per layer the mean over the batch of the raw gradients, shaped like one sample,
+            float32 (float64 for float64 layers). The mean of no samples is NaN.
     """
 
     hidden_norm: Tensor
     grad_norm: Tensor
-    grad_mean: Sequence[Tensor]
+    grad_mean: tuple[Tensor, ...]
 
 
 def sample_norm(states: Tensor, batch_dims: int = 1) -> Tensor:

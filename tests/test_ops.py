@@ -357,7 +357,9 @@ def test_vmap_equals_a_loop(in_dim, device, backend):
         torch.testing.assert_close(batched.hidden_norm[c], one.hidden_norm, rtol=1e-14, atol=0)
         torch.testing.assert_close(batched.grad_mean[0][c], one.grad_mean[0])
 
-    nested = torch.vmap(torch.vmap(lambda s: layer_statistics([s], [s], backend=backend)[0]))
+    nested = torch.vmap(
+        torch.vmap(lambda s: layer_statistics([s], [s], backend=backend).hidden_norm)
+    )
     stack = random_states((2, 3, 5, 7), torch.float32, device)
     expected = torch.linalg.vector_norm(stack.double(), dim=-1).unsqueeze(2)
     torch.testing.assert_close(nested(stack), expected, rtol=1e-12, atol=0)
@@ -382,18 +384,20 @@ def test_vmap_keeps_channels_last_means(device, backend):
 
 
 @native_only
-def test_means_are_views_of_one_tensor_and_keep_no_gradient_alive(device):
+def test_figures_are_views_of_one_tensor_and_keep_no_gradient_alive(device):
     grads = [
         random_states((4, 3), torch.float32, device),
         random_states((4, 2, 5), torch.float32, device),
     ]
     statistics = layer_statistics(grads, grads)
-    means = statistics.grad_mean
-    storages = {mean.untyped_storage().data_ptr() for mean in means}
-    assert storages == {means.packed.untyped_storage().data_ptr()}
-    assert [tuple(mean.shape) for mean in means] == [(3,), (2, 5)]
-    assert torch.equal(means[-1], list(means)[1])
+    views = [statistics.hidden_norm, statistics.grad_norm, *statistics.grad_mean]
+    storages = {view.untyped_storage().data_ptr() for view in views}
+    assert storages == {statistics.packed.untyped_storage().data_ptr()}
+    assert [tuple(mean.shape) for mean in statistics.grad_mean] == [(3,), (2, 5)]
+    hidden_norm, grad_norm, means = statistics
+    assert torch.equal(hidden_norm, grad_norm)
     assert len(means) == 2
+    assert "hidden_norm=tensor" in repr(statistics)
     alive = weakref.ref(grads[1])
     del grads
     assert alive() is None
@@ -418,13 +422,14 @@ def test_never_differentiable(device, backend):
 def test_jit_script(device):
     @torch.jit.script
     def probe(h: torch.Tensor, g: torch.Tensor):
-        norms, _, mean = torch.ops.fadiag.layer_statistics([h], [g])
-        return norms, mean, torch.ops.fadiag.direction_cosines([mean, mean * 2.0], 2)
+        packed = torch.ops.fadiag.layer_statistics([h], [g])
+        mean = packed[20:]  # behind twice five norms of two float32 words each
+        return packed, mean, torch.ops.fadiag.direction_cosines([mean, mean * 2.0], 2)
 
     states = random_states((5, 9), torch.float32, device)
-    norms, mean, cosines = probe(states, states)
+    packed, mean, cosines = probe(states, states)
     expected = layer_statistics([states], [states])
-    assert torch.equal(norms, expected.hidden_norm)
+    assert torch.equal(packed[:10].view(torch.float64), expected.hidden_norm[0])
     assert torch.equal(mean, expected.grad_mean[0])
     assert (cosines == 1).all()
 

@@ -111,14 +111,9 @@ void finish_layer(LayerWork& work, int64_t rows, double* const (&norms)[2], void
   write_means<Sums>(work, 0, work.layer->columns, rows, total, work.layer->columns, means);
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_statistics(std::vector<Tensor> hiddens,
-                                                    std::vector<Tensor> grads, bool stacked) {
+Tensor layer_statistics(std::vector<Tensor> hiddens, std::vector<Tensor> grads, bool stacked) {
   const StatisticsCall call = check_statistics_call(hiddens, grads, stacked);
   const int64_t rows = call.rows;
-  double* const norms[2] = {static_cast<double*>(call.hidden_norm.mutable_data_ptr()),
-                            static_cast<double*>(call.grad_norm.mutable_data_ptr())};
-  void* means = call.grad_mean.mutable_data_ptr();
-
   std::vector<LayerWork> works;
   int64_t num_tasks = 0;
   int64_t elements = 0;
@@ -145,20 +140,20 @@ std::tuple<Tensor, Tensor, Tensor> layer_statistics(std::vector<Tensor> hiddens,
     LayerWork& work = *std::prev(after);
     const int64_t local = task - work.first_task;
     if (work.type == kDouble) {
-      run_tile<WideSums>(work, local, rows, means);
+      run_tile<WideSums>(work, local, rows, call.means);
     } else {
-      run_tile<NarrowSums>(work, local, rows, means);
+      run_tile<NarrowSums>(work, local, rows, call.means);
     }
   });
   run_tasks(static_cast<int64_t>(works.size()), elements, [&](int64_t index) {
     LayerWork& work = works[index];
     if (work.type == kDouble) {
-      finish_layer<WideSums>(work, rows, norms, means);
+      finish_layer<WideSums>(work, rows, call.norms, call.means);
     } else {
-      finish_layer<NarrowSums>(work, rows, norms, means);
+      finish_layer<NarrowSums>(work, rows, call.norms, call.means);
     }
   });
-  return {call.hidden_norm, call.grad_norm, call.grad_mean};
+  return call.packed;
 }
 
 }  // namespace

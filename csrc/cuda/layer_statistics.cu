@@ -30,9 +30,9 @@ template <int kCapacity>
 void point_at_outputs(const StatisticsCall& call, size_t count, StatisticsTable<kCapacity>& table) {
   table.count = static_cast<int>(count);
   table.rows = call.rows;
-  table.norms[0] = static_cast<double*>(call.hidden_norm.mutable_data_ptr());
-  table.norms[1] = static_cast<double*>(call.grad_norm.mutable_data_ptr());
-  table.means = call.grad_mean.mutable_data_ptr();
+  table.norms[0] = call.norms[0];
+  table.norms[1] = call.norms[1];
+  table.means = call.means;
   table.workspace = nullptr;
 }
 
@@ -83,7 +83,7 @@ void launch_large(const Target& target, const Layer* layers, size_t count) {
   table.num_units = static_cast<int>(num_units);
   Tensor workspace;
   if (workspace_size > 0) {
-    workspace = empty_on(TensorInfo(target.call.grad_mean), {workspace_size}, ScalarType::Double);
+    workspace = empty_on(TensorInfo(target.call.packed), {workspace_size}, ScalarType::Double);
     table.workspace = static_cast<double*>(workspace.mutable_data_ptr());
   }
   STD_CUDA_CHECK(
@@ -101,8 +101,7 @@ void for_each_table(size_t total, Small&& small, Large&& large) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_statistics(std::vector<Tensor> hiddens,
-                                                    std::vector<Tensor> grads, bool stacked) {
+Tensor layer_statistics(std::vector<Tensor> hiddens, std::vector<Tensor> grads, bool stacked) {
   StatisticsCall call = check_statistics_call(hiddens, grads, stacked);
   const int32_t device = TensorInfo(hiddens[0]).device_index;
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -134,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_statistics(std::vector<Tensor> hiddens,
           [&](size_t b, size_t n) { launch_large<Element, kLargeTable>(target, large + b, n); });
     });
   }
-  return {call.hidden_norm, call.grad_norm, call.grad_mean};
+  return call.packed;
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ namespace fadiag {
 constexpr int kClusterBlocks = 8;
 constexpr int64_t kClusterRows = 512;
 // Beyond this a cluster's eight blocks would read for longer than the launch that they save.
-constexpr int64_t kClusterBytes = 2 << 20;
+constexpr int64_t kClusterBytes = 512 << 10;
 
 // Whether a layer goes this way: a function of its shape and type alone.
 inline bool fits_one_cluster(int64_t rows, int64_t columns, int64_t element_size) {
