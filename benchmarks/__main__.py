@@ -15,8 +15,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "what",
         nargs="*",
-        help="operator, cpu, sweep, special, demo, tables, plots; by default what fits the machine: "
-        "on CUDA operator, sweep and special, else cpu and special; then tables and plots",
+        help="operator, cpu, sweep, special, demo, tables, plots; by default what fits the "
+        "machine: on CUDA operator, sweep and special, else cpu and special; then tables and plots",
     )
     found.add_argument("--device", help="cuda or cpu; by default CUDA where there is one")
     found.add_argument(

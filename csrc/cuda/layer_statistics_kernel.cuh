@@ -165,7 +165,7 @@ __device__ void fill_ring(const StatisticsTable<kCapacity>& table, Ring<kStages>
 }
 
 template <typename Element, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, sizeof(Element) < 8 ? kBlocksPerMultiprocessor : 1)
     layer_statistics_kernel(const __grid_constant__ StatisticsTable<kCapacity> table) {
   using Lanes = LaneSums<Element>;
   using Sums = typename Lanes::Sums;
