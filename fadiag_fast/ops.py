@@ -179,7 +179,12 @@ class PackedStatistics:
 
     def _norms(self, which: int) -> Tensor:
         rows = self.shapes[0][self.batch_dims - 1]
-        both = self.packed[..., : self._norms_width()].view(torch.float64)
+        words = self.packed[..., : self._norms_width()]
+        try:
+            both = words.view(torch.float64)
+        except RuntimeError:
+            # Under vmap, before torch had a batching rule for this view.
+            both = torch.ops.fadiag.reinterpret_as_double.default(words)
         norms: Tensor = both.unflatten(-1, (2, len(self.shapes), rows))
         return norms.select(-3, which)
 
@@ -397,6 +402,18 @@ def _register_rules() -> None:
         return grad_means[0].new_empty(
             (*stack, layers, num_batches, num_batches), dtype=torch.float64
         )
+
+    @torch.library.custom_op("fadiag::reinterpret_as_double", mutates_args=())
+    def reinterpret(words: Tensor) -> Tensor:
+        return words.view(torch.float64).clone()
+
+    @reinterpret.register_fake
+    def _(words: Tensor) -> Tensor:
+        return words.new_empty((*words.shape[:-1], words.shape[-1] // 2), dtype=torch.float64)
+
+    @torch.library.register_vmap("fadiag::reinterpret_as_double")
+    def _(info: Any, in_dims: Any, words: Tensor) -> tuple[Tensor, int]:
+        return reinterpret(words.movedim(in_dims[0], 0)), 0
 
     @torch.library.register_vmap("fadiag::layer_statistics")
     def _(

@@ -62,17 +62,12 @@ class Ring {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty(stage_)) : "memory");
 #endif
   }
-  // Source and target are aligned to 16 bytes, and so is their size. What is read once makes room
-  // first: partial results stay in the L2 cache until they are merged.
+  // Source and target are aligned to 16 bytes, and so is their size.
   __device__ __forceinline__ void copy(void* target, const void* source, int bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile(
-        "{\n"
-        ".reg .b64 policy;\n"
-        "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1], %2, [%3], policy;\n"
-        "}\n" ::"r"(address(target)),
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(address(target)),
         "l"(source), "r"(bytes), "r"(full(stage_))
         : "memory");
 #endif
