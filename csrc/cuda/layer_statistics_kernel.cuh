@@ -38,6 +38,7 @@ constexpr int kRowSlots = 1024;  // rows of a unit times warp_columns
 constexpr int64_t kUnitsPerLayer = 64;
 constexpr int64_t kMinUnitBytes = 16 << 10;
 constexpr int64_t kMaxUnitBytes = 1 << 20;
+constexpr int64_t kLargeLayerBytes = 16 << 20;
 
 struct StatisticsPlan {
   int warp_columns;  // warps side by side; kWarps / warp_columns walk down the rows
@@ -48,16 +49,18 @@ struct StatisticsPlan {
   StatisticsPlan(int64_t rows, int64_t columns, int64_t element_size, int64_t square_words) {
     const int64_t lane_columns = kVectorBytes / element_size;
     const int64_t warp_width = kWarpSize * lane_columns;
-    // Few rows: warps side by side, so that each still has several groups of rows to walk.
-    warp_columns = rows <= 16 ? 8 : rows <= 64 ? 4 : 2;
+    const int64_t layer_bytes = 2 * rows * columns * element_size;
+    // Few rows: warps side by side, so that each still has several groups of rows to walk. Large
+    // layers: wide tiles, because every tile writes a partial sum for each of its rows.
+    warp_columns = rows <= 16 ? 8 : rows <= 64 || layer_bytes >= kLargeLayerBytes ? 4 : 2;
     while (warp_columns > 1 && (warp_columns / 2) * warp_width >= columns) warp_columns /= 2;
     const int64_t tile_width = warp_columns * warp_width;
     // A layer without columns still has norms (zero) to write.
     num_tiles = std::max<int64_t>(1, ceil_div(columns, tile_width));
     const int64_t row_bytes =
         std::max<int64_t>(1, 2 * std::min(columns, tile_width) * element_size);
-    const int64_t unit_bytes = std::clamp(2 * rows * columns * element_size / kUnitsPerLayer,
-                                          kMinUnitBytes, kMaxUnitBytes);
+    const int64_t unit_bytes =
+        std::clamp(layer_bytes / kUnitsPerLayer, kMinUnitBytes, kMaxUnitBytes);
     const int64_t step = kRowGroup * (kWarps / warp_columns);
     const int64_t wanted = ceil_div(std::max<int64_t>(1, unit_bytes / row_bytes), step) * step;
     const int64_t slots = kRowSlots / square_words / warp_columns / step * step;
