@@ -527,6 +527,14 @@ def test_runs_on_the_current_stream_without_waiting_for_the_host():
 
 
 @pytest.mark.cuda
+def test_more_batches_than_a_table_holds_are_refused():
+    direction = torch.ones(2, device="cuda")
+    with pytest.raises(RuntimeError, match="expected at most 3072 batches on CUDA, got 3073"):
+        direction_cosines([[direction]] * 3073)
+    assert direction_cosines([[direction]] * 100).shape == (1, 100, 100)
+
+
+@pytest.mark.cuda
 def test_cpu_and_cuda_agree():
     for dtype in DTYPES:
         states = random_states((77, 1234), dtype, "cpu")

@@ -100,6 +100,7 @@ __global__ void __launch_bounds__(kConsumers, 2)
 #pragma unroll
     for (int w = 0; w < kColumnWords; ++w) merged[w * columns + c] = words[w];
   }
+  __syncthreads();
   cluster.sync();
   const int share = (columns + kClusterBlocks - 1) / kClusterBlocks;
   const int share_end = min(columns, (rank + 1) * share);
