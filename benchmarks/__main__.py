@@ -1,4 +1,4 @@
-"""Run the benchmarks: ``python -m benchmarks [operator|cpu|sweep|special|demo|tables|plots]``."""
+"""Run the benchmarks: ``python -m benchmarks [WHAT …]``, all that fit the machine by default."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import cpu, demo, operator, plots, rows, special, sweep, tables
+from . import cpu, demo, operator, plots, registers, rows, special, sweep, tables
 
 
 def parser() -> argparse.ArgumentParser:
@@ -15,8 +15,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "what",
         nargs="*",
-        help="operator, cpu, sweep, special, demo, tables, plots; by default what fits the "
-        "machine: on CUDA operator, sweep and special, else cpu and special; then tables and plots",
+        help="operator, cpu, sweep, special, demo, registers, tables, plots; by default what fits "
+        "the machine: on CUDA operator, sweep and special, else cpu and special; then tables and "
+        "plots",
     )
     found.add_argument("--device", help="cuda or cpu; by default CUDA where there is one")
     found.add_argument(
@@ -44,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     fitting = ["operator", "sweep", "special"] if device.type == "cuda" else ["cpu", "special"]
     what = asked.what or fitting
-    unknown = set(what) - {"operator", "cpu", "sweep", "special", "demo", "tables", "plots"}
+    known = {"operator", "cpu", "sweep", "special", "demo", "registers", "tables", "plots"}
+    unknown = set(what) - known
     if unknown:
         parser().error(f"unknown benchmark: {', '.join(sorted(unknown))}")
 
@@ -62,6 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
         written.append(special.run(device, asked.results, asked.quick))
     if "demo" in what:
         written.append(demo.run(device, asked.results, asked.quick))
+    if "registers" in what:
+        written.append(registers.run(device, asked.results, asked.quick))
 
     code = 0
     if "plots" in what:

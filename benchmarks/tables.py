@@ -15,7 +15,11 @@ from .rows import number
 
 Rows = list[dict[str, str]]
 
-FILES = (rows.ROOT / "README.md", rows.ROOT / "benchmarks" / "README.md")
+FILES = (
+    rows.ROOT / "README.md",
+    rows.ROOT / "benchmarks" / "README.md",
+    rows.ROOT / "benchmarks" / "NOTES.md",
+)
 _MARKED = re.compile(r"<!-- begin:([\w-]+) -->\n(.*?)<!-- end:\1 -->", re.DOTALL)
 _BEGIN = re.compile(r"<!-- begin:([\w-]+) -->")
 
@@ -240,6 +244,13 @@ def _demo(found: Rows) -> str:
     return markdown([*header, "verdict by (a)–(c)", "(d) points over frozen"], lines)
 
 
+def _registers(found: Rows) -> str:
+    columns = ["registers", "spill_stores", "spill_loads", "stack", "static_shared"]
+    lines = [[f"`{row['kernel']}`", *(row[column] for column in columns)] for row in found]
+    header = ["kernel", "registers", "spill stores, B", "spill loads, B", "stack, B", "shared, B"]
+    return markdown(header, lines)
+
+
 # Name between the markers: the CSVs' name, and what makes the table of one of them.
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "operator": ("operator", _operator),
@@ -251,6 +262,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "sweep": ("sweep", _sweep),
     "special": ("special", _special),
     "demo": ("demo", _demo),
+    "registers": ("registers", _registers),
 }
 
 

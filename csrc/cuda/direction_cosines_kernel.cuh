@@ -86,7 +86,7 @@ __device__ __forceinline__ void find_panels(int pair, int num_batches, int* a, i
 }
 
 template <typename Element, int kVectors, int kGroups>
-__global__ void __launch_bounds__(kCosineThreads)
+__global__ void __launch_bounds__(kCosineThreads, sizeof(Element) == 4 ? 2 : 1)
     direction_products_kernel(const __grid_constant__ CosineTable<kVectors, kGroups> table) {
   constexpr int kSize = Vector<Element>::kSize;
   constexpr int kQuads = 4;  // lanes along the columns
