@@ -142,6 +142,20 @@ void statistics_tile_of(const Layer& layer, const Tile& tile, double* hidden_squ
 }
 
 template <typename Element>
+void column_means_of(const double* sums, int64_t word_stride, int64_t columns, int64_t rows,
+                     void* means) {
+  using Sums = typename SumsOf<Element>::type;
+  using Mean = std::conditional_t<std::is_same_v<Element, double>, double, float>;
+  auto* target = static_cast<Mean*>(means);
+  const auto count = static_cast<double>(rows);
+  for (int64_t c = 0; c < columns; ++c) {
+    double words[Sums::kColumnWords];
+    for (int w = 0; w < Sums::kColumnWords; ++w) words[w] = sums[w * word_stride + c];
+    target[c] = static_cast<Mean>(Sums::mean(words, count));
+  }
+}
+
+template <typename Element>
 double largest_magnitude_of(const void* vector, int64_t count) {
   const auto* elements = static_cast<const Element*>(vector);
   double largest = 0.0;
@@ -229,6 +243,13 @@ void statistics_tile(int type, const Layer& layer, const Tile& tile, double* hid
   });
 }
 
+void column_means(int type, const double* sums, int64_t word_stride, int64_t columns, int64_t rows,
+                  void* means) {
+  with_element(type, [&](auto tag) {
+    column_means_of<ElementOf<decltype(tag)>>(sums, word_stride, columns, rows, means);
+  });
+}
+
 double largest_magnitude(int type, const void* vector, int64_t count) {
   return with_element(type, [&](auto tag) {
     return largest_magnitude_of<ElementOf<decltype(tag)>>(vector, count);
@@ -245,7 +266,7 @@ void dot_products(int type, const void* const* vectors, const double* scales, in
 
 }  // namespace
 
-const CpuKernels FADIAG_KERNELS = {statistics_tile, largest_magnitude, dot_products,
+const CpuKernels FADIAG_KERNELS = {statistics_tile, column_means, largest_magnitude, dot_products,
                                    FADIAG_INSTRUCTION_SET};
 
 }  // namespace fadiag

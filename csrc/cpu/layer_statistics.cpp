@@ -42,21 +42,12 @@ struct LayerWork {
   std::vector<double> column_sums;  // [splits, words, columns]; unused for a single split
 };
 
-template <typename Sums>
 void write_means(const LayerWork& work, int64_t column_begin, int64_t columns, int64_t rows,
                  const double* sums, int64_t word_stride, void* means) {
-  constexpr int kWords = Sums::kColumnWords;
-  for (int64_t c = 0; c < columns; ++c) {
-    double words[kWords];
-    for (int w = 0; w < kWords; ++w) words[w] = sums[w * word_stride + c];
-    const double mean = Sums::mean(words, static_cast<double>(rows));
-    const int64_t index = work.layer->mean_offset + column_begin + c;
-    if constexpr (kWords == WideSums::kColumnWords) {
-      static_cast<double*>(means)[index] = mean;
-    } else {
-      static_cast<float*>(means)[index] = static_cast<float>(mean);
-    }
-  }
+  const int64_t index = work.layer->mean_offset + column_begin;
+  void* target = work.type == kDouble ? static_cast<void*>(static_cast<double*>(means) + index)
+                                      : static_cast<float*>(means) + index;
+  cpu_kernels().column_means(work.type, sums, word_stride, columns, rows, target);
 }
 
 template <typename Sums>
@@ -77,7 +68,7 @@ void run_tile(LayerWork& work, int64_t task, int64_t rows, void* means) {
   cpu_kernels().statistics_tile(work.type, *work.layer, block, squares, squares + rows * kWords,
                                 sums);
   if (work.plan.num_splits == 1) {
-    write_means<Sums>(work, block.column_begin, block_columns, rows, sums, block_columns, means);
+    write_means(work, block.column_begin, block_columns, rows, sums, block_columns, means);
     return;
   }
   for (int w = 0; w < Sums::kColumnWords; ++w) {
@@ -108,7 +99,7 @@ void finish_layer(LayerWork& work, int64_t rows, double* const (&norms)[2], void
     const double* partial = total + split * size;
     for (int64_t i = 0; i < size; ++i) total[i] += partial[i];
   }
-  write_means<Sums>(work, 0, work.layer->columns, rows, total, work.layer->columns, means);
+  write_means(work, 0, work.layer->columns, rows, total, work.layer->columns, means);
 }
 
 Tensor layer_statistics(std::vector<Tensor> hiddens, std::vector<Tensor> grads, bool stacked) {
