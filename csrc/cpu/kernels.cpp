@@ -1,10 +1,11 @@
 // The CPU kernels. Compiled once per instruction set, with FADIAG_KERNELS naming the result.
 //
 // Layout:        a tile of rows by columns; four rows at a time, so that four streams are open and
-//                a column sum is read and written once for four elements.
+//                a column sum is read and written once for four elements. The next four rows are
+//                fetched into the L2 cache meanwhile.
 // Accumulation:  accumulate.h, eight lanes per row; the column sums of a tile stay in the L1 cache.
 // Determinism:   lanes, groups of rows and tiles are fixed by the shape of the layer. Neither the
-//                number of threads nor the instruction set changes a bit (no contraction to FMA).
+//                number of threads nor the instruction set changes a bit (FMA only where exact).
 #include "kernels.h"
 
 #include <type_traits>
@@ -21,6 +22,9 @@ namespace fadiag {
 namespace {
 
 constexpr int kRowGroup = 4;
+constexpr int kLineBytes = 64;
+// Where no row follows, the same rows are fetched this far ahead.
+constexpr int kAheadBytes = 512;
 
 template <typename Element>
 struct SumsOf {
@@ -31,50 +35,77 @@ struct SumsOf<double> {
   using type = WideSums;
 };
 
-// Adds kRows rows of one tensor: squares by row and, where asked, sums by column.
+// Adds kRows rows of one tensor: squares by row and, where asked, sums by column. Meanwhile fetches
+// what lies `ahead` elements further on.
 template <typename Element, int kRows, bool kWithColumns>
-void add_rows(const Element* base, int64_t row_stride, int64_t columns, double* squares,
-              double* column_sums) {
+void add_rows(const Element* base, int64_t row_stride, int64_t columns, int64_t ahead,
+              double* squares, double* column_sums) {
   using Sums = typename SumsOf<Element>::type;
   constexpr int kWords = Sums::kSquareWords;
   constexpr int kColumnWords = Sums::kColumnWords;
-  Double8 words[kRows][kWords] = {};
-  const auto add = [&](const Double8(&x)[kRows], double* sums, int64_t count) {
-    for (int r = 0; r < kRows; ++r) Sums::add_square(words[r], x[r]);
-    if constexpr (kWithColumns) {
-      // Each row's contribution first, then pairwise: the order of a column sum is fixed.
-      Double8 column[kRows][kColumnWords] = {};
-      for (int r = 0; r < kRows; ++r) Sums::add_column(column[r], x[r]);
-      for (int w = 0; w < kColumnWords; ++w) {
-        Double8 total = column[0][w];
-        if constexpr (kRows == 4) {
-          total = (column[0][w] + column[1][w]) + (column[2][w] + column[3][w]);
+  constexpr int64_t kLineElements = kLineBytes / sizeof(Element);
+  Register words[kRows][kParts][kWords] = {};
+  // Adds the elements that load(r, p) returns; sums are read and written `sums_stride` apart.
+  const auto add = [&](double* sums, int64_t sums_stride, auto&& load) {
+    for (int p = 0; p < kParts; ++p) {
+      Register column[kColumnWords];
+      double* part_sums = sums + p * kRegisterLanes;
+      if constexpr (kWithColumns) {
+        for (int w = 0; w < kColumnWords; ++w) {
+          column[w] = load_vector<Register>(part_sums + w * sums_stride);
         }
-        if (count == kLanes) {
-          Double8 sum = load_doubles(sums + w * columns);
-          sum += total;
-          std::memcpy(sums + w * columns, &sum, sizeof(sum));
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const Register x = load(r, p);
+        if constexpr (std::is_same_v<Sums, NarrowSums>) {
+          words[r][p][0] = add_exact_square(words[r][p][0], x);
         } else {
-          for (int64_t j = 0; j < count; ++j) sums[w * columns + j] += total[j];
+          Sums::add_square(words[r][p], x);
+        }
+        if constexpr (kWithColumns) Sums::add_column(column, x);
+      }
+      if constexpr (kWithColumns) {
+        for (int w = 0; w < kColumnWords; ++w) {
+          std::memcpy(part_sums + w * sums_stride, &column[w], sizeof(Register));
         }
       }
     }
   };
   int64_t c = 0;
-  for (; c + kLanes <= columns; c += kLanes) {
-    Double8 x[kRows];
-    for (int r = 0; r < kRows; ++r) x[r] = load_doubles(base + r * row_stride + c);
-    add(x, column_sums + c, kLanes);
-  }
-  if (c < columns) {
-    Double8 x[kRows];
+  const auto add_at = [&](int64_t at) {
+    add(column_sums + at, columns, [&](int r, int p) {
+      return load_register(base + r * row_stride + at + p * kRegisterLanes);
+    });
+  };
+  for (; c + kLineElements <= columns; c += kLineElements) {
     for (int r = 0; r < kRows; ++r) {
-      x[r] = load_doubles_partial(base + r * row_stride + c, columns - c);
+      __builtin_prefetch(base + r * row_stride + c + ahead, /*rw=*/0, /*locality=*/2);
     }
-    add(x, column_sums + c, columns - c);
+    for (int64_t i = 0; i < kLineElements; i += kLanes) add_at(c + i);
+  }
+  for (; c + kLanes <= columns; c += kLanes) add_at(c);
+  if (const int64_t count = columns - c; count > 0) {
+    // The last columns with zeros behind them, and their sums likewise.
+    Element padded[kRows][kLanes] = {};
+    double padded_sums[kColumnWords * kLanes] = {};
+    for (int r = 0; r < kRows; ++r) {
+      std::memcpy(padded[r], base + r * row_stride + c, count * sizeof(Element));
+    }
+    for (int w = 0; kWithColumns && w < kColumnWords; ++w) {
+      std::memcpy(padded_sums + w * kLanes, column_sums + w * columns + c, count * sizeof(double));
+    }
+    add(padded_sums, kLanes,
+        [&](int r, int p) { return load_register(padded[r] + p * kRegisterLanes); });
+    for (int w = 0; kWithColumns && w < kColumnWords; ++w) {
+      std::memcpy(column_sums + w * columns + c, padded_sums + w * kLanes, count * sizeof(double));
+    }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int w = 0; w < kWords; ++w) squares[r * kWords + w] = sum_lanes(words[r][w]);
+    for (int w = 0; w < kWords; ++w) {
+      Double8 lanes;
+      for (int p = 0; p < kParts; ++p) lanes.part[p] = words[r][p][w];
+      squares[r * kWords + w] = sum_lanes(lanes);
+    }
   }
 }
 
@@ -93,9 +124,16 @@ void statistics_tile_of(const Layer& layer, const Tile& tile, double* hidden_squ
   const auto step = [&](auto group) {
     constexpr int kRows = decltype(group)::value;
     const int64_t word = r * Sums::kSquareWords;
-    add_rows<Element, kRows, false>(hidden + r * layer.hidden_row_stride, layer.hidden_row_stride,
-                                    columns, hidden_squares + word, nullptr);
-    add_rows<Element, kRows, true>(grad + r * layer.grad_row_stride, layer.grad_row_stride, columns,
+    // Hardware follows a row, but does not see the jump to the next ones: a tile's row is short.
+    const bool last = r + kRows + kRows > rows;
+    const auto ahead = [&](int64_t row_stride) {
+      return last ? kAheadBytes / static_cast<int64_t>(sizeof(Element)) : kRows * row_stride;
+    };
+    const int64_t hidden_stride = layer.hidden_row_stride;
+    const int64_t grad_stride = layer.grad_row_stride;
+    add_rows<Element, kRows, false>(hidden + r * hidden_stride, hidden_stride, columns,
+                                    ahead(hidden_stride), hidden_squares + word, nullptr);
+    add_rows<Element, kRows, true>(grad + r * grad_stride, grad_stride, columns, ahead(grad_stride),
                                    grad_squares + word, column_sums);
     r += kRows;
   };
@@ -104,13 +142,29 @@ void statistics_tile_of(const Layer& layer, const Tile& tile, double* hidden_squ
 }
 
 template <typename Element>
+void column_means_of(const double* sums, int64_t word_stride, int64_t columns, int64_t rows,
+                     void* means) {
+  using Sums = typename SumsOf<Element>::type;
+  using Mean = std::conditional_t<std::is_same_v<Element, double>, double, float>;
+  auto* target = static_cast<Mean*>(means);
+  const auto count = static_cast<double>(rows);
+  for (int64_t c = 0; c < columns; ++c) {
+    double words[Sums::kColumnWords];
+    for (int w = 0; w < Sums::kColumnWords; ++w) words[w] = sums[w * word_stride + c];
+    target[c] = static_cast<Mean>(Sums::mean(words, count));
+  }
+}
+
+template <typename Element>
 double largest_magnitude_of(const void* vector, int64_t count) {
   const auto* elements = static_cast<const Element*>(vector);
   double largest = 0.0;
   bool has_nan = false;
   for (int64_t c = 0; c < count; c += kLanes) {
-    const Double8 x = count - c >= kLanes ? load_doubles(elements + c)
-                                          : load_doubles_partial(elements + c, count - c);
+    double x[kLanes];
+    store_lanes(count - c >= kLanes ? load_doubles(elements + c)
+                                    : load_doubles_partial(elements + c, count - c),
+                x);
     for (int j = 0; j < kLanes; ++j) {
       const double magnitude = x[j] < 0.0 ? -x[j] : x[j];
       has_nan = has_nan || magnitude != magnitude;
@@ -126,8 +180,13 @@ void dot_products_of_row(const Element* a, double scale_a, const Element* const*
                          const double* scales_b, int64_t columns, double* products) {
   Double8 sums[kCount] = {};
   const auto add = [&](int64_t c, auto&& load) {
-    const Double8 x = load(a + c) * scale_a;
-    for (int j = 0; j < kCount; ++j) sums[j] += x * (load(b[j] + c) * scales_b[j]);
+    const Double8 x = load(a + c);
+    for (int j = 0; j < kCount; ++j) {
+      const Double8 y = load(b[j] + c);
+      for (int p = 0; p < kParts; ++p) {
+        sums[j].part[p] += (x.part[p] * scale_a) * (y.part[p] * scales_b[j]);
+      }
+    }
   };
   int64_t c = 0;
   for (; c + kLanes <= columns; c += kLanes) {
@@ -184,6 +243,13 @@ void statistics_tile(int type, const Layer& layer, const Tile& tile, double* hid
   });
 }
 
+void column_means(int type, const double* sums, int64_t word_stride, int64_t columns, int64_t rows,
+                  void* means) {
+  with_element(type, [&](auto tag) {
+    column_means_of<ElementOf<decltype(tag)>>(sums, word_stride, columns, rows, means);
+  });
+}
+
 double largest_magnitude(int type, const void* vector, int64_t count) {
   return with_element(type, [&](auto tag) {
     return largest_magnitude_of<ElementOf<decltype(tag)>>(vector, count);
@@ -200,7 +266,7 @@ void dot_products(int type, const void* const* vectors, const double* scales, in
 
 }  // namespace
 
-const CpuKernels FADIAG_KERNELS = {statistics_tile, largest_magnitude, dot_products,
+const CpuKernels FADIAG_KERNELS = {statistics_tile, column_means, largest_magnitude, dot_products,
                                    FADIAG_INSTRUCTION_SET};
 
 }  // namespace fadiag

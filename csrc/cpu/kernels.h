@@ -21,6 +21,10 @@ struct CpuKernels {
   // [words, columns], of one tile.
   void (*statistics_tile)(int type, const Layer& layer, const Tile& tile, double* hidden_squares,
                           double* grad_squares, double* column_sums);
+  // Writes the means over `rows` of the columns whose sums are given, [words, columns] with
+  // `word_stride` between words: as double where `type` is float64, else as float.
+  void (*column_means)(int type, const double* sums, int64_t word_stride, int64_t columns,
+                       int64_t rows, void* means);
   // Writes the largest magnitude of a vector (NaN if it holds one).
   double (*largest_magnitude)(int type, const void* vector, int64_t count);
   // Writes the dot products of vectors [0, num_vectors), scaled, over a range of columns:

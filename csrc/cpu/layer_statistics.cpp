@@ -1,4 +1,5 @@
 // layer_statistics on the CPU: plans tiles, runs them on torch's threads, merges in a fixed order.
+#include <memory>
 #include <vector>
 
 #include "../accumulate.h"
@@ -38,25 +39,17 @@ struct LayerWork {
   int type;
   TilePlan plan;
   int64_t first_task;
-  std::vector<double> squares;      // [tiles, 2, rows, words]
-  std::vector<double> column_sums;  // [splits, words, columns]; unused for a single split
+  // Into one workspace of the whole call.
+  double* squares;      // [tiles, 2, rows, words]
+  double* column_sums;  // [splits, words, columns]; unused for a single split
 };
 
-template <typename Sums>
 void write_means(const LayerWork& work, int64_t column_begin, int64_t columns, int64_t rows,
                  const double* sums, int64_t word_stride, void* means) {
-  constexpr int kWords = Sums::kColumnWords;
-  for (int64_t c = 0; c < columns; ++c) {
-    double words[kWords];
-    for (int w = 0; w < kWords; ++w) words[w] = sums[w * word_stride + c];
-    const double mean = Sums::mean(words, static_cast<double>(rows));
-    const int64_t index = work.layer->mean_offset + column_begin + c;
-    if constexpr (kWords == WideSums::kColumnWords) {
-      static_cast<double*>(means)[index] = mean;
-    } else {
-      static_cast<float*>(means)[index] = static_cast<float>(mean);
-    }
-  }
+  const int64_t index = work.layer->mean_offset + column_begin;
+  void* target = work.type == kDouble ? static_cast<void*>(static_cast<double*>(means) + index)
+                                      : static_cast<float*>(means) + index;
+  cpu_kernels().column_means(work.type, sums, word_stride, columns, rows, target);
 }
 
 template <typename Sums>
@@ -72,17 +65,17 @@ void run_tile(LayerWork& work, int64_t task, int64_t rows, void* means) {
   const int64_t block_columns = block.column_end - block.column_begin;
 
   constexpr int kWords = Sums::kSquareWords;
-  double* squares = work.squares.data() + tile * 2 * rows * kWords + block.row_begin * kWords;
+  double* squares = work.squares + tile * 2 * rows * kWords + block.row_begin * kWords;
   alignas(64) double sums[Sums::kColumnWords * kTileColumns];
   cpu_kernels().statistics_tile(work.type, *work.layer, block, squares, squares + rows * kWords,
                                 sums);
   if (work.plan.num_splits == 1) {
-    write_means<Sums>(work, block.column_begin, block_columns, rows, sums, block_columns, means);
+    write_means(work, block.column_begin, block_columns, rows, sums, block_columns, means);
     return;
   }
   for (int w = 0; w < Sums::kColumnWords; ++w) {
     double* target =
-        work.column_sums.data() + (split * Sums::kColumnWords + w) * columns + block.column_begin;
+        work.column_sums + (split * Sums::kColumnWords + w) * columns + block.column_begin;
     std::copy(sums + w * block_columns, sums + (w + 1) * block_columns, target);
   }
 }
@@ -95,7 +88,7 @@ void finish_layer(LayerWork& work, int64_t rows, double* const (&norms)[2], void
     for (int64_t r = 0; r < rows; ++r) {
       double words[kWords] = {};
       for (int64_t tile = 0; tile < work.plan.num_tiles; ++tile) {
-        const double* partial = work.squares.data() + ((tile * 2 + which) * rows + r) * kWords;
+        const double* partial = work.squares + ((tile * 2 + which) * rows + r) * kWords;
         for (int w = 0; w < kWords; ++w) words[w] += partial[w];
       }
       target[r] = Sums::norm(words);
@@ -103,34 +96,48 @@ void finish_layer(LayerWork& work, int64_t rows, double* const (&norms)[2], void
   }
   if (work.plan.num_splits <= 1) return;
   const int64_t size = Sums::kColumnWords * work.layer->columns;
-  double* total = work.column_sums.data();
+  double* total = work.column_sums;
   for (int64_t split = 1; split < work.plan.num_splits; ++split) {
     const double* partial = total + split * size;
     for (int64_t i = 0; i < size; ++i) total[i] += partial[i];
   }
-  write_means<Sums>(work, 0, work.layer->columns, rows, total, work.layer->columns, means);
+  write_means(work, 0, work.layer->columns, rows, total, work.layer->columns, means);
 }
 
 Tensor layer_statistics(std::vector<Tensor> hiddens, std::vector<Tensor> grads, bool stacked) {
   const StatisticsCall call = check_statistics_call(hiddens, grads, stacked);
   const int64_t rows = call.rows;
   std::vector<LayerWork> works;
+  int64_t num_layers = 0;
+  for (const auto& layers : call.layers) num_layers += static_cast<int64_t>(layers.size());
+  works.reserve(num_layers);
   int64_t num_tasks = 0;
   int64_t elements = 0;
+  int64_t workspace_size = 0;
+  const auto squares_size = [&](const LayerWork& work) {
+    const int words = work.type == kDouble ? WideSums::kSquareWords : NarrowSums::kSquareWords;
+    return work.plan.num_tiles * 2 * rows * words;
+  };
+  const auto column_sums_size = [&](const LayerWork& work) {
+    const int words = work.type == kDouble ? WideSums::kColumnWords : NarrowSums::kColumnWords;
+    return work.plan.num_splits > 1 ? work.plan.num_splits * words * work.layer->columns : 0;
+  };
   for (int type = 0; type < kNumElementTypes; ++type) {
-    const bool wide = type == kDouble;
     for (const Layer& layer : call.layers[type]) {
-      LayerWork work{&layer, type, TilePlan(rows, layer.columns), num_tasks, {}, {}};
-      const int square_words = wide ? WideSums::kSquareWords : NarrowSums::kSquareWords;
-      const int column_words = wide ? WideSums::kColumnWords : NarrowSums::kColumnWords;
-      work.squares.resize(work.plan.num_tiles * 2 * rows * square_words);
-      if (work.plan.num_splits > 1) {
-        work.column_sums.resize(work.plan.num_splits * column_words * layer.columns);
-      }
+      works.push_back({&layer, type, TilePlan(rows, layer.columns), num_tasks, nullptr, nullptr});
+      const LayerWork& work = works.back();
       num_tasks += work.plan.num_tiles * std::max<int64_t>(1, work.plan.num_splits);
       elements += 2 * rows * layer.columns;
-      works.push_back(std::move(work));
+      workspace_size += squares_size(work) + column_sums_size(work);
     }
+  }
+  // Not initialised: the tiles write every word of it.
+  const std::unique_ptr<double[]> workspace(new double[workspace_size]);
+  double* free_space = workspace.get();
+  for (LayerWork& work : works) {
+    work.squares = free_space;
+    work.column_sums = work.squares + squares_size(work);
+    free_space = work.column_sums + column_sums_size(work);
   }
 
   run_tasks(num_tasks, elements, [&](int64_t task) {
@@ -145,7 +152,7 @@ Tensor layer_statistics(std::vector<Tensor> hiddens, std::vector<Tensor> grads, 
       run_tile<NarrowSums>(work, local, rows, call.means);
     }
   });
-  run_tasks(static_cast<int64_t>(works.size()), elements, [&](int64_t index) {
+  run_tasks(num_layers, workspace_size, [&](int64_t index) {
     LayerWork& work = works[index];
     if (work.type == kDouble) {
       finish_layer<WideSums>(work, rows, call.norms, call.means);
