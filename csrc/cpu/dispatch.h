@@ -17,8 +17,10 @@ inline const CpuKernels& cpu_kernels() {
       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
           ? kAvx512Kernels
-      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? kAvx2Kernels
-                                                                        : kGenericKernels;
+      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c")
+          ? kAvx2Kernels
+          : kGenericKernels;
   return chosen;
 #else
   return kGenericKernels;
