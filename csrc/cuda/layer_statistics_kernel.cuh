@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) < 8 ? kBlocksPerMult
   extern __shared__ __align__(128) unsigned char memory[];
   unsigned char* stages = memory + SharedLayout::kRing;
   auto* shared = reinterpret_cast<double*>(memory + SharedLayout::kSums);
-  Ring<kStages> ring(reinterpret_cast<uint64_t*>(memory + SharedLayout::kBarriers), kWarps);
+  Ring<kStages> ring(reinterpret_cast<uint64_t*>(memory + SharedLayout::kBarriers), kConsumers);
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   if (warp == kWarps) {
@@ -220,8 +220,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) < 8 ? kBlocksPerMult
           }
           sums.add_row(i, h, g);
         }
-        __syncwarp();
-        if (lane == 0) ring.release();
+        ring.release();
         ring.advance();
       } else {
         const int64_t column = unit.tile_begin + tile_column;

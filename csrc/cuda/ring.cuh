@@ -25,7 +25,8 @@ __device__ __forceinline__ void sync_consumers() {
 template <int kStages>
 class Ring {
  public:
-  // `barriers` is shared memory for 2 * kStages of them; `consumers` threads release each stage.
+  // `barriers` is shared memory for 2 * kStages of them; `consumers` threads release each stage:
+  // every thread that reads it, so that the order of read and refill can be checked by racecheck.
   __device__ Ring(uint64_t* barriers, int consumers) : barriers_(barriers) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if (threadIdx.x == 0) {
