@@ -33,7 +33,6 @@ Source: 'Beyond Accuracy and Alignment' protocol, arXiv 2606.21126.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -75,12 +74,14 @@ class Rule(ABC):
         weight_decay: of AdamW.
         total_steps: number of updates the cosine spans, at least 1.
         seed: of whatever the rule draws (feedback matrices). Torch's random state is not used.
+        train_embed: whether the embedding learns; None takes the rule's own ``trains_embed``.
 
     Raises TypeError for a model without the attributes named above and ValueError for
     ``total_steps`` below 1. Source: 'Beyond Accuracy and Alignment' protocol, arXiv 2606.21126.
     """
 
     name: ClassVar[str]
+    trains_embed: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -90,6 +91,7 @@ class Rule(ABC):
         weight_decay: float = 0.01,
         total_steps: int,
         seed: int = 0,
+        train_embed: bool | None = None,
     ) -> None:
         missing = [part for part in ("embed", "blocks", "out_head") if not hasattr(model, part)]
         if missing:
@@ -103,6 +105,7 @@ class Rule(ABC):
             )
         self.model = model
         self.seed = seed
+        self.train_embed = self.trains_embed if train_embed is None else train_embed
         self.parameters = self.trained_parameters()
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=learning_rate, weight_decay=weight_decay
@@ -136,9 +139,14 @@ class Rule(ABC):
 
     # What a rule defines.
 
+    def fixed_modules(self) -> list[nn.Module]:
+        """List the parts that stay as they are, weight decay included."""
+        return [] if self.train_embed else [self.embed]
+
     def trained_parameters(self) -> list[nn.Parameter]:
-        """List the parameters the optimiser may move, weight decay included: here, all."""
-        return list(self.model.parameters())
+        """List the parameters the optimiser may move: all but those of the fixed modules."""
+        fixed = {parameter for module in self.fixed_modules() for parameter in module.parameters()}
+        return [parameter for parameter in self.model.parameters() if parameter not in fixed]
 
     @abstractmethod
     def block_credit(self, states: ForwardStates) -> list[Tensor] | list[None]:
@@ -259,8 +267,3 @@ def output_error(logits: Tensor, labels: Tensor) -> Tensor:
 def mean_inner_product(branch: Tensor, credit: Tensor) -> Tensor:
     """Compute mean_b ⟨branch_b, credit_b⟩, a scalar."""
     return (branch * credit).sum(dim=1).mean()
-
-
-def module_parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """List the parameters of several modules, in order."""
-    return [parameter for module in modules for parameter in module.parameters()]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .base import ForwardStates, Rule, mean_inner_product, module_parameters
+from .base import ForwardStates, Rule, mean_inner_product
 
 
 class DirectFeedbackAlignment(Rule):
@@ -29,25 +29,10 @@ class DirectFeedbackAlignment(Rule):
     """
 
     name: ClassVar[str] = "dfa"
+    trains_embed: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.01,
-        total_steps: int,
-        seed: int = 0,
-        train_embed: bool = False,
-    ) -> None:
-        self.train_embed = train_embed
-        super().__init__(
-            model,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            total_steps=total_steps,
-            seed=seed,
-        )
+    def __init__(self, model: nn.Module, *, seed: int = 0, **common: Any) -> None:
+        super().__init__(model, seed=seed, **common)
         head_weight = model.get_parameter("out_head.weight")
         num_classes, dim = head_weight.shape
         generator = torch.Generator().manual_seed(seed)
@@ -58,11 +43,7 @@ class DirectFeedbackAlignment(Rule):
 
         self.feedback = [draw() for _ in self.blocks]
         # Drawn last, so that the blocks' matrices do not depend on the option.
-        self.embed_feedback = draw() if train_embed else None
-
-    def trained_parameters(self) -> list[nn.Parameter]:
-        modules = [*self.blocks, *self.head_modules]
-        return module_parameters([self.embed, *modules] if self.train_embed else modules)
+        self.embed_feedback = draw() if self.train_embed else None
 
     def block_credit(self, states: ForwardStates) -> list[Tensor]:
         return [states.error @ matrix.T for matrix in self.feedback]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +44,10 @@ class EquilibriumPropagation(Rule):
         self,
         model: nn.Module,
         *,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.01,
-        total_steps: int,
-        seed: int = 0,
         beta: float = 0.5,
         relaxation_steps: int = 20,
         relaxation_rate: float = 0.5,
-        train_embed: bool = True,
+        **common: Any,
     ) -> None:
         # The second test is False for NaN too.
         if beta == 0 or not abs(beta) < float("inf"):
@@ -66,22 +62,7 @@ class EquilibriumPropagation(Rule):
         self.beta = beta
         self.relaxation_steps = relaxation_steps
         self.relaxation_rate = relaxation_rate
-        self.train_embed = train_embed
-        super().__init__(
-            model,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            total_steps=total_steps,
-            seed=seed,
-        )
-
-    def trained_parameters(self) -> list[nn.Parameter]:
-        embedding = set(self.embed.parameters())
-        return [
-            parameter
-            for parameter in self.model.parameters()
-            if self.train_embed or parameter not in embedding
-        ]
+        super().__init__(model, **common)
 
     def nudged_hiddens(self, states: ForwardStates) -> list[Tensor]:
         """Relax the hidden states under the nudge: h*_0 … h*_L, each ``[B, d]``, detached."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import ForwardStates, Rule, module_parameters
+from .base import ForwardStates, Rule
 
 
 class FrozenBlocks(Rule):
@@ -27,28 +27,8 @@ class FrozenBlocks(Rule):
 
     name: ClassVar[str] = "frozen"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.01,
-        total_steps: int,
-        seed: int = 0,
-        train_embed: bool = True,
-    ) -> None:
-        self.train_embed = train_embed
-        super().__init__(
-            model,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            total_steps=total_steps,
-            seed=seed,
-        )
-
-    def trained_parameters(self) -> list[nn.Parameter]:
-        embed = [self.embed] if self.train_embed else []
-        return module_parameters([*embed, *self.head_modules])
+    def fixed_modules(self) -> list[nn.Module]:
+        return [*super().fixed_modules(), *self.blocks]
 
     def block_credit(self, states: ForwardStates) -> list[None]:
         return [None] * len(self.blocks)
