@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,7 +146,8 @@ class DiagnosticReport:
             lines += ["", *_text_table(LAYER_HEADER, rows)]
         lines += ["", *_text_table(DIAGNOSTIC_HEADER, self.diagnostic_rows())]
         lines += ["", *(f"note: {remark}" for remark in self.remarks)] if self.remarks else []
-        lines += ["", f"verdict: {self.verdict}", "", *self._provenance_lines()]
+        lines += ["", f"verdict: {self.verdict}", ""]
+        lines += textwrap.wrap("; ".join(self._provenance_lines()), width=100)
         return "\n".join(lines)
 
     def to_markdown(self) -> str:
