@@ -115,6 +115,16 @@ struct WideSums {
   }
 };
 
+// The sums that an element type needs.
+template <typename Element>
+struct SumsOf {
+  using type = NarrowSums;
+};
+template <>
+struct SumsOf<double> {
+  using type = WideSums;
+};
+
 // Cosine of two directions from their dot product and sums of squares. Zero and non-finite vectors
 // have no direction: NaN, not a clamped quotient.
 FADIAG_HOST_DEVICE double cosine(double dot, double squares_a, double squares_b) {

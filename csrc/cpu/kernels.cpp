@@ -26,15 +26,6 @@ constexpr int kLineBytes = 64;
 // Where no row follows, the same rows are fetched this far ahead.
 constexpr int kAheadBytes = 512;
 
-template <typename Element>
-struct SumsOf {
-  using type = NarrowSums;
-};
-template <>
-struct SumsOf<double> {
-  using type = WideSums;
-};
-
 // Adds kRows rows of one tensor: squares by row and, where asked, sums by column. Meanwhile fetches
 // what lies `ahead` elements further on.
 template <typename Element, int kRows, bool kWithColumns>

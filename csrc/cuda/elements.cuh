@@ -12,15 +12,6 @@ namespace fadiag {
 
 constexpr int kVectorBytes = 16;
 
-template <typename Element>
-struct ElementTraits {
-  using Sums = NarrowSums;
-};
-template <>
-struct ElementTraits<double> {
-  using Sums = WideSums;
-};
-
 __device__ __forceinline__ double to_double(double x) { return x; }
 __device__ __forceinline__ double to_double(float x) { return static_cast<double>(x); }
 __device__ __forceinline__ double to_double(__half x) {

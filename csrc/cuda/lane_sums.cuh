@@ -45,7 +45,7 @@ __device__ __forceinline__ void write_mean(void* means, int64_t index,
 // The sums of a lane's columns over all its rows, and of its share of four rows.
 template <typename Element>
 struct LaneSums {
-  using Sums = typename ElementTraits<Element>::Sums;
+  using Sums = typename SumsOf<Element>::type;
   static constexpr int kWords = Sums::kSquareWords;
   static constexpr int kColumnWords = Sums::kColumnWords;
   static constexpr int kSize = Vector<Element>::kSize;

@@ -54,7 +54,7 @@ void launch_small(const Target& target, const Layer* layers, size_t count) {
 // Launches for all others.
 template <typename Element, int kCapacity>
 void launch_large(const Target& target, const Layer* layers, size_t count) {
-  using Sums = typename ElementTraits<Element>::Sums;
+  using Sums = typename SumsOf<Element>::type;
   const int64_t rows = target.call.rows;
   StatisticsTable<kCapacity> table;
   point_at_outputs(target.call, count, table);

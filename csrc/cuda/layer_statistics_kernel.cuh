@@ -388,7 +388,7 @@ __global__ void __launch_bounds__(kFinishThreads)
 template <typename Element, int kCapacity>
 cudaError_t launch_layer_statistics(const StatisticsTable<kCapacity>& table, int multiprocessors,
                                     cudaStream_t stream) {
-  using Sums = typename ElementTraits<Element>::Sums;
+  using Sums = typename SumsOf<Element>::type;
   const auto kernel = layer_statistics_kernel<Element, kCapacity>;
   static const cudaError_t prepared = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SharedLayout::kBytes);
