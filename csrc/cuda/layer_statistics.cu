@@ -11,6 +11,7 @@ struct Target {
   const StatisticsCall& call;
   int multiprocessors;
   bool has_clusters;
+  bool has_ring;
   cudaStream_t stream;
 };
 
@@ -86,8 +87,8 @@ void launch_large(const Target& target, const Layer* layers, size_t count) {
     workspace = empty_on(TensorInfo(target.call.packed), {workspace_size}, ScalarType::Double);
     table.workspace = static_cast<double*>(workspace.mutable_data_ptr());
   }
-  STD_CUDA_CHECK(
-      (launch_layer_statistics<Element, kCapacity>(table, target.multiprocessors, target.stream)));
+  STD_CUDA_CHECK((launch_layer_statistics<Element, kCapacity>(
+      table, target.has_ring, target.multiprocessors, target.stream)));
 }
 
 // Calls small(begin, count) or large(begin, count) for stretches that a kernel's table holds.
@@ -109,7 +110,11 @@ Tensor layer_statistics(std::vector<Tensor> hiddens, std::vector<Tensor> grads, 
   int major = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  const Target target{call, multiprocessors, major >= 9, current_stream(device)};
+  int shared_bytes = 0;
+  STD_CUDA_CHECK(
+      cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  const Target target{call, multiprocessors, major >= 9, has_room_for_ring(major, shared_bytes),
+                      current_stream(device)};
   for (int type = 0; type < kNumElementTypes; ++type) {
     std::vector<Layer>& layers = call.layers[type];
     if (layers.empty()) continue;

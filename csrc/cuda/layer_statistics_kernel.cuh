@@ -1,15 +1,14 @@
 // layer_statistics on the GPU: one pass over the hiddens and grads of all layers.
 //
 // What:          per-sample sums of squares of h and g, and column sums of g.
-// Layout:        a work unit is (layer, column tile, row split). The eight consumer warps of a
-// block
+// Layout:        a work unit is (layer, column tile, row split). A block's eight consumer warps
 //                form a grid of warp_rows x warp_columns; a lane owns 16 bytes of columns and keeps
 //                their sums in registers while its warp walks down the rows, four at a time. Row
 //                sums leave by a transposed warp shuffle.
-// Loads:         blocks are persistent. On compute capability 9.0 and later a ninth warp runs ahead
-//                of the others, over the ends of units, and fills a ring of shared-memory stages
-//                with bulk copies; the memory never waits for arithmetic. Rows that are no multiple
-//                of 16 bytes apart, and older chips, are loaded directly.
+// Loads:         blocks are persistent. Where the chip has bulk copies (9.0 and later) and shared
+//                memory for them (kRing), a ninth warp runs ahead of the others, over the ends of
+//                units, and fills a ring of stages; the memory never waits for arithmetic.
+//                Elsewhere, and where rows are no multiple of 16 bytes apart, lanes load directly.
 // Accumulation:  float64, accumulate.h.
 // Determinism:   the plan is a function of (rows, columns, element type) alone; partial results are
 //                merged in a fixed order by finish_statistics_kernel. No atomics.
@@ -121,16 +120,18 @@ struct Unit {
 };
 
 // Shared memory of a block, in this order.
+template <bool kRing>
 struct SharedLayout {
-  static constexpr int kRing = 0;  // [stages, hidden and grad, kStageBytes]
-  static constexpr int kSums = kRing + kStages * 2 * kStageBytes;
+  static constexpr int kStagesAt = 0;  // [stages, hidden and grad, kStageBytes]
+  static constexpr int kSums = kStagesAt + (kRing ? kStages * 2 * kStageBytes : 0);
   // Row sums first, column sums after them: the two never live at the same time.
   static constexpr int kRowBytes = 2 * kRowSlots * sizeof(double);
   static constexpr int kColumnBytes = kConsumers * 8 * sizeof(double);
   static constexpr int kBarriers = kSums + (kRowBytes > kColumnBytes ? kRowBytes : kColumnBytes);
   static constexpr int kBytes = kBarriers + kStages * 2 * sizeof(uint64_t);
 };
-static_assert(kBlocksPerMultiprocessor * (SharedLayout::kBytes + 1024) <= 228 * 1024);
+static_assert(kBlocksPerMultiprocessor * (SharedLayout<true>::kBytes + 1024) <= 228 * 1024);
+static_assert(SharedLayout<false>::kBytes <= 48 * 1024, "every chip has this much");
 
 // The ninth warp: copies every stage of every unit of this block, as far ahead as the ring allows.
 template <typename Element, int kCapacity>
@@ -167,7 +168,7 @@ __device__ void fill_ring(const StatisticsTable<kCapacity>& table, Ring<kStages>
   }
 }
 
-template <typename Element, int kCapacity>
+template <typename Element, int kCapacity, bool kRing>
 __global__ void __launch_bounds__(kThreads, sizeof(Element) < 8 ? kBlocksPerMultiprocessor : 1)
     layer_statistics_kernel(const __grid_constant__ StatisticsTable<kCapacity> table) {
   using Lanes = LaneSums<Element>;
@@ -177,13 +178,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) < 8 ? kBlocksPerMult
   constexpr int kSize = Lanes::kSize;
 
   extern __shared__ __align__(128) unsigned char memory[];
-  unsigned char* stages = memory + SharedLayout::kRing;
-  auto* shared = reinterpret_cast<double*>(memory + SharedLayout::kSums);
-  Ring<kStages> ring(reinterpret_cast<uint64_t*>(memory + SharedLayout::kBarriers), kConsumers);
+  using Shared = SharedLayout<kRing>;
+  unsigned char* stages = memory + Shared::kStagesAt;
+  auto* shared = reinterpret_cast<double*>(memory + Shared::kSums);
+  Ring<kStages> ring(reinterpret_cast<uint64_t*>(memory + Shared::kBarriers), kConsumers);
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   if (warp == kWarps) {
-    fill_ring<Element>(table, ring, stages, lane);
+    if constexpr (kRing) fill_ring<Element>(table, ring, stages, lane);
     return;
   }
 
@@ -199,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Element) < 8 ? kBlocksPerMult
     const int tile_column = tile_lane * kSize;
     const int left = unit.tile_columns - tile_column;
     const int valid = left >= kSize ? kSize : left > 0 ? left : 0;
-    const bool bulk = entry.bulk && kHasBulkCopies;
+    const bool bulk = kRing && entry.bulk && kHasBulkCopies;
 
     Lanes sums;
     for (int step = 0; step < unit.steps(); ++step) {
@@ -384,17 +386,34 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
 }
 
+// Whether a chip runs the variant with the ring.
+inline bool has_room_for_ring(int compute_major, int shared_bytes_per_block) {
+  return compute_major >= 9 && shared_bytes_per_block >= SharedLayout<true>::kBytes;
+}
+
+template <typename Element, int kCapacity, bool kRing>
+cudaError_t launch_units(const StatisticsTable<kCapacity>& table, int multiprocessors,
+                         cudaStream_t stream) {
+  const auto kernel = layer_statistics_kernel<Element, kCapacity, kRing>;
+  constexpr int kBytes = SharedLayout<kRing>::kBytes;
+  // It holds for the current device alone, hence with every launch.
+  const cudaError_t allowed =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (allowed != cudaSuccess) return allowed;
+  const int blocks = std::min(table.num_units, kBlocksPerMultiprocessor * multiprocessors);
+  kernel<<<blocks, kThreads, kBytes, stream>>>(table);
+  return cudaGetLastError();
+}
+
 // Launches both kernels for up to kCapacity layers of one element type.
 template <typename Element, int kCapacity>
-cudaError_t launch_layer_statistics(const StatisticsTable<kCapacity>& table, int multiprocessors,
-                                    cudaStream_t stream) {
+cudaError_t launch_layer_statistics(const StatisticsTable<kCapacity>& table, bool ring,
+                                    int multiprocessors, cudaStream_t stream) {
   using Sums = typename SumsOf<Element>::type;
-  const auto kernel = layer_statistics_kernel<Element, kCapacity>;
-  static const cudaError_t prepared = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SharedLayout::kBytes);
-  if (prepared != cudaSuccess) return prepared;
-  const int blocks = std::min(table.num_units, kBlocksPerMultiprocessor * multiprocessors);
-  kernel<<<blocks, kThreads, SharedLayout::kBytes, stream>>>(table);
+  const cudaError_t launched =
+      ring ? launch_units<Element, kCapacity, true>(table, multiprocessors, stream)
+           : launch_units<Element, kCapacity, false>(table, multiprocessors, stream);
+  if (launched != cudaSuccess) return launched;
   int64_t finish_blocks = 0;
   for (int i = 0; i < table.count; ++i) {
     const StatisticsEntry& entry = table.entries[i];
@@ -406,7 +425,7 @@ cudaError_t launch_layer_statistics(const StatisticsTable<kCapacity>& table, int
     return launch_dependent(finish_statistics_kernel<Sums, kCapacity>, grid, dim3(kFinishThreads),
                             stream, table);
   }
-  return cudaGetLastError();
+  return cudaSuccess;
 }
 
 }  // namespace fadiag
