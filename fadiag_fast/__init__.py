@@ -7,13 +7,13 @@ from .ops import direction_cosines, layer_statistics
 from .protocol import DiagnosticThresholds
 from .reference import LayerStatistics
 from .report import DiagnosticReport
-from .taps import ContractError
+from .taps import TapError
 
 __all__ = [
-    "ContractError",
     "DiagnosticReport",
     "DiagnosticThresholds",
     "LayerStatistics",
+    "TapError",
     "diagnose",
     "direction_cosines",
     "layer_statistics",

@@ -29,7 +29,7 @@ from .protocol import (
     depth_utility,
 )
 from .report import DiagnosticReport, SummaryRow, summary_table
-from .taps import ContractError
+from .taps import TapError
 from .zoo import (
     ImageDataset,
     TrainedNetwork,
@@ -254,7 +254,7 @@ def diagnose_command(
                     device=target,
                     unsafe_pickle=unsafe_pickle,
                 )
-            except (CheckpointError, ContractError, ValueError, TypeError, RuntimeError) as error:
+            except (CheckpointError, TapError, ValueError, TypeError, RuntimeError) as error:
                 failed += 1
                 records.append({"checkpoint": str(path), "error": str(error)})
                 errors.print(f"fadiag: {path}: {error}", style="red", markup=False)

@@ -2,56 +2,78 @@
 
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import ops
-from .capture import Loss, capture, constants_of, untouched
+from .capture import Loss, Output, Probe, classification_loss, untouched
 from .protocol import (
     DiagnosticThresholds,
     Figures,
     evaluate,
     explain_disagreement,
+    explain_shapes,
 )
 from .report import DiagnosticReport
-from .statistics import BatchStatistics, batch_statistics, medians
-from .taps import ContractError, Taps, find_taps, unwrap
-
-Batch = tuple[Tensor, Tensor]
+from .statistics import (
+    BatchStatistics,
+    Reduction,
+    SampleReduction,
+    batch_statistics,
+    medians,
+)
+from .taps import Select, TapError, unwrap
 
 
 def diagnose(
     model: nn.Module,
-    eval_batches: Iterable[Batch],
+    eval_batches: Iterable[Any],
     headline_acc: float | None = None,
     frozen_baseline_acc: float | None = None,
     method_name: str = "network",
     notes: str = "",
     *,
     thresholds: DiagnosticThresholds | None = None,
-    loss: Loss = nn.functional.cross_entropy,
+    loss: Loss | None = None,
+    taps: Select | None = None,
+    reduction: Reduction | SampleReduction = "flatten",
+    output: Output | None = None,
+    batch_dim: int = 0,
     backend: ops.Backend | None = None,
 ) -> DiagnosticReport:
     """Say whether a network's hidden states and gradients can be trusted, and why not.
 
     Args:
-        model: a network that follows the residual contract: ``embed``, ``blocks``, optionally
-            ``out_ln``, ``out_head``; or whose forward offers ``return_hidden=True``. Wrappers
-            (``torch.compile``, DataParallel) are looked through. It is probed in eval mode and left
-            as it was: modes, gradients, buffers, hooks, random state.
-        eval_batches: (x, y) pairs, moved to the model's device. The protocol takes the first 10
-            unshuffled test batches of 128; (a) and (b) read the first, (c) all of them, and at
-            least 8.
+        model: any module. Wrappers (``torch.compile``, DataParallel) are looked through, and
+            compiled parts run eagerly while it is probed. It is probed in eval mode and left as it
+            was: modes, gradients, buffers, hooks, random state.
+        eval_batches: (x, y) pairs, moved to the model's device. x is a tensor, a tuple of arguments
+            or a dict of keywords; y is what the loss takes. A dict in place of a pair is the
+            model's whole input, labels included, and the loss is the one that the model returns.
+            The protocol takes the first 10 unshuffled test batches of 128; (a) and (b) read the
+            first, (c) all of them, and at least 8.
         headline_acc: accuracy to be judged, a fraction in [0, 1].
         frozen_baseline_acc: accuracy with frozen blocks; without it (d) is not evaluated.
         method_name: heading of the report.
         notes: a remark for the report.
         thresholds: other limits than the published ones.
-        loss: (logits, y) → scalar. Gradients carry its reduction: the mean over B samples of the
-            default puts 1/B into every ‖g‖, and (b)'s floor belongs to B = 128.
+        loss: (model output, y) → scalar; None is cross-entropy, per sample or per token.
+            Gradients carry its reduction: the mean over B samples puts 1/B into every ‖g‖, and
+            (b)'s floor belongs to B = 128.
+        taps: where to observe: None chooses (the residual contract ``embed``, ``blocks``,
+            ``out_ln``, ``out_head``; a forward with ``return_hidden=True``; the longest chain of
+            repeated blocks), or names, globs, classes, modules: see
+            :func:`fadiag_fast.taps.find_taps`.
+        reduction: what one sample's state is where states have positions: ``"flatten"``,
+            ``"cls"``, ``"mean"``, ``"token"``, or a
+            :class:`~fadiag_fast.statistics.SampleReduction`.
+        output: which part of a structured model output counts as logits: an attribute, key or
+            index, or a function; by default ``logits`` or the first floating tensor.
+        batch_dim: the dimension of the states that counts samples.
         backend: ``"native"`` or ``"torch"`` to force one.
 
     Returns:
@@ -59,9 +81,10 @@ def diagnose(
         missing accuracies and non-finite states are outcomes that it names, not errors.
 
     Raises:
-        ContractError: the hidden states cannot be found.
-        ValueError: an accuracy outside [0, 1], labels out of range, batches that do not fit.
-        TypeError: a batch is no (x, y) pair of tensors.
+        TapError: the hidden states cannot be found, or the loss does not depend on one.
+        ValueError: an accuracy outside [0, 1], labels out of range, batches that do not fit, a
+            loss that is no scalar.
+        TypeError: a batch is no (x, y) pair.
 
     Source: "Beyond Accuracy and Alignment" (arXiv 2606.21126).
     """
@@ -73,46 +96,43 @@ def diagnose(
         if value is not None and not 0.0 <= value <= 1.0:
             raise ValueError(f"diagnose: {name}: expected a fraction from 0 to 1, got {value}")
     limits = thresholds or DiagnosticThresholds()
+    how = reduction if isinstance(reduction, SampleReduction) else SampleReduction(reduction)
     model = unwrap(model)
-    parameter = next(model.parameters(), None)
-    device = parameter.device if parameter is not None else torch.device("cpu")
+    device = _device_of(model)
+    default_loss = loss is None or loss is nn.functional.cross_entropy
+    probe = Probe(
+        model,
+        select=taps,
+        loss=None if default_loss else loss,
+        output=output,
+        batch_dim=batch_dim,
+    )
 
-    taps: Taps | None = None
     batches: list[BatchStatistics] = []
     empty = 0
     with untouched(model):
-        constants = constants_of(model)
         for index, batch in enumerate(eval_batches):
             x, y = _check_batch(index, batch)
-            x, y = x.to(device), y.to(device)
-            if len(x) == 0:
+            x, y = (tree_map_only(Tensor, lambda t: _moved(t, device), v) for v in (x, y))
+            if _batch_size(x) == 0:
                 empty += 1
                 continue
-            if taps is None:
-                taps = find_taps(model, x)
-            default_loss = loss is nn.functional.cross_entropy
-            captured = capture(
-                model,
-                x,
-                y,
-                taps=taps,
-                loss=_checked_cross_entropy(index) if default_loss else loss,
-                constants=constants,
-            )
-            if batches and len(captured.hiddens) != batches[0].hidden_norm.shape[0]:
-                raise ContractError(
-                    f"diagnose: batch {index}: expected {batches[0].hidden_norm.shape[0]} hidden "
-                    f"states like the first batch, got {len(captured.hiddens)}"
-                )
-            batches.append(batch_statistics(captured, y, backend=backend))
+            if default_loss and isinstance(y, Tensor):
+                probe.loss = _checked_cross_entropy(index, probe)
+            captured = probe.capture(x, y)
+            batches.append(batch_statistics(captured, y, reduction=how, backend=backend))
+            del captured  # before the next batch's, not after
 
-    figures = _figures(taps, batches, headline_acc, frozen_baseline_acc, backend)
+    figures = _figures(probe, batches, headline_acc, frozen_baseline_acc, backend)
     diagnostics = evaluate(figures, limits)
-    remarks = _remarks(batches, empty, figures)
-    if (sentence := explain_disagreement(figures, diagnostics[1], limits)) is not None:
-        remarks.append(sentence)
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
-    provenance = _provenance(device, sorted(dtypes), taps, batches, loss, backend)
+    remarks = _remarks(probe, batches, empty, figures)
+    for sentence in (
+        explain_disagreement(figures, diagnostics[1], limits),
+        explain_shapes(figures, diagnostics[0]),
+    ):
+        if sentence is not None:
+            remarks.append(sentence)
+    provenance = _provenance(model, device, probe, batches, how, loss, backend)
     provenance["seconds"] = round(time.perf_counter() - started, 3)
     return DiagnosticReport(
         method_name=method_name,
@@ -124,55 +144,88 @@ def diagnose(
     )
 
 
-def _check_batch(index: int, batch: object) -> Batch:
+def _device_of(model: nn.Module) -> torch.device:
+    """Return the device that holds all of a model's parameters."""
+    places: dict[torch.device, str] = {}
+    for name, parameter in model.named_parameters():
+        places.setdefault(parameter.device, name)
+    if len(places) > 1:
+        found = ", ".join(f"{name} on {device}" for device, name in places.items())
+        raise TapError(f"{type(model).__name__}: expected a model on one device, got {found}")
+    return next(iter(places), torch.device("cpu"))
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    tensor = tensor.to(device)
+    if tensor.is_inference():
+        with torch.inference_mode(False):
+            return tensor.clone()
+    return tensor
+
+
+def _batch_size(x: Any) -> int | None:
+    """Return the first dimension of a batch's first tensor."""
+    first = next((leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)), None)
+    return None if first is None or first.dim() == 0 else first.shape[0]
+
+
+def _check_batch(index: int, batch: object) -> tuple[Any, Any]:
+    if isinstance(batch, Mapping):
+        return dict(batch), None
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise TypeError(
             f"diagnose: batch {index}: expected a pair (x, y), got {type(batch).__name__}"
             + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
         )
     x, y = batch
-    for name, value in (("x", x), ("y", y)):
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"diagnose: batch {index}: expected {name} to be a tensor, "
-                f"got {type(value).__name__}"
-            )
-        if value.dim() == 0:
-            raise ValueError(f"diagnose: batch {index}: expected {name} with a batch dimension")
-    if len(x) != len(y):
+    x = dict(x) if isinstance(x, Mapping) else x
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(x)):
+        raise TypeError(
+            f"diagnose: batch {index}: expected x to be a tensor, a tuple or a dict of tensors, "
+            f"got {type(x).__name__}"
+        )
+    samples = _batch_size(x)
+    if samples is None:
+        raise ValueError(f"diagnose: batch {index}: expected x with a batch dimension")
+    if isinstance(x, Tensor) and isinstance(y, Tensor) and (y.dim() == 0 or len(y) != samples):
+        got = "no batch dimension" if y.dim() == 0 else len(y)
         raise ValueError(
-            f"diagnose: batch {index}: expected as many labels as samples, {len(x)}, got {len(y)}"
+            f"diagnose: batch {index}: expected as many labels as samples, {samples}, got {got}"
         )
     return x, y
 
 
-def _checked_cross_entropy(index: int) -> Loss:
+def _checked_cross_entropy(index: int, probe: Probe) -> Loss:
     """Return the cross-entropy that looks at the labels first.
 
     On a GPU a label out of range would abort the process's CUDA context instead of raising.
     """
 
-    def loss(logits: Tensor, y: Tensor) -> Tensor:
-        if y.dim() == 1 and not y.is_floating_point() and logits.dim() == 2:
-            low, high = int(y.min()), int(y.max())
-            if low < 0 or high >= logits.shape[1]:
+    def loss(output: Any, y: Tensor) -> Tensor:
+        logits = probe.logits_of(output)
+        if not y.is_floating_point() and logits.dim() > 1 and y.numel():
+            per_token = logits.dim() == 3 and y.shape == logits.shape[:-1]
+            classes = logits.shape[-1 if per_token else 1]
+            counted = y[y != -100]
+            low, high = (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
+            if low < 0 or high >= classes:
                 raise ValueError(
-                    f"diagnose: batch {index}: expected labels from 0 to {logits.shape[1] - 1}, "
+                    f"diagnose: batch {index}: expected labels from 0 to {classes - 1}, "
                     f"got labels from {low} to {high}"
                 )
-        return nn.functional.cross_entropy(logits, y)
+        return classification_loss(logits, y)
 
     return loss
 
 
 def _figures(
-    taps: Taps | None,
+    probe: Probe,
     batches: Sequence[BatchStatistics],
     headline_acc: float | None,
     frozen_baseline_acc: float | None,
     backend: ops.Backend | None,
 ) -> Figures:
-    if taps is None or not batches:
+    if not batches:
         return Figures(
             (), (), (), (), float("nan"), 0, (), (), 0, headline_acc, frozen_baseline_acc
         )
@@ -182,7 +235,7 @@ def _figures(
     rows, columns = torch.triu_indices(len(batches), len(batches), offset=1)
     pairs = cosines[:, rows, columns]
     return Figures(
-        layers=taps.names,
+        layers=probe.taps.labels,
         residual_norms=medians(first.hidden_norm),
         bp_grad_norms=medians(first.grad_norm),
         credit_gains=medians(first.credit_gain),
@@ -191,26 +244,34 @@ def _figures(
         stabilities=pairs.nanmean(dim=1).tolist(),
         num_directions=has_direction.sum(dim=1).tolist(),
         num_batches=len(batches),
+        shapes=first.shapes,
+        sizes=first.sizes,
         headline_acc=headline_acc,
         frozen_baseline_acc=frozen_baseline_acc,
     )
 
 
-def _remarks(batches: Sequence[BatchStatistics], empty: int, figures: Figures) -> list[str]:
+def _remarks(
+    probe: Probe, batches: Sequence[BatchStatistics], empty: int, figures: Figures
+) -> list[str]:
     """Name everything that was left out of a figure, or that a reader may stumble on."""
-    remarks = []
+    remarks: list[str] = []
     if empty:
         remarks.append(f"{empty} batches without samples were left out.")
     if not batches:
         remarks.append("There was no batch with a sample: nothing could be measured.")
         return remarks
+    remarks += probe.taps.remarks
+    if probe.taps.unseen:
+        lost = ", ".join(probe.taps.unseen)
+        remarks.append(f"Bypassed: the forward pass does not call {lost}.")
     first = batches[0]
     for name, norms in (("hidden states", first.hidden_norm), ("gradients", first.grad_norm)):
         bad = (~norms.isfinite()).sum(dim=1).tolist()
         for l, count in enumerate(bad):
             if count:
                 remarks.append(
-                    f"{count} of {first.batch_size} samples have non-finite {name} at "
+                    f"{count} of {norms.shape[1]} samples have non-finite {name} at "
                     f"{figures.layers[l]}; medians are over those that are not NaN."
                 )
                 break
@@ -226,10 +287,11 @@ def _remarks(batches: Sequence[BatchStatistics], empty: int, figures: Figures) -
 
 
 def _provenance(
+    model: nn.Module,
     device: torch.device,
-    dtypes: Sequence[str],
-    taps: Taps | None,
+    probe: Probe,
     batches: Sequence[BatchStatistics],
+    reduction: SampleReduction,
     loss: Any,
     backend: ops.Backend | None,
 ) -> dict[str, Any]:
@@ -242,7 +304,8 @@ def _provenance(
         if device.type == "cuda"
         else platform.processor() or platform.machine()
     )
-    default_loss = loss is nn.functional.cross_entropy
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    default_loss = loss is None or loss is nn.functional.cross_entropy
     record: dict[str, Any] = {
         "fadiag_fast": __version__,
         "torch": str(torch.__version__),
@@ -252,8 +315,11 @@ def _provenance(
         "batches": same,
         "loss": "cross-entropy" if default_loss else getattr(loss, "__name__", repr(loss)),
         "loss_reduction": "mean" if default_loss else "as the loss defines it",
-        "taps": "none" if taps is None else f"{len(taps.names)} states, read as {taps.style}",
-        "sample_reduction": "flatten",
+        "taps": probe.taps.coverage if batches else "none",
+        "sample_reduction": reduction.kind
+        + (f", features in dimension {reduction.feature_dim}" if reduction.feature_dim else ""),
+        "capture": (probe.path or "none")
+        + (f" (torch.func: {probe.path_reason})" if probe.path_reason else ""),
     }
     if batches and all(batch.correct is not None for batch in batches):
         correct = sum(batch.correct or 0 for batch in batches)

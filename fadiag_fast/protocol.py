@@ -115,6 +115,8 @@ class Figures:
         num_batches: batches given that hold a sample.
         headline_acc: fraction in [0, 1], or None.
         frozen_baseline_acc: fraction in [0, 1], or None.
+        shapes: of one sample's state, ``n``; empty where not recorded.
+        sizes: features under one norm, ``n``; empty where not recorded.
     """
 
     layers: Sequence[str]
@@ -128,6 +130,16 @@ class Figures:
     num_batches: int
     headline_acc: float | None = None
     frozen_baseline_acc: float | None = None
+    shapes: Sequence[tuple[int, ...]] = ()
+    sizes: Sequence[int] = ()
+
+    @property
+    def rms_norms(self) -> list[float]:
+        """Median root mean square of the hidden states' features: ‖h_l‖ / √D_l."""
+        return [
+            norm / math.sqrt(size) if size else math.nan
+            for norm, size in zip(self.residual_norms, self.sizes, strict=False)
+        ]
 
 
 def growth_ratios(residual_norms: Sequence[float]) -> list[float]:
@@ -379,4 +391,23 @@ def explain_disagreement(
         f"(b) passes, but the credit gain at the deepest state, {gain:.3g}, is below its floor "
         f"{thresholds.credit_gain_floor:.3g}: the gradient is lost on its way and clears (b) only "
         f"because {because}."
+    )
+
+
+def explain_shapes(figures: Figures, growth: Diagnostic) -> str | None:
+    """Say in a sentence what (a) is worth where states have different numbers of features.
+
+    A norm grows with the number of features: (a) compares only like shapes. The root mean square
+    does not.
+    """
+    if len(set(figures.sizes)) < 2 or growth.layer is None or growth.value is None:
+        return None
+    ratios = [ratio for ratio in growth_ratios(figures.rms_norms) if not math.isnan(ratio)]
+    if not ratios:
+        return None
+    largest = max(ratios)
+    where = figures.layers[growth_ratios(figures.rms_norms).index(largest) + 1]
+    return (
+        f"The states differ in size, and (a) compares only like shapes: by root mean square per "
+        f"feature the largest growth is {largest:.3g}, at {where}."
     )

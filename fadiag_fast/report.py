@@ -93,6 +93,8 @@ class DiagnosticReport:
             "residual_norms": self.residual_norms,
             "bp_grad_norms": self.bp_grad_norms,
             "credit_gains": self.credit_gains,
+            "rms_norms": self.figures.rms_norms,
+            "shapes": [list(shape) for shape in self.figures.shapes],
             "cross_batch_stability": self.cross_batch_direction_stability,
             "cross_batch_stability_by_layer": list(self.figures.stabilities),
             "output_grad_norm": self.figures.output_grad_norm,
@@ -110,20 +112,49 @@ class DiagnosticReport:
         return json.dumps(_strict(self.to_dict()), indent=indent, ensure_ascii=False)
 
     def layer_rows(self) -> list[list[str]]:
-        """Return the per-layer table as text: layer, name, ‖h‖, growth, ‖g‖, gain, cosine."""
+        """Return the per-layer table as text, the columns of :meth:`layer_header`."""
         growth = ["", *(_number(ratio) for ratio in growth_ratios(self.residual_norms))]
+        rms_growth = ["", *(_number(ratio) for ratio in growth_ratios(self.figures.rms_norms))]
         return [
             [
                 f"h_{l}",
                 self.figures.layers[l],
+                *(["×".join(map(str, self.figures.shapes[l]))] if self._has_positions else []),
                 _number(self.residual_norms[l]),
                 growth[l],
+                *([rms_growth[l]] if self._has_sizes else []),
                 _number(self.bp_grad_norms[l]),
                 _number(self.credit_gains[l]),
                 _number(self.figures.stabilities[l]),
             ]
             for l in range(len(self.residual_norms))
         ]
+
+    def layer_header(self) -> list[str]:
+        """Return the per-layer table's columns.
+
+        ``shape`` is there where a state has positions, ``RMS growth`` where the states' sizes
+        differ.
+        """
+        return [
+            "layer",
+            "after",
+            *(["shape"] if self._has_positions else []),
+            "‖h‖",
+            "growth",
+            *(["RMS growth"] if self._has_sizes else []),
+            "‖g‖",
+            "gain",
+            "cosine",
+        ]
+
+    @property
+    def _has_positions(self) -> bool:
+        return any(len(shape) > 1 for shape in self.figures.shapes)
+
+    @property
+    def _has_sizes(self) -> bool:
+        return len(set(self.figures.sizes)) > 1
 
     def diagnostic_rows(self) -> list[list[str]]:
         """Return the four diagnostics as text: name, value, limit, label, evidence."""
@@ -143,7 +174,7 @@ class DiagnosticReport:
         if self.notes:
             lines.append(self.notes)
         if rows := self.layer_rows():
-            lines += ["", *_text_table(LAYER_HEADER, rows)]
+            lines += ["", *_text_table(self.layer_header(), rows)]
         lines += ["", *_text_table(DIAGNOSTIC_HEADER, self.diagnostic_rows())]
         lines += ["", *(f"note: {remark}" for remark in self.remarks)] if self.remarks else []
         lines += ["", f"verdict: {self.verdict}", ""]
@@ -156,7 +187,7 @@ class DiagnosticReport:
         if self.notes:
             lines += [self.notes, ""]
         if rows := self.layer_rows():
-            lines += [*_markdown_table(LAYER_HEADER, rows), ""]
+            lines += [*_markdown_table(self.layer_header(), rows), ""]
         lines += [*_markdown_table(DIAGNOSTIC_HEADER, self.diagnostic_rows()), ""]
         lines += [f"- {remark}" for remark in self.remarks]
         lines += ["", *(f"*{line}*  " for line in self._provenance_lines())]
@@ -166,7 +197,6 @@ class DiagnosticReport:
         return [f"{key.replace('_', ' ')}: {value}" for key, value in self.provenance.items()]
 
 
-LAYER_HEADER = ["layer", "after", "‖h‖", "growth", "‖g‖", "gain", "cosine"]
 DIAGNOSTIC_HEADER = ["diagnostic", "value", "fires", "label", "evidence"]
 
 

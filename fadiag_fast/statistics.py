@@ -1,17 +1,73 @@
 """Reduce one captured batch to the numbers that the protocol reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .capture import Captured
+from .reference import LayerStatistics
+
+Reduction = Literal["flatten", "cls", "mean", "token"]
+REDUCTIONS: tuple[Reduction, ...] = ("flatten", "cls", "mean", "token")
+
+
+@dataclass(frozen=True)
+class SampleReduction:
+    """What counts as one sample's state where a state has more than two dimensions.
+
+    A state ``[B, D]`` is left alone. ``[B, T, D]`` holds T positions of D features; with four and
+    more dimensions the features are dimension 1 (``[B, D, H, W]``) unless ``feature_dim`` says so.
+
+    Attributes:
+        kind: ``flatten`` takes all features of all positions; ``cls`` the first position of
+            ``[B, T, D]``; ``mean`` the average over the positions, whose gradient is the SUM over
+            the positions: the loss's derivative along a shift of all of them; ``token`` counts
+            every position as a sample of its own.
+        feature_dim: the dimension that holds features, −1 for channels last.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+
+    kind: Reduction = "flatten"
+    feature_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in REDUCTIONS:
+            raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {self.kind}")
+
+    def _feature_dim(self, state: Tensor) -> int:
+        if self.feature_dim is not None:
+            return self.feature_dim % state.dim()
+        return state.dim() - 1 if state.dim() == 3 else 1
+
+    def apply(self, hidden: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a state and its gradient, ``[B, ...]``, as the samples' ``[N, ...]``."""
+        if hidden.is_complex():
+            hidden, grad = torch.view_as_real(hidden), torch.view_as_real(grad)
+        if self.kind == "flatten" or hidden.dim() < 3:
+            return hidden, grad
+        if self.kind == "cls":
+            if hidden.dim() != 3:
+                raise ValueError(
+                    f"reduction cls: expected states of shape [B, T, D], got {list(hidden.shape)}"
+                )
+            return hidden[:, 0], grad[:, 0]
+        features = self._feature_dim(hidden)
+        if self.kind == "mean":
+            positions = [d for d in range(1, hidden.dim()) if d != features]
+            return hidden.mean(positions), grad.sum(positions)
+        hidden, grad = hidden.movedim(features, -1), grad.movedim(features, -1)
+        return hidden.flatten(0, -2), grad.flatten(0, -2)
 
 
 @dataclass(frozen=True)
 class BatchStatistics:
-    """What one batch of B samples says of the n = L + 1 hidden states.
+    """What one batch of B samples says of the n hidden states.
 
     Attributes:
         hidden_norm: ‖h_l‖ per sample, ``[n, B]`` float64.
@@ -20,8 +76,12 @@ class BatchStatistics:
         credit_gain: ``grad_norm / output_grad_norm``, ``[n, B]``: free of the loss's reduction and
             of the size of the output error. NaN for a sample whose output error is zero.
         grad_mean: per state the batch mean of the raw gradients, shaped like a sample.
+        shapes: of one sample's state as it was captured, ``n``.
+        sizes: features that one norm is taken over, ``n``.
         loss: the batch's loss.
         correct: samples whose largest logit is the label's; None where labels are no classes.
+        batch_size: samples in the batch; with the reduction ``token`` every sample counts T times
+            in the arrays above, [n, B·T], in which a sample's positions follow each other.
     """
 
     hidden_norm: Tensor
@@ -29,37 +89,73 @@ class BatchStatistics:
     output_grad_norm: Tensor
     credit_gain: Tensor
     grad_mean: tuple[Tensor, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
     loss: float
     correct: int | None
-
-    @property
-    def batch_size(self) -> int:
-        return self.hidden_norm.shape[1]
+    batch_size: int
 
 
 def batch_statistics(
-    captured: Captured, labels: Tensor, *, backend: ops.Backend | None = None
+    captured: Captured,
+    labels: object,
+    *,
+    reduction: SampleReduction | None = None,
+    backend: ops.Backend | None = None,
 ) -> BatchStatistics:
-    """Compute :class:`BatchStatistics`, all layers and the logits in one call of the operator."""
+    """Compute :class:`BatchStatistics`, all layers and the logits in one call of the operator.
+
+    Raises:
+        ValueError: ``token`` with states of different numbers of positions.
+    """
+    how = reduction or SampleReduction()
+    pairs = [how.apply(h, g) for h, g in zip(captured.hiddens, captured.grads, strict=True)]
+    batch_size = len(captured.logits)
+    samples = len(pairs[0][0]) if pairs else batch_size
+    if any(len(h) != samples for h, _ in pairs):
+        raise ValueError(
+            f"reduction {how.kind}: expected the same number of positions in every state, got "
+            f"shapes {', '.join(str(list(h.shape)) for h in captured.hiddens)}; name taps of one "
+            f"shape"
+        )
+    error = SampleReduction().apply(captured.logits, captured.logit_grads)
+    together = samples == batch_size
     # The logits go along as one more layer: their gradient's norm is the output error.
-    statistics = ops.layer_statistics(
-        [*captured.hiddens, captured.logits],
-        [*captured.grads, captured.logit_grads],
-        backend=backend,
-    )
-    output_grad_norm = statistics.grad_norm[-1]
+    statistics = _statistics([*pairs, error] if together else pairs, backend)
+    output_grad_norm = (statistics if together else _statistics([error], backend)).grad_norm[-1]
+    if not together:
+        output_grad_norm = output_grad_norm.repeat_interleave(samples // batch_size)
+    n = len(pairs)
     correct = None
-    if labels.dim() == 1 and not labels.is_floating_point() and captured.logits.dim() == 2:
+    if (
+        isinstance(labels, Tensor)
+        and labels.dim() == 1
+        and not labels.is_floating_point()
+        and captured.logits.dim() == 2
+    ):
         correct = int((captured.logits.argmax(1) == labels).sum())
     return BatchStatistics(
-        hidden_norm=statistics.hidden_norm[:-1],
-        grad_norm=statistics.grad_norm[:-1],
+        hidden_norm=statistics.hidden_norm[:n],
+        grad_norm=statistics.grad_norm[:n],
         output_grad_norm=output_grad_norm,
-        credit_gain=statistics.grad_norm[:-1] / output_grad_norm,
-        grad_mean=tuple(statistics.grad_mean)[:-1],
+        credit_gain=statistics.grad_norm[:n] / output_grad_norm,
+        grad_mean=tuple(statistics.grad_mean)[:n],
+        shapes=tuple(tuple(h.shape[1:]) for h in captured.hiddens),
+        sizes=tuple(h[0].numel() for h, _ in pairs),
         loss=float(captured.loss),
         correct=correct,
+        batch_size=batch_size,
     )
+
+
+def _statistics(
+    pairs: Sequence[tuple[Tensor, Tensor]], backend: ops.Backend | None
+) -> LayerStatistics | ops.PackedStatistics:
+    """Call the operator; layers in float64 beside others bring the others to float64."""
+    wide = torch.float64
+    if len({h.dtype == wide for h, _ in pairs}) == 2:
+        pairs = [(h.to(wide), g.to(wide)) for h, g in pairs]
+    return ops.layer_statistics([h for h, _ in pairs], [g for _, g in pairs], backend=backend)
 
 
 def medians(values: Tensor) -> list[float]:

@@ -110,9 +110,14 @@ def example(kind, batch=12, seed=0):
 
 
 KINDS = ["branching", "no_norm", "stateful", "handing"]
-EXPECTED_STYLE = {
-    "branching": "branch",
-    "no_norm": "branch",
-    "stateful": "state",
-    "handing": "return_hidden",
+EXPECTED_PLACES = {
+    "branching": ["input of blocks.0", "input of blocks.1", "input of blocks.2", "input of out_ln"],
+    "no_norm": ["input of blocks.0", "input of blocks.1", "input of blocks.2", "input of out_head"],
+    "stateful": [
+        "input of blocks.0",
+        "output of blocks.0",
+        "output of blocks.1",
+        "output of blocks.2",
+    ],
+    "handing": ["hidden 0", "hidden 1", "hidden 2"],
 }

@@ -262,7 +262,7 @@ def test_a_report_can_be_printed_parsed_and_pasted():
     assert record["diagnostics"]["d"]["value"] == pytest.approx(10.0)
     assert record["provenance"]["batches"] == "9 of 12"
     assert record["provenance"]["loss_reduction"] == "mean"
-    assert record["provenance"]["taps"] == "4 states, read as branch"
+    assert record["provenance"]["taps"] == "residual contract: asked for 3, saw 3, 4 states"
     assert record["provenance"]["fadiag_fast"] == fadiag_fast.__version__
     markdown = report.to_markdown()
     assert markdown.startswith("### A\\|B: ")
