@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from .compiled import CompiledProbe, LoadedProbe, load_probe
 from .diagnosis import diagnose
 from .ops import direction_cosines, layer_statistics
 from .protocol import DiagnosticThresholds
@@ -10,11 +11,14 @@ from .report import DiagnosticReport
 from .taps import TapError
 
 __all__ = [
+    "CompiledProbe",
     "DiagnosticReport",
     "DiagnosticThresholds",
     "LayerStatistics",
+    "LoadedProbe",
     "TapError",
     "diagnose",
     "direction_cosines",
     "layer_statistics",
+    "load_probe",
 ]

@@ -31,6 +31,7 @@ from .tracing import (
     call_model,
     clean_name,
     eager,
+    signature,
     state_in,
     tensors_in,
     trace,
@@ -227,15 +228,6 @@ def choose_output(output: Any, choose: Output | None) -> Tensor:
     return found
 
 
-def _signature(x: Any) -> tuple[Any, ...]:
-    return tuple(
-        (tuple(leaf.shape), leaf.dtype, str(leaf.device))
-        if isinstance(leaf, Tensor)
-        else repr(leaf)
-        for leaf in tree_leaves(x)
-    )
-
-
 class Probe:
     """Capture batch after batch of one model.
 
@@ -300,7 +292,7 @@ class Probe:
                 or is overwritten beyond reach.
         """
         x = as_plain(x)
-        key = _signature(x)
+        key = signature(x)
         if key in self._plans:
             return self._plans[key]
         if self._taps is None:
@@ -430,7 +422,7 @@ class Probe:
             if plan.unreachable:
                 raise
             # A model may keep something from its first pass: relative positions, for example.
-            del self._plans[_signature(x)]
+            del self._plans[signature(x)]
             return self._by_func(self.prepare(x), x, y, constants)
 
     def _loss_of(self, output: Any, logits: Tensor, y: Any) -> Tensor:
