@@ -70,7 +70,7 @@ def train(
     """Train a model of the registry with one rule on one image set.
 
     Args:
-        model_name: a key of the model registry ("resmlp").
+        model_name: a key of ``MODELS``: "resmlp", "smallcnn", "student" or "vit-mini".
         rule_name: a key of ``RULES``: "bp", "dfa", "ep" or "frozen".
         dataset: see :func:`load_dataset`.
         steps: number of updates; the cosine schedule spans all of them.
@@ -80,7 +80,7 @@ def train(
             independent streams; non-negative.
         learning_rate: of AdamW, before the cosine schedule.
         weight_decay: of AdamW.
-        model_options: options of the model ("resmlp": d_hidden, num_blocks, terminal_norm).
+        model_options: options of the model (see :func:`build_model`).
         rule_options: options of the rule (see :func:`make_rule`).
         device: where to train. Initial weights, order of samples and feedback matrices do not
             depend on it.
