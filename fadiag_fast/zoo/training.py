@@ -88,10 +88,12 @@ def train(
             times and after the last step.
 
     Returns the trained network. The same arguments on the same machine, with the same number of
-    threads, give the same bits; torch's global random state is neither used nor changed. Raises
-    ValueError for an unknown model or rule and for sizes that do not fit. Source: 'Beyond
-    Accuracy and Alignment' protocol, arXiv 2606.21126 (training rules, AdamW 1e-3, weight decay
-    0.01, batches of 128, cosine schedule).
+    threads, give the same bits; convolutions on CUDA do so only under
+    ``torch.use_deterministic_algorithms``. Torch's global random state is neither used nor
+    changed. Raises ValueError for an unknown model or rule and for sizes that do not fit, and
+    TypeError for a rule that cannot train the model. Source: 'Beyond Accuracy and Alignment'
+    protocol, arXiv 2606.21126 (training rules, AdamW 1e-3, weight decay 0.01, batches of 128,
+    cosine schedule).
     """
     train_count = dataset.train_images.shape[0]
     if steps < 1:
