@@ -1,4 +1,4 @@
-"""The command line: demo, train, diagnose, doctor.
+"""The command line: demo, train, diagnose, audit-cnn, doctor.
 
 Exit codes: 0 trustworthy, 1 needs walk-back, 2 not enough data, above 2 an error.
 """
@@ -39,6 +39,7 @@ from .zoo import (
     model_spec,
     train,
 )
+from .zoo.audit_cnn import METHODS, SEEDS, audit_cnn
 
 EXIT_TRUSTWORTHY, EXIT_WALK_BACK, EXIT_NOT_ENOUGH_DATA, EXIT_ERROR = 0, 1, 2, 3
 
@@ -54,10 +55,14 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 DataOption = Annotated[
     str,
     typer.Option(
-        help="fashion-mnist-mini (shipped), fashion-mnist:FOLDER, cifar10:FOLDER or npz:FILE."
+        help="fashion-mnist-mini (shipped), teacher (synthetic), fashion-mnist:FOLDER, "
+        "cifar10:FOLDER or npz:FILE."
     ),
 ]
-ModelOption = Annotated[str, typer.Option(help="resmlp, or package.module:function.")]
+ModelOption = Annotated[
+    str,
+    typer.Option(help="resmlp, smallcnn, student, vit-mini or package.module:function."),
+]
 OptionsOption = Annotated[
     list[str] | None,
     typer.Option("--model-option", help="NAME=VALUE for the model's builder; repeatable."),
@@ -303,6 +308,46 @@ def _diagnose_file(
         notes=f"{model_name} from {path} on {dataset.name}",
         thresholds=thresholds,
     )
+
+
+@app.command("audit-cnn")
+def audit_cnn_command(
+    folder: Annotated[Path, typer.Option(help="Where the {method}_s{seed}.pt files are.")],
+    out: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
+    data: DataOption = "fashion-mnist-mini",
+    method: Annotated[
+        list[str] | None, typer.Option(help=f"Repeatable; default {', '.join(METHODS)}.")
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help=f"Repeatable; default {', '.join(map(str, SEEDS))}.")
+    ] = None,
+    model_option: OptionsOption = None,
+    device: DeviceOption = "auto",
+    unsafe_pickle: Annotated[
+        bool, typer.Option("--unsafe-pickle", help="Run code from files that need it to load.")
+    ] = False,
+) -> None:
+    """Audit SmallCNN checkpoints of several rules and seeds; a missing file is only skipped."""
+    with _reported_errors():
+        audit = audit_cnn(
+            folder,
+            load_dataset(data),
+            methods=method or METHODS,
+            seeds=seed or SEEDS,
+            model_options=_options(model_option),
+            device=_device(device),
+            unsafe_pickle=unsafe_pickle,
+        )
+        print(audit)
+        if out is not None:
+            out.write_text(audit.to_json() + "\n")
+        broken = [row for row in audit.skipped if not row.missing]
+        if broken:
+            errors.print(f"fadiag: {len(broken)} checkpoints could not be audited")
+            raise typer.Exit(EXIT_ERROR)
+        if not audit.rows:
+            raise typer.Exit(EXIT_NOT_ENOUGH_DATA)
+        raise typer.Exit(_exit_code([row.verdict for row in audit.rows]))
 
 
 # What the demo is expected to show; see the README.

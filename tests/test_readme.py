@@ -1,5 +1,7 @@
 """The README's examples run, and say what it says they say."""
 
+import itertools
+import json
 import re
 import shlex
 from pathlib import Path
@@ -30,12 +32,34 @@ def test_commands_run_in_their_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # `runs/*.pt` and `mypackage` stand for the reader's own files, as the README says.
     own = [command for command in COMMANDS if "mypackage" not in " ".join(command)]
-    assert [command[0] for command in own] == ["train", "diagnose", "doctor"]
+    assert [command[0] for command in own] == ["train", "diagnose", "doctor", "audit-cnn"]
+    own.pop()
     expected = {"train": 0, "diagnose": 1, "doctor": 0}
     for command in own:
         result = CliRunner().invoke(cli.app, command)
         assert result.exit_code == expected[command[0]], result.output
     assert (tmp_path / "dfa.json").exists()
+
+
+def test_the_cnn_audit_reads_what_its_loop_trains(tmp_path, monkeypatch):
+    """One step of a narrower network: the loop itself takes minutes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cnn").mkdir()
+    (loop,) = re.findall(r"^>   fadiag (train --model smallcnn .*)$", README, re.MULTILINE)
+    for rule, seed in itertools.product(("bp", "dfa"), ("42", "123", "456")):
+        text = loop.replace("$rule", rule).replace("${rule}", rule).replace("$seed", seed)
+        # Of an option given twice the last one holds.
+        faster = ["--steps", "1", "--model-option", "channels=(2,2,2)"]
+        result = CliRunner().invoke(cli.app, [*shlex.split(text), *faster])
+        assert result.exit_code == 0, result.output
+    (audit,) = [command for command in COMMANDS if command[0] == "audit-cnn"]
+    result = CliRunner().invoke(cli.app, audit)
+    assert result.exit_code in (0, 1), result.output
+    record = json.loads((tmp_path / "cnn" / "audit.json").read_text())
+    assert [(row["method"], row["seed"]) for row in record["rows"]] == [
+        (rule, seed) for seed in (42, 123, 456) for rule in ("bp", "dfa")
+    ]
+    assert result.output.count("SKIPPED") == len(record["skipped"]) == 9
 
 
 def test_tables_are_those_of_the_results():

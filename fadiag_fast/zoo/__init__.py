@@ -1,7 +1,16 @@
 """Small networks, credit rules and data that show what the probe sees."""
 
-from .data import ImageDataset, load_dataset
-from .models import MODELS, ModelSpec, ResidualMLP, build_model, model_spec
+from .data import ImageDataset, load_dataset, teacher_dataset
+from .models import (
+    MODELS,
+    ModelSpec,
+    ResidualMLP,
+    SmallCNN,
+    StudentNet,
+    ViTMini,
+    build_model,
+    model_spec,
+)
 from .rules import RULES, Rule, make_rule
 from .training import TrainedNetwork, accuracy, train
 
@@ -12,11 +21,15 @@ __all__ = [
     "ModelSpec",
     "ResidualMLP",
     "Rule",
+    "SmallCNN",
+    "StudentNet",
     "TrainedNetwork",
+    "ViTMini",
     "accuracy",
     "build_model",
     "load_dataset",
     "make_rule",
     "model_spec",
+    "teacher_dataset",
     "train",
 ]

@@ -1,7 +1,8 @@
 """Image sets for the demo, the tests and audits, read from files without running their content.
 
-A set is named by a short string: ``fashion-mnist-mini`` (shipped with the package),
-``fashion-mnist:FOLDER``, ``cifar10:FOLDER`` or ``npz:FILE``. Nothing is downloaded.
+A set is named by a short string: ``fashion-mnist-mini`` (shipped with the package), ``teacher`` or
+``teacher:SEED`` (synthetic), ``fashion-mnist:FOLDER``, ``cifar10:FOLDER`` or ``npz:FILE``. Nothing
+is downloaded.
 """
 
 from __future__ import annotations
@@ -142,6 +143,8 @@ def load_dataset(spec: str) -> ImageDataset:
 
             - ``fashion-mnist-mini``: the first 6,000 training and 2,000 test images of
               Fashion-MNIST, shipped with the package;
+            - ``teacher`` or ``teacher:SEED``: random vectors labelled by a random network, see
+              :func:`teacher_dataset`; the seed is 0 where none is given;
             - ``fashion-mnist:FOLDER``: the four idx files, compressed (.gz) or not, in FOLDER or
               in FOLDER/FashionMNIST/raw;
             - ``cifar10:FOLDER``: the python version (data_batch_1 … 5, test_batch) or the binary
@@ -166,13 +169,75 @@ def load_dataset(spec: str) -> ImageDataset:
         if colon:
             raise ValueError(f"load_dataset: {kind}: expected nothing after the name, got {spec!r}")
         return _load_fashion_mnist(kind, MINI_FOLDER)
+    if kind == "teacher":
+        if colon and not place.isdecimal():
+            raise ValueError(f"load_dataset: {kind}: expected {kind} or {kind}:SEED, got {spec!r}")
+        return teacher_dataset(int(place or 0))
     if kind not in _LOADERS:
-        known = ["fashion-mnist-mini", *(f"{name}:{what}" for name, (what, _) in _LOADERS.items())]
+        known = ["fashion-mnist-mini", "teacher"]
+        known += [f"{name}:{what}" for name, (what, _) in _LOADERS.items()]
         raise ValueError(f"load_dataset: expected one of {', '.join(known)}, got {spec!r}")
     what, loader = _LOADERS[kind]
     if not place:
         raise ValueError(f"load_dataset: {kind}: expected {kind}:{what}, got {spec!r}")
     return loader(kind, Path(place).expanduser())
+
+
+# The teacher
+
+
+def teacher_dataset(
+    seed: int = 0,
+    *,
+    input_dim: int = 16,
+    num_classes: int = 10,
+    train_count: int = 10000,
+    test_count: int = 2000,
+) -> ImageDataset:
+    """Label random vectors by a random network, the teacher.
+
+    Formula: x ~ N(0, I); label = argmax_c (z_c(x) − mean z_c), with z(x) = V·tanh(2·W·x/√D), W
+    ``[D, D]`` and V ``[C, D]`` drawn from N(0, 1), and the mean over all samples, so that no class
+    is rare.
+
+    Args:
+        seed: of teacher and samples; non-negative.
+        input_dim: features D of a sample.
+        num_classes: number of classes C, at least 2.
+        train_count: training samples N.
+        test_count: test samples M.
+
+    Returns a set named "teacher" (or "teacher:SEED") of "images" ``[N, 1, 1, D]``. The same
+    arguments give the same set. Raises ValueError for sizes or a seed that do not fit. Source:
+    'Beyond Accuracy and Alignment' protocol, arXiv 2606.21126 (synthetic teacher labels, 10
+    classes); the teacher itself is this package's choice.
+    """
+    smallest = {"seed": 0, "input_dim": 1, "num_classes": 2, "train_count": 1, "test_count": 1}
+    given = (seed, input_dim, num_classes, train_count, test_count)
+    for (name, lowest), value in zip(smallest.items(), given, strict=True):
+        if value < lowest:
+            raise ValueError(f"teacher_dataset: expected {name} of at least {lowest}, got {value}")
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    inner, outer = draw(input_dim, input_dim), draw(num_classes, input_dim)
+    # In float64 down to the label; the samples themselves are stored, and labelled, in float32.
+    samples = draw(test_count + train_count, input_dim).float()
+    # Twice the usual scale bends the tanh enough that a linear student stays behind.
+    z = torch.tanh(2 * samples.double() @ inner.T / math.sqrt(input_dim)) @ outer.T
+    labels = (z - z.mean(dim=0)).argmax(dim=1)
+    images = samples[:, None, None, :]
+    return ImageDataset(
+        "teacher" if seed == 0 else f"teacher:{seed}",
+        images[test_count:],
+        labels[test_count:],
+        images[:test_count],
+        labels[:test_count],
+        num_classes,
+        (1, 1, input_dim),
+    )
 
 
 # idx files

@@ -70,7 +70,7 @@ def train(
     """Train a model of the registry with one rule on one image set.
 
     Args:
-        model_name: a key of the model registry ("resmlp").
+        model_name: a key of ``MODELS``: "resmlp", "smallcnn", "student" or "vit-mini".
         rule_name: a key of ``RULES``: "bp", "dfa", "ep" or "frozen".
         dataset: see :func:`load_dataset`.
         steps: number of updates; the cosine schedule spans all of them.
@@ -80,7 +80,7 @@ def train(
             independent streams; non-negative.
         learning_rate: of AdamW, before the cosine schedule.
         weight_decay: of AdamW.
-        model_options: options of the model ("resmlp": d_hidden, num_blocks, terminal_norm).
+        model_options: options of the model (see :func:`build_model`).
         rule_options: options of the rule (see :func:`make_rule`).
         device: where to train. Initial weights, order of samples and feedback matrices do not
             depend on it.
@@ -88,10 +88,12 @@ def train(
             times and after the last step.
 
     Returns the trained network. The same arguments on the same machine, with the same number of
-    threads, give the same bits; torch's global random state is neither used nor changed. Raises
-    ValueError for an unknown model or rule and for sizes that do not fit. Source: 'Beyond
-    Accuracy and Alignment' protocol, arXiv 2606.21126 (training rules, AdamW 1e-3, weight decay
-    0.01, batches of 128, cosine schedule).
+    threads, give the same bits; convolutions on CUDA do so only under
+    ``torch.use_deterministic_algorithms``. Torch's global random state is neither used nor
+    changed. Raises ValueError for an unknown model or rule and for sizes that do not fit, and
+    TypeError for a rule that cannot train the model. Source: 'Beyond Accuracy and Alignment'
+    protocol, arXiv 2606.21126 (training rules, AdamW 1e-3, weight decay 0.01, batches of 128,
+    cosine schedule).
     """
     train_count = dataset.train_images.shape[0]
     if steps < 1:

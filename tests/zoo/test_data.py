@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fadiag_fast.zoo import ImageDataset, load_dataset
+from fadiag_fast.zoo import ImageDataset, load_dataset, teacher_dataset
 from fadiag_fast.zoo.data import CIFAR10_MEAN, CIFAR10_STD, MINI_FOLDER
 
 # Of the decompressed files; made from the four original files with the lines in the README there.
@@ -463,6 +463,54 @@ def test_npz_that_is_something_else(tmp_path):
             load_dataset(f"npz:{tmp_path / name}")
 
 
+# The teacher
+
+
+def test_teacher_is_the_formula_on_its_own_samples():
+    dataset = teacher_dataset(3, input_dim=5, num_classes=4, train_count=300, test_count=100)
+    generator = torch.Generator().manual_seed(3)
+    inner, outer, samples = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((5, 5), (4, 5), (400, 5))
+    )
+    images = torch.cat([dataset.test_images, dataset.train_images])
+    labels = torch.cat([dataset.test_labels, dataset.train_labels])
+    assert torch.equal(images.flatten(1), samples.float())
+    z = np.tanh(2 / 5**0.5 * images.flatten(1).double().numpy() @ inner.numpy().T)
+    z = z @ outer.numpy().T
+    np.testing.assert_array_equal(labels.numpy(), (z - z.mean(axis=0)).argmax(axis=1))
+    assert dataset.name == "teacher:3"
+    assert dataset.input_shape == (1, 1, 5)
+
+
+def test_teacher_by_its_short_name_is_the_same_every_time_and_follows_the_seed():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, again, other = (load_dataset(spec) for spec in ("teacher", "teacher:0", "teacher:1"))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.name == again.name == "teacher"
+    assert torch.equal(first.train_images, again.train_images)
+    assert torch.equal(first.test_labels, again.test_labels)
+    assert not torch.equal(first.test_labels, other.test_labels)
+    counts = torch.bincount(first.train_labels, minlength=10) / len(first.train_labels)
+    # Ten classes: none is rare, and naming the most frequent one is no use.
+    assert counts.min() > 0.03
+    assert counts.max() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seed": -1}, "expected seed of at least 0, got -1"),
+        ({"num_classes": 1}, "expected num_classes of at least 2, got 1"),
+        ({"test_count": 0}, "expected test_count of at least 1, got 0"),
+    ],
+)
+def test_teacher_refuses(arguments, message):
+    with pytest.raises(ValueError, match=f"teacher_dataset: {message}"):
+        teacher_dataset(**arguments)
+
+
 # Specs and the container
 
 
@@ -474,6 +522,8 @@ def test_npz_that_is_something_else(tmp_path):
         ("cifar10", "cifar10: expected cifar10:FOLDER, got 'cifar10'"),
         ("npz:", "npz: expected npz:FILE, got 'npz:'"),
         ("fashion-mnist-mini:x", "expected nothing after the name"),
+        ("teacher:x", "teacher: expected teacher or teacher:SEED, got 'teacher:x'"),
+        ("teacher:", "teacher: expected teacher or teacher:SEED, got 'teacher:'"),
     ],
 )
 def test_unknown_specs(spec, message):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fadiag_fast.zoo import ResidualMLP, build_model
+from fadiag_fast.zoo import ResidualMLP, StudentNet, build_model
 
 
 def forward_by_hand(model: ResidualMLP, x: torch.Tensor) -> torch.Tensor:
@@ -107,6 +107,29 @@ def test_an_unflattened_input_is_refused():
         ResidualMLP(6, 4, 3, 1)(torch.zeros(2, 1, 2, 3))
 
 
+def test_the_student_is_a_residual_mlp_without_a_terminal_norm():
+    torch.manual_seed(0)
+    student = StudentNet(16)
+    per_block = 2 * 128 + 2 * (128 * 128 + 128)
+    assert sum(p.numel() for p in student.parameters()) == (
+        (16 * 128 + 128) + 4 * per_block + (128 * 10 + 10)
+    )
+    assert not any(name.startswith("out_ln") for name in student.state_dict())
+    student.double()
+    x = torch.randn(5, 16, dtype=torch.float64)
+    torch.testing.assert_close(student(x), forward_by_hand(student, x), rtol=1e-12, atol=1e-12)
+    torch.manual_seed(0)
+    twin = build_model("student", input_shape=(1, 1, 16), num_classes=10)
+    assert isinstance(twin, StudentNet)
+    for name, weight in twin.state_dict().items():
+        assert torch.equal(weight.double(), student.state_dict()[name])
+
+
+def test_a_student_is_named_in_its_errors():
+    with pytest.raises(ValueError, match="StudentNet: expected d_hidden of at least 1, got 0"):
+        StudentNet(16, d_hidden=0)
+
+
 def test_build_model_by_name():
     model = build_model(
         "resmlp", input_shape=(1, 28, 28), num_classes=10, d_hidden=32, num_blocks=2
@@ -117,7 +140,9 @@ def test_build_model_by_name():
 
 
 def test_build_model_names_what_exists():
-    with pytest.raises(ValueError, match=r"expected one of resmlp, got 'resnet9000'"):
+    with pytest.raises(
+        ValueError, match=r"expected one of resmlp, smallcnn, student, vit-mini, got 'resnet9000'"
+    ):
         build_model("resnet9000", input_shape=(3,), num_classes=2)
 
 

@@ -52,8 +52,8 @@ def make_rule(
             relaxation_rate, train_embed; "frozen": train_embed).
 
     Raises ValueError for an unknown name (the message lists those that exist) and TypeError for
-    an option the rule does not have. Source: 'Beyond Accuracy and Alignment' protocol, arXiv
-    2606.21126.
+    an option the rule does not have or a model it cannot train. Source: 'Beyond Accuracy and
+    Alignment' protocol, arXiv 2606.21126.
     """
     try:
         rule = RULES[name]

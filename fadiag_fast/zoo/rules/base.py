@@ -1,11 +1,14 @@
 """What every training rule shares: the interface, the local update, the optimiser.
 
 Notation, with B samples in a batch and L blocks: h_0 = embed(x), h_{l+1} = h_l + f_l(h_l), and
-CE is the cross-entropy of the logits head(norm(h_L)).
+CE is the cross-entropy of the logits head(norm(h_L)). For a network without skips read h_{l+1} =
+f_l(h_l); for one without an embedding, h_0 = x. A rule knows a network only through its
+:class:`~fadiag_fast.zoo.anatomy.Anatomy`, ``self.anatomy``, and so needs no case for either.
 
 **Credit** a_l, l = 0 … L−1, is what a rule tells block l about its OUTPUT, per sample and not
 divided by B. Its counterpart in backpropagation is ∂CE_b/∂h_{l+1}, the gradient of sample b's OWN
-cross-entropy: B times the gradient of the batch's mean.
+cross-entropy: B times the gradient of the batch's mean. It has the shape of h_{l+1}. BatchNorm in
+training mode mixes the samples of a batch, so "own" holds for it in eval mode only.
 
 **Reduction.** Every loss here is the mean over the samples of a batch. The local rules minimise
 
@@ -14,7 +17,8 @@ cross-entropy: B times the gradient of the batch's mean.
 with every h_l and a_l detached, so that no gradient crosses from one block to another: block l
 learns from its own term, ``out_ln`` and ``out_head`` from the first.
 
-A new rule is a subclass that says what its credit is::
+A new rule is a subclass that says what its credit is; a vector per sample becomes a state by
+``as_state``, whatever shape the states have::
 
     class SignSymmetricTop(Rule):
         "Send the head's own feedback, signs only, to every block."
@@ -23,7 +27,8 @@ A new rule is a subclass that says what its credit is::
 
         def block_credit(self, states):
             feedback = torch.sign(self.model.out_head.weight)  # [C, d]
-            return [states.error @ feedback for _ in self.blocks]
+            credit = states.error @ feedback
+            return [self.anatomy.as_state(credit, h) for h in states.hiddens[1:]]
 
     RULES["sign-top"] = SignSymmetricTop
 
@@ -34,11 +39,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..anatomy import anatomy_of
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,10 @@ class ForwardStates:
     """Hold one forward pass, cut between the blocks.
 
     Attributes:
-        hiddens: h_0 … h_L, each ``[B, d]``, detached.
-        branches: f_0(h_0) … f_{L−1}(h_{L−1}), each ``[B, d]``; each carries the graph of its own
-            block and of nothing else.
-        embedded: h_0 with the graph of ``embed``.
+        hiddens: h_0 … h_L, each ``[B, ...]`` (``[B, d]`` in an MLP), detached.
+        branches: f_0(h_0) … f_{L−1}(h_{L−1}), shaped like h_1 … h_L; each carries the graph of its
+            own block and of nothing else.
+        embedded: h_0 with the graph of the embedding, where there is one.
         logits: ``[B, C]``, computed from the detached h_L.
         labels: ``[B]`` int64.
         error: softmax(logits) − onehot(labels), ``[B, C]``, detached: ∂CE_b/∂logits per sample.
@@ -64,12 +71,13 @@ class ForwardStates:
 
 
 class Rule(ABC):
-    """Train a residual network with one credit rule.
+    """Train a network with one credit rule.
 
     Args:
         model: has ``embed``, ``blocks``, ``out_head`` and optionally ``out_ln``; ``blocks[l](h)``
-            returns the branch without the skip, ``[B, d]`` for ``[B, d]``. It is trained in place
-            and should be on its device already.
+            returns the branch without the skip, ``[B, d]`` for ``[B, d]``. Or its class names
+            another :class:`~fadiag_fast.zoo.anatomy.Anatomy`, as SmallCNN and ViTMini do. It is
+            trained in place and should be on its device already.
         learning_rate: of AdamW at step 0; a cosine takes it to 0 at ``total_steps``.
         weight_decay: of AdamW.
         total_steps: number of updates the cosine spans, at least 1.
@@ -77,7 +85,8 @@ class Rule(ABC):
         train_embed: whether the embedding learns; None takes the rule's own ``trains_embed``.
 
     Raises TypeError for a model without the attributes named above and ValueError for
-    ``total_steps`` below 1. Source: 'Beyond Accuracy and Alignment' protocol, arXiv 2606.21126.
+    ``total_steps`` below 1 or a ``train_embed`` for a model without an embedding. Source:
+    'Beyond Accuracy and Alignment' protocol, arXiv 2606.21126.
     """
 
     name: ClassVar[str]
@@ -93,15 +102,15 @@ class Rule(ABC):
         seed: int = 0,
         train_embed: bool | None = None,
     ) -> None:
-        missing = [part for part in ("embed", "blocks", "out_head") if not hasattr(model, part)]
-        if missing:
-            raise TypeError(
-                f"{type(self).__name__}: expected a model with embed, blocks and out_head, "
-                f"got {type(model).__name__} without {', '.join(missing)}"
-            )
+        self.anatomy = anatomy_of(model)
         if total_steps < 1:
             raise ValueError(
                 f"{type(self).__name__}: expected total_steps of at least 1, got {total_steps}"
+            )
+        if train_embed is not None and self.anatomy.embedding is None:
+            raise ValueError(
+                f"{type(self).__name__}: train_embed: expected a model with an embedding, "
+                f"got {type(model).__name__}, which has none"
             )
         self.model = model
         self.seed = seed
@@ -114,34 +123,16 @@ class Rule(ABC):
             self.optimizer, T_max=total_steps
         )
 
-    # The parts of the model, typed.
-
-    @property
-    def embed(self) -> nn.Module:
-        return cast(nn.Module, self.model.embed)
-
     @property
     def blocks(self) -> list[nn.Module]:
-        # A plain list: slicing a ModuleList builds a new module.
-        return list(cast(nn.ModuleList, self.model.blocks))
-
-    @property
-    def head_modules(self) -> list[nn.Module]:
-        """List what follows h_L: ``out_ln`` where the model has one, then ``out_head``."""
-        modules = [getattr(self.model, "out_ln", None), getattr(self.model, "out_head", None)]
-        return [module for module in modules if isinstance(module, nn.Module)]
-
-    def logits(self, h_last: Tensor) -> Tensor:
-        """Compute the logits ``[B, C]`` of a deepest hidden state ``[B, d]``."""
-        for module in self.head_modules:
-            h_last = module(h_last)
-        return h_last
+        return self.anatomy.blocks
 
     # What a rule defines.
 
     def fixed_modules(self) -> list[nn.Module]:
         """List the parts that stay as they are, weight decay included."""
-        return [] if self.train_embed else [self.embed]
+        embedding = self.anatomy.embedding
+        return [] if self.train_embed or embedding is None else [embedding]
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """List the parameters the optimiser may move: all but those of the fixed modules."""
@@ -152,8 +143,8 @@ class Rule(ABC):
     def block_credit(self, states: ForwardStates) -> list[Tensor] | list[None]:
         """Return the credit a_l of every block, from one forward pass.
 
-        A list of L tensors ``[B, d]``, per sample and not divided by B, or L times None for a rule
-        that gives its blocks no credit. Whoever calls this detaches them.
+        A list of L tensors shaped like h_1 … h_L, per sample and not divided by B, or L times None
+        for a rule that gives its blocks no credit. Whoever calls this detaches them.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -189,14 +180,14 @@ class Rule(ABC):
     def forward_states(self, x: Tensor, y: Tensor) -> ForwardStates:
         """Run the model on ``x`` with labels ``y`` and cut the graph between the blocks."""
         with torch.enable_grad():
-            embedded = self.embed(x)
+            embedded = self.anatomy.embed(x)
             hiddens = [embedded.detach()]
             branches = []
-            for block in self.blocks:
-                branch = block(hiddens[-1])
+            for index in range(len(self.blocks)):
+                branch = self.anatomy.branch(index, hiddens[-1])
                 branches.append(branch)
-                hiddens.append(hiddens[-1] + branch.detach())
-            logits = self.logits(hiddens[-1])
+                hiddens.append(self.anatomy.advance(hiddens[-1], branch.detach()))
+            logits = self.anatomy.logits(hiddens[-1])
         error = output_error(logits.detach(), y)
         return ForwardStates(hiddens, branches, embedded, logits, y, error)
 
@@ -204,13 +195,14 @@ class Rule(ABC):
         """Compute the credit vectors a_0 … a_{L−1} the rule would use on one batch.
 
         Args:
-            x: ``[B, input_dim]``.
+            x: ``[B, ...]``, as the model takes it.
             y: labels ``[B]``, int64.
 
-        Returns L detached tensors ``[B, d]``: a_l credits the OUTPUT of block l, so compare it
-        with ∂CE/∂h_{l+1}; per sample, not divided by B. A rule that gives no credit (frozen)
-        returns L times None. Nothing is trained. Source: 'Beyond Accuracy and Alignment'
-        protocol, arXiv 2606.21126.
+        Returns L detached tensors shaped like h_1 … h_L (``[B, d]`` in an MLP): a_l credits the
+        OUTPUT of block l, so compare it with ∂CE/∂h_{l+1}; per sample, not divided by B. A rule
+        that gives no credit (frozen) returns L times None. Nothing is trained; but a model with
+        BatchNorm should be in eval mode, or its running statistics take part. Source: 'Beyond
+        Accuracy and Alignment' protocol, arXiv 2606.21126.
         """
         return _detached(self.block_credit(self.forward_states(x, y)))
 
@@ -218,7 +210,7 @@ class Rule(ABC):
         """Make one training step on a batch.
 
         Args:
-            x: ``[B, input_dim]``.
+            x: ``[B, ...]``, as the model takes it.
             y: labels ``[B]``, int64.
 
         Returns scalar tensors, on the model's device and without a graph, so that no step waits
@@ -265,5 +257,5 @@ def output_error(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def mean_inner_product(branch: Tensor, credit: Tensor) -> Tensor:
-    """Compute mean_b ⟨branch_b, credit_b⟩, a scalar."""
-    return (branch * credit).sum(dim=1).mean()
+    """Compute mean_b ⟨branch_b, credit_b⟩ over all features of a sample, a scalar."""
+    return (branch * credit).flatten(1).sum(dim=1).mean()

@@ -26,11 +26,12 @@ class Backpropagation(Rule):
         with torch.enable_grad():
             h = states.hiddens[0].clone().requires_grad_()
             outputs = []
-            for block in self.blocks:
-                h = h + block(h)
+            for index in range(len(self.blocks)):
+                h = self.anatomy.advance(h, self.anatomy.branch(index, h))
                 outputs.append(h)
             # Samples do not interact, so the gradient of the SUM holds each sample's own.
-            loss = F.cross_entropy(self.logits(h), states.labels, reduction="sum")
+            logits = self.anatomy.logits(h)
+            loss = F.cross_entropy(logits, states.labels, reduction="sum")
         return list(torch.autograd.grad(loss, outputs))
 
     def update(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:

@@ -33,8 +33,9 @@ class EquilibriumPropagation(Rule):
         train_embed: also descend ½‖r*_0‖²/β in the embedding, with h_0 = embed(x), that is, treat
             the embedding as part of the first block. As β → 0 this too is the BP gradient.
 
-    The other arguments are those of :class:`Rule`. Raises ValueError for a zero or non-finite
-    ``beta`` and for ``relaxation_steps`` below 1. Source: 'Beyond Accuracy and Alignment'
+    The other arguments are those of :class:`Rule`. The energy is that of a residual network: raises
+    TypeError for a model without skips, and ValueError for a zero or non-finite ``beta`` and for
+    ``relaxation_steps`` below 1. Source: 'Beyond Accuracy and Alignment'
     protocol, arXiv 2606.21126.
     """
 
@@ -63,9 +64,14 @@ class EquilibriumPropagation(Rule):
         self.relaxation_steps = relaxation_steps
         self.relaxation_rate = relaxation_rate
         super().__init__(model, **common)
+        if not self.anatomy.skip:
+            raise TypeError(
+                "EquilibriumPropagation: expected a model whose blocks have skips, "
+                f"got {type(model).__name__}"
+            )
 
     def nudged_hiddens(self, states: ForwardStates) -> list[Tensor]:
-        """Relax the hidden states under the nudge: h*_0 … h*_L, each ``[B, d]``, detached."""
+        """Relax the hidden states under the nudge: h*_0 … h*_L, detached."""
         blocks = self.blocks
         depth = len(blocks)
         h = [hidden.clone() for hidden in states.hiddens]
@@ -79,8 +85,9 @@ class EquilibriumPropagation(Rule):
                 active = [
                     block(state) for block, state in zip(blocks[first:], moving[:-1], strict=True)
                 ]
+                logits = self.anatomy.logits(moving[-1])
                 # The sum, so that row b of the gradient is sample b's own.
-                loss = F.cross_entropy(self.logits(moving[-1]), states.labels, reduction="sum")
+                loss = F.cross_entropy(logits, states.labels, reduction="sum")
             with torch.no_grad():
                 branches[first:] = [branch.detach() for branch in active]
                 residuals = [h[i + 1] - (h[i] + branches[i]) for i in range(first - 1, depth)]
@@ -127,10 +134,10 @@ class EquilibriumPropagation(Rule):
             residual = nudged[1] - states.embedded - self.blocks[0](states.embedded)
         else:
             residual = nudged[1] - states.hiddens[0] - states.branches[0]
-        energy = residual.square().sum(dim=1)
+        energy = residual.square().flatten(1).sum(dim=1)
         for index, block in enumerate(self.blocks[1:], start=1):
             residual = nudged[index + 1] - nudged[index] - block(nudged[index])
-            energy = energy + residual.square().sum(dim=1)
+            energy = energy + residual.square().flatten(1).sum(dim=1)
         loss = F.cross_entropy(states.logits, y)
         local_loss = energy.mean() / (2 * self.beta)
         self.descend(loss + local_loss)

@@ -15,7 +15,8 @@ class FrozenBlocks(Rule):
 
     Formula: descend mean_b CE_b in the parameters of ``embed``, ``out_ln`` and ``out_head`` only;
     the embedding's gradient passes through the fixed blocks. The blocks get no weight decay
-    either. :meth:`credit` is a list of None.
+    either. :meth:`credit` is a list of None. BatchNorm inside a block keeps its initial weights;
+    its running statistics are measured, not learned, and follow the data.
 
     Args:
         train_embed: let the embedding learn, as in the protocol. ``False`` keeps it as it was
