@@ -6,14 +6,38 @@ The rows are written by :class:`ScanWriter` and read by :class:`ScanResult`; the
 
 from .extras import MissingExtra
 from .hashing import ContentHasher, config_hash, content_hash
+from .records import CheckpointRecord
+from .results import FirstFired, FrozenComparison, Moment, ScanResult, Trend
+from .schema import SCHEMA_VERSION
 from .series import Entry, Pattern, SeriesError, read_manifest, series
+from .store import (
+    LockedResults,
+    NewerResults,
+    ResultsError,
+    ScanWriter,
+    UnreadableResults,
+    UnwritableResults,
+)
 
 __all__ = [
+    "SCHEMA_VERSION",
+    "CheckpointRecord",
     "ContentHasher",
     "Entry",
+    "FirstFired",
+    "FrozenComparison",
+    "LockedResults",
     "MissingExtra",
+    "Moment",
+    "NewerResults",
     "Pattern",
+    "ResultsError",
+    "ScanResult",
+    "ScanWriter",
     "SeriesError",
+    "Trend",
+    "UnreadableResults",
+    "UnwritableResults",
     "config_hash",
     "content_hash",
     "read_manifest",
