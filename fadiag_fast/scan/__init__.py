@@ -18,6 +18,7 @@ from .store import (
     UnreadableResults,
     UnwritableResults,
 )
+from .thresholds import ThresholdSweep, sweep_thresholds
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -35,6 +36,7 @@ __all__ = [
     "ScanResult",
     "ScanWriter",
     "SeriesError",
+    "ThresholdSweep",
     "Trend",
     "UnreadableResults",
     "UnwritableResults",
@@ -42,4 +44,5 @@ __all__ = [
     "content_hash",
     "read_manifest",
     "series",
+    "sweep_thresholds",
 ]
