@@ -1,4 +1,4 @@
-"""The command that reads a finished scan: ``fadiag thresholds``."""
+"""The commands that read a finished scan: ``fadiag thresholds`` and ``fadiag report``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .html import write_report
+from .plots import write_plots
 from .results import ScanResult
 from .thresholds import sweep_thresholds
 
@@ -21,7 +23,7 @@ ConfigOption = Annotated[
 
 
 def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextManager[Any]]) -> None:
-    """Add the command to the command line.
+    """Add the commands to the command line.
 
     Args:
         app: where to.
@@ -47,3 +49,25 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
                 print(json.dumps([sweep.to_dict() for sweep in sweeps], ensure_ascii=False))
             else:
                 print("\n\n".join(str(sweep) for sweep in sweeps))
+
+    @app.command("report")
+    def report_command(
+        folder: FolderArgument,
+        out: Annotated[Path, typer.Option("-o", "--out", help="The HTML file to write.")] = Path(
+            "report.html"
+        ),
+        title: Annotated[str | None, typer.Option(help="Heading; default: the folder.")] = None,
+        plots: Annotated[
+            Path | None, typer.Option(help="Write the curves as PNG and SVG into this folder.")
+        ] = None,
+        most_plots: Annotated[int, typer.Option(help="Runs that get a plot of their own.")] = 20,
+        config: ConfigOption = None,
+    ) -> None:
+        """Write a scan as one HTML file that needs no network, and its curves as pictures."""
+        with reported_errors():
+            result = ScanResult.load(folder, config_hash=config)
+            write_report(result, out, title=title)
+            print(f"{out}: {len(result):,} checkpoints, {out.stat().st_size / 1e6:.1f} MB")
+            if plots is not None:
+                written = write_plots(result, plots, most_runs=most_plots)
+                print(f"{plots}: {len(written)} files")

@@ -1,6 +1,7 @@
-"""fadiag thresholds, as a user runs it."""
+"""fadiag thresholds and fadiag report, as a user runs them."""
 
 import json
+import sys
 
 import pytest
 
@@ -10,7 +11,8 @@ from studies import CONFIG, figures, record
 from typer.testing import CliRunner
 
 from fadiag_fast import cli
-from fadiag_fast.scan import ScanWriter
+from fadiag_fast.scan import ScanResult, ScanWriter
+from fadiag_fast.scan.plots import write_plots
 
 
 def fadiag(*arguments):
@@ -45,8 +47,33 @@ def test_thresholds_as_json(folder):
     assert growth["gap"]["low"] == 11.0
 
 
+def test_report(folder, tmp_path):
+    out = tmp_path / "r.html"
+    result = fadiag("report", folder, "-o", out, "--title", "mine")
+    assert result.exit_code == 0, result.output
+    assert "4 checkpoints" in result.output
+    assert "<title>mine" in out.read_text(encoding="utf-8")
+
+
+def test_plots_are_pictures_with_names_for_files(folder, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra 'bench'")
+    result = ScanResult.load(folder)
+    written = write_plots(result, tmp_path / "plots", formats=("svg",))
+    assert [path.name for path in written] == ["runs.svg", "run-a-x_1-b.svg", "run-empty.svg"]
+    assert all(b"<svg" in path.read_bytes() for path in written)
+    (picture,) = write_plots(result, tmp_path / "few", most_runs=0, formats=("png",))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_what_is_no_scan_is_an_error(tmp_path):
-    for command in ("thresholds",):
+    for command in ("thresholds", "report"):
         result = fadiag(command, tmp_path)
         assert result.exit_code == 3
         assert "expected a scan's folder" in result.output.replace("\n", " ")
+
+
+def test_the_extra_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    result = fadiag("report", folder, "-o", tmp_path / "r.html")
+    assert result.exit_code == 3
+    assert "pip install 'fadiag-fast[scan]'" in result.output.replace("\n", " ")
