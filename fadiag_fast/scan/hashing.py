@@ -2,8 +2,8 @@
 
 A scan that is run again skips what it has, and a file that was replaced under the same name must
 not be skipped; so the key is the content. SHA-256 is the quickest of hashlib's sound hashes where
-the processor has SHA instructions: 1.6 GB/s a thread on the AMD EPYC of the benchmarks, where
-BLAKE2b reaches 0.7 (`python -m benchmarks scan-report`). It leaves the interpreter's lock, so that
+the processor has SHA instructions: 1.1 to 1.6 GB/s a thread on the AMD EPYC of the benchmarks,
+twice BLAKE2b's rate (`python -m benchmarks scan-report`). It leaves the interpreter's lock, so that
 readers on threads add up.
 """
 

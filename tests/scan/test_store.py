@@ -102,7 +102,7 @@ def read_or_nothing(folder):
     st.integers(1, 4),
     st.lists(st.tuples(st.integers(0, 40), st.booleans()), max_size=4),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_killed_anywhere_and_run_again_it_gives_the_same_table(count, batch, kills):
     few = pytest.MonkeyPatch()
     few.setattr(store, "_FAN_IN", 2)  # so that parts are joined as well
@@ -276,7 +276,7 @@ def test_a_reader_needs_no_lock(tmp_path):
 
 
 @given(st.lists(any_figures(), max_size=6))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=14, deadline=None)
 def test_figures_come_back_to_the_last_bit(given_figures):
     with tempfile.TemporaryDirectory() as folder:
         with ScanWriter(folder) as writer:

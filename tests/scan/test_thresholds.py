@@ -64,7 +64,7 @@ def brute_force(given_figures, limits, now, key):
 
 
 @given(st.lists(any_figures(), max_size=6))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=14, deadline=None)
 def test_every_threshold_counts_what_judging_anew_counts(given_figures):
     result = scanned(given_figures)
     now = [verdict_of(evaluate(one)) for one in given_figures]
