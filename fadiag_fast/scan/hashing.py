@@ -2,9 +2,9 @@
 
 A scan that is run again skips what it has, and a file that was replaced under the same name must
 not be skipped; so the key is the content. SHA-256 is the quickest of hashlib's sound hashes where
-the processor has SHA instructions: 1.1 to 1.6 GB/s a thread on the AMD EPYC of the benchmarks,
-twice BLAKE2b's rate (`python -m benchmarks scan-report`). It leaves the interpreter's lock, so that
-readers on threads add up.
+the processor has SHA instructions: twice BLAKE2b's rate on the AMD EPYC of the benchmarks, 1.6 GB/s
+a thread when nobody else computes (`python -m benchmarks scan-report`). It leaves the interpreter's
+lock, so that readers on threads add up.
 """
 
 from __future__ import annotations
