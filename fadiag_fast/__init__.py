@@ -8,7 +8,7 @@ from .ops import direction_cosines, layer_statistics
 from .protocol import DiagnosticThresholds
 from .reference import LayerStatistics
 from .report import DiagnosticReport
-from .scan import ScanResult
+from .scan import ScanResult, scan
 from .taps import TapError
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "direction_cosines",
     "layer_statistics",
     "load_probe",
+    "scan",
 ]

@@ -4,6 +4,7 @@ The rows are written by :class:`ScanWriter` and read by :class:`ScanResult`; the
 ``fadiag-fast[scan]`` installs what both need.
 """
 
+from .driver import Progress, scan
 from .extras import MissingExtra
 from .hashing import ContentHasher, config_hash, content_hash
 from .records import CheckpointRecord
@@ -32,6 +33,7 @@ __all__ = [
     "Moment",
     "NewerResults",
     "Pattern",
+    "Progress",
     "ResultsError",
     "ScanResult",
     "ScanWriter",
@@ -43,6 +45,7 @@ __all__ = [
     "config_hash",
     "content_hash",
     "read_manifest",
+    "scan",
     "series",
     "sweep_thresholds",
 ]

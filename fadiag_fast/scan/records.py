@@ -212,6 +212,9 @@ def figures_of(row: Row, layers: Sequence[Row]) -> Figures:
         row: a row of ``checkpoints``.
         layers: the rows of ``layers`` with its ``record``, in the order of ``layer``.
     """
+    # Judging anew reads the figures' columns only.
+    known = all(layer.get("sample_shape") is not None for layer in layers)
+    shapes = tuple(tuple(layer["sample_shape"]) for layer in layers) if known else ()
     return Figures(
         layers=tuple(layer["name"] for layer in layers),
         residual_norms=tuple(layer["hidden_norm"] for layer in layers),
@@ -224,6 +227,8 @@ def figures_of(row: Row, layers: Sequence[Row]) -> Figures:
         num_batches=row["num_batches"],
         headline_acc=row["accuracy"],
         frozen_baseline_acc=row["frozen_accuracy"],
+        shapes=shapes,
+        sizes=tuple(math.prod(shape) for shape in shapes),
     )
 
 
