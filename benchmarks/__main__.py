@@ -15,6 +15,7 @@ from . import (
     registers,
     rows,
     scan_report,
+    scanning,
     special,
     sweep,
     tables,
@@ -66,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         "demo",
         "registers",
         "scan-report",
+        "scanning",
         "tables",
         "plots",
     }
@@ -85,6 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
         written.append(sweep.run(device, asked.results, asked.quick))
     if "special" in what:
         written.append(special.run(device, asked.results, asked.quick))
+    if "scanning" in what:
+        written.append(scanning.run(device, asked.results, asked.quick))
     if "capture" in what:
         written.append(capture.run(device, asked.results, asked.quick))
     if "demo" in what:
