@@ -513,7 +513,10 @@ def _pickles_in_zip(path: Path) -> list[str]:
     except Exception as error:
         raise damaged(path, error) from error
     if any(_is_record(entry, "constants.pkl") for entry in entries):
-        what = "a TorchScript archive (save the model's state_dict() instead)"
+        what = (
+            "a TorchScript archive (fadiag_fast.load_packaged reads it as a model; for its weights "
+            "alone save the model's state_dict())"
+        )
     else:
         pickles = [entry for entry in entries if _is_record(entry, "data.pkl")]
         if pickles:
