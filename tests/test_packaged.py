@@ -1,6 +1,7 @@
 """Programs without their source: the same figures as hooks and autograd on the original network."""
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ import torch
 from networks import Branching, Stateful
 from torch import nn
 from torch.export import Dim, export
+from typer.testing import CliRunner
 
 from fadiag_fast import CompiledProbe, cli, diagnose, load_packaged
 from fadiag_fast.capture import Probe, untouched
@@ -25,6 +27,7 @@ from fadiag_fast.checkpoints import (
 from fadiag_fast.packaged import NoGraph, as_module, from_exported, packaging_of
 from fadiag_fast.taps import TapError
 from fadiag_fast.torchscript import from_torchscript
+from fadiag_fast.zoo import ResidualMLP
 
 FORMS = ("scripted", "traced", "exported")
 
@@ -605,3 +608,28 @@ def test_an_operator_that_is_not_registered_is_named(audits, tmp_path):
     )
     with pytest.raises(CheckpointError, match="that are registered here, got nowhere::gelu"):
         load_packaged(path)
+
+
+# ---- the command line
+
+
+def test_the_command_line_needs_no_model(tmp_path):
+    torch.manual_seed(0)
+    vectors, images = ResidualMLP(784, 8, 10, 2).eval(), nn.Sequential(nn.Flatten()).eval()
+    images.extend([nn.Linear(784, 8), nn.Linear(8, 8), nn.Linear(8, 10)])
+    x = torch.rand(32, 1, 28, 28)
+    files = [
+        saved(traced(vectors, x.flatten(1)), tmp_path / "vectors.pt"),
+        saved(scripted(images, x), tmp_path / "images.pt"),
+        saved(export(vectors, (x.flatten(1),)), tmp_path / "fixed.pt2"),
+    ]
+    small = ["--batch-size", "32", "--batches", "8"]
+    result = CliRunner().invoke(cli.app, ["diagnose", *map(str, files), *small])
+    assert result.exit_code in (0, 1), result.output
+    text = result.output.replace("\n", " ")
+    assert "ResidualMLP from" in text
+    assert "3 of 3" not in text
+    assert re.search(r"residual contract: asked for 2, saw 2, 3 states", text)
+    other = CliRunner().invoke(cli.app, ["diagnose", str(files[2]), "--batches", "8"])
+    assert other.exit_code == 3
+    assert "exported for batches of 32" in other.output.replace("\n", " ")
