@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from .compiled import CompiledProbe, LoadedProbe, load_probe
 from .diagnosis import diagnose
 from .ops import direction_cosines, layer_statistics
+from .packaged import load_packaged
 from .protocol import DiagnosticThresholds
 from .reference import LayerStatistics
 from .report import DiagnosticReport
@@ -22,6 +23,7 @@ __all__ = [
     "diagnose",
     "direction_cosines",
     "layer_statistics",
+    "load_packaged",
     "load_probe",
     "scan",
 ]

@@ -88,7 +88,7 @@ _LOOKALIKES = (
 _WEB_PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml")
 
 # With this variable set, torch.load ignores weights_only=False.
-_FORCE_SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+FORCE_SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 _EXPECTED = "a torch.save or safetensors file"
 
@@ -199,7 +199,7 @@ def load_checkpoint(
     """
     path = Path(path)
     device = _usable_device(map_location)
-    head, size = _read_head(path)
+    head, size = read_head(path)
     if head.startswith(b"PK\x03\x04"):
         form, content = "torch-zip", _load_zip(path, device, unsafe_pickle)
     elif _looks_like_safetensors(head):
@@ -223,31 +223,43 @@ def _usable_device(map_location: str | torch.device) -> torch.device:
     except Exception as error:
         raise ValueError(
             "load_checkpoint: map_location: expected a device of this machine such as 'cpu', "
-            f"got {map_location!r} ({_brief(error)})"
+            f"got {map_location!r} ({brief(error)})"
         ) from error
     return device
 
 
-def _read_head(path: Path) -> tuple[bytes, int]:
-    """Return a regular file's first bytes and its size."""
+def read_head(
+    path: Path, expected: str = _EXPECTED, caller: str = "load_checkpoint"
+) -> tuple[bytes, int]:
+    """Return a regular file's first bytes and its size.
+
+    Raises:
+        UnreadableCheckpoint: it cannot be opened, is empty, or is no regular file.
+    """
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
-            raise UnreadableCheckpoint(_at(path, f"expected {_EXPECTED}, got a directory"))
+            raise UnreadableCheckpoint(at(path, f"expected {expected}, got a directory", caller))
         if not stat.S_ISREG(status.st_mode):
-            raise UnreadableCheckpoint(_at(path, f"expected {_EXPECTED}, got a special file"))
+            raise UnreadableCheckpoint(at(path, f"expected {expected}, got a special file", caller))
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
     except FileNotFoundError as error:
-        raise MissingCheckpoint(_at(path, f"expected {_EXPECTED}, got no such file")) from error
+        raise MissingCheckpoint(
+            at(path, f"expected {expected}, got no such file", caller)
+        ) from error
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte
         if isinstance(error, CheckpointError):
             raise
         raise UnreadableCheckpoint(
-            _at(path, f"expected {_EXPECTED}, got a file that cannot be opened ({_brief(error)})")
+            at(
+                path,
+                f"expected {expected}, got a file that cannot be opened ({brief(error)})",
+                caller,
+            )
         ) from error
     if status.st_size == 0:
-        raise UnreadableCheckpoint(_at(path, f"expected {_EXPECTED}, got an empty file"))
+        raise UnreadableCheckpoint(at(path, f"expected {expected}, got an empty file", caller))
     return head, status.st_size
 
 
@@ -260,7 +272,7 @@ def _load_safetensors(path: Path, device: torch.device) -> tuple[dict[str, Tenso
         from safetensors import safe_open
     except ImportError as error:
         raise MissingSafetensors(
-            _at(
+            at(
                 path,
                 "expected the safetensors package to read this safetensors file, got no such "
                 "package; install it with: pip install 'fadiag-fast[checkpoints]'",
@@ -272,7 +284,7 @@ def _load_safetensors(path: Path, device: torch.device) -> tuple[dict[str, Tenso
             # One tensor at a time, so that a copy for another device never doubles the memory.
             tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     return tensors, metadata
 
 
@@ -284,7 +296,7 @@ def _load_zip(path: Path, device: torch.device, unsafe_pickle: bool) -> Any:
         scan = _scan_zip(path, pickles)
         unsafe = _unsafe_globals(scan.names) | _unsafe_globals_by_torch(path)
         if not _refused_as_unsafe(scan, unsafe, error):
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
         if not unsafe_pickle:
             raise _needs_full_unpickler(path, "torch.save file", unsafe) from error
     with _full_unpickler_errors(path):
@@ -314,9 +326,7 @@ def _load_pickle(
     """Read torch's older format or, if allowed, a plain pickle."""
     scan = _scan_pickle_file(path, pickles=1)
     if not scan.complete:
-        raise UnreadableCheckpoint(
-            _at(path, f"expected {_EXPECTED}, got {_what_it_is(head, size)}")
-        )
+        raise UnreadableCheckpoint(at(path, f"expected {_EXPECTED}, got {_what_it_is(head, size)}"))
     if scan.integer != _LEGACY_MAGIC:
         # torch.load would first unpickle such a file and then object to it, so it never sees one.
         if not unsafe_pickle:
@@ -334,7 +344,7 @@ def _load_pickle(
         scan = _scan_pickle_file(path, _LEGACY_PICKLES)
         unsafe = _unsafe_globals(scan.names)
         if not _refused_as_unsafe(scan, unsafe, error):
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
         if not unsafe_pickle:
             raise _needs_full_unpickler(path, "legacy torch.save file", unsafe) from error
     with _full_unpickler_errors(path), path.open("rb") as file:
@@ -358,50 +368,58 @@ def _full_unpickler_errors(path: Path) -> Iterator[None]:
         yield
     except (ImportError, AttributeError) as error:
         raise UnreadableCheckpoint(
-            _at(
+            at(
                 path,
                 "expected a pickle whose classes can be imported here, "
-                f"got one whose cannot ({_brief(error)}); import or install what it names",
+                f"got one whose cannot ({brief(error)}); import or install what it names",
             )
         ) from error
     except Exception as error:
-        if os.environ.get(_FORCE_SAFE) and isinstance(error, pickle.UnpicklingError):
+        if os.environ.get(FORCE_SAFE) and isinstance(error, pickle.UnpicklingError):
             raise UnsafeCheckpoint(
-                _at(
+                at(
                     path,
                     "expected an environment that allows unsafe_pickle=True, got one that sets "
-                    f"{_FORCE_SAFE}, which makes torch refuse",
+                    f"{FORCE_SAFE}, which makes torch refuse",
                 )
             ) from error
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
-def _damaged(path: Path, error: BaseException) -> UnreadableCheckpoint:
+def damaged(
+    path: Path, error: BaseException, caller: str = "load_checkpoint"
+) -> UnreadableCheckpoint:
+    """Return the error of a file whose content cannot be made sense of."""
     # torch's CPU allocator reports a lack of memory as a RuntimeError with its own name in it.
     lacks_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if lacks_memory or "DefaultCPUAllocator" in str(error):
         return UnreadableCheckpoint(
-            _at(
+            at(
                 path,
                 "expected enough memory for its tensors, got too little, or a damaged file that "
-                f"claims too much ({_brief(error)})",
+                f"claims too much ({brief(error)})",
+                caller,
             )
         )
     return UnreadableCheckpoint(
-        _at(path, f"expected a whole checkpoint, got a truncated or damaged one ({_brief(error)})")
+        at(
+            path,
+            f"expected a whole checkpoint, got a truncated or damaged one ({brief(error)})",
+            caller,
+        )
     )
 
 
 def _needs_full_unpickler(path: Path, kind: str, unsafe: Iterable[str]) -> UnsafeCheckpoint:
     needed = tuple(sorted(_printable(name) for name in unsafe))
     asks = (
-        f"asks for {_listed(needed)}"
+        f"asks for {listed(needed)}"
         if needed
         else "asks for no other function or class by name but uses pickle instructions that "
         "torch's weights-only reader does not accept"
     )
     error = UnsafeCheckpoint(
-        _at(
+        at(
             path,
             f"expected a file of tensors and plain containers, got a {kind} that {asks}. "
             f"Nothing was run. {_UNSAFE_WAY_OUT}",
@@ -493,16 +511,19 @@ def _pickles_in_zip(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             entries = archive.namelist()
     except Exception as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     if any(_is_record(entry, "constants.pkl") for entry in entries):
-        what = "a TorchScript archive (save the model's state_dict() instead)"
+        what = (
+            "a TorchScript archive (fadiag_fast.load_packaged reads it as a model; for its weights "
+            "alone save the model's state_dict())"
+        )
     else:
         pickles = [entry for entry in entries if _is_record(entry, "data.pkl")]
         if pickles:
             return pickles
-        listed = _listed([_printable(entry) for entry in entries])
-        what = f"a zip archive that holds {listed or 'nothing'}"
-    raise UnreadableCheckpoint(_at(path, f"expected {_EXPECTED}, got {what}"))
+        held = listed([_printable(entry) for entry in entries])
+        what = f"a zip archive that holds {held or 'nothing'}"
+    raise UnreadableCheckpoint(at(path, f"expected {_EXPECTED}, got {what}"))
 
 
 def _scan_zip(path: Path, pickles: list[str]) -> _Scan:
@@ -601,7 +622,7 @@ def _find_state_dict(
                 return state, container, extra
     whole = " or a whole nn.Module" if unsafe_pickle else ""
     raise NoStateDict(
-        _at(
+        at(
             path,
             f"expected a state dict (names to tensors), bare or under one of "
             f"{', '.join(map(repr, _CONTAINERS))}{whole}, got {_outline(content)}",
@@ -615,9 +636,9 @@ def _as_state_dict(content: Any, path: Path) -> dict[str, Tensor] | None:
             content = content.state_dict()
         except Exception as error:  # the module's class is whatever the file says it is
             raise UnreadableCheckpoint(
-                _at(
+                at(
                     path,
-                    f"expected a module with a state dict, got one that fails ({_brief(error)})",
+                    f"expected a module with a state dict, got one that fails ({brief(error)})",
                 )
             ) from error
     if not isinstance(content, Mapping) or not content:
@@ -651,9 +672,9 @@ def _outline(content: Any) -> str:
                 for name, entry in value.items()
                 if not (isinstance(name, str) and isinstance(entry, Tensor))
             ]
-            text += f" with {_listed(strays)}" if strays else " (empty)"
+            text += f" with {listed(strays)}" if strays else " (empty)"
         entries.append(text)
-    return f"a dict with {_listed(entries)}"
+    return f"a dict with {listed(entries)}"
 
 
 def _without_wrapper_prefixes(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
@@ -726,7 +747,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
             without_data.append(f"{key} (in the {'checkpoint' if tensor.is_meta else 'model'})")
 
     problems = [
-        f"{title} ({len(entries)}): {_listed(entries)}"
+        f"{title} ({len(entries)}): {listed(entries)}"
         for title, entries in (
             ("missing from the checkpoint", missing),
             ("unexpected in the checkpoint", _with_buffer_notes(model, wrapper, unexpected)),
@@ -739,7 +760,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     if problems:
         hint = _name_hint(missing, unexpected)
         raise StateDictMismatch(
-            _at(
+            at(
                 checkpoint.path,
                 f"expected the names and shapes of {type(model).__name__}, got a state dict that "
                 "does not match; the model is unchanged\n  "
@@ -761,7 +782,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     except Exception as error:
         # Only a module with a loading method or hook of its own can still object here.
         raise StateDictMismatch(
-            _at(
+            at(
                 checkpoint.path,
                 f"expected {type(model).__name__} to accept names and shapes like its own, got a "
                 f"refusal from its load_state_dict; the model may be partly loaded\n  {error}",
@@ -877,7 +898,7 @@ def save_checkpoint(obj: dict[str, Any], path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.suffix == ".safetensors":
         raise UnsavableCheckpoint(
-            _at(
+            at(
                 path,
                 "expected a name such as 'model.pt' for torch's format, got one in '.safetensors', "
                 "which readers would take for the other format",
@@ -902,9 +923,9 @@ def save_checkpoint(obj: dict[str, Any], path: str | os.PathLike[str]) -> None:
         raise
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte, or without a name
         raise UnwritableCheckpoint(
-            _at(
+            at(
                 path,
-                f"expected a file that can be written, got {_brief(error)}",
+                f"expected a file that can be written, got {brief(error)}",
                 caller="save_checkpoint",
             )
         ) from error
@@ -922,10 +943,10 @@ def _write(obj: dict[str, Any], file: io.BufferedWriter, path: Path) -> None:
         raise
     except Exception as error:
         raise UnsavableCheckpoint(
-            _at(
+            at(
                 path,
                 "expected tensors and plain containers, got something that cannot be pickled "
-                f"({_brief(error)})",
+                f"({brief(error)})",
                 caller="save_checkpoint",
             )
         ) from error
@@ -936,9 +957,9 @@ def _check_read_back(temporary: Path, path: Path) -> None:
         _torch_load_zip(temporary, torch.device("cpu"), weights_only=True)
     except Exception as error:
         unsafe = sorted(_printable(name) for name in _unsafe_globals_by_torch(temporary))
-        what = _listed(unsafe) or _brief(error)
+        what = listed(unsafe) or brief(error)
         raise UnsavableCheckpoint(
-            _at(
+            at(
                 path,
                 "expected tensors and plain containers, got content that "
                 f"torch.load(weights_only=True) could not read back: {what}",
@@ -951,11 +972,11 @@ def _check_read_back(temporary: Path, path: Path) -> None:
 # Wording
 
 
-def _at(path: Path, text: str, caller: str = "load_checkpoint") -> str:
+def at(path: Path, text: str, caller: str = "load_checkpoint") -> str:
     return f"{caller}: {os.fspath(path)!r}: {text}"
 
 
-def _listed(entries: Iterable[str]) -> str:
+def listed(entries: Iterable[str]) -> str:
     entries = list(entries)
     more = len(entries) - _MOST_LISTED
     shown = ", ".join(map(_escaped, entries[:_MOST_LISTED]))
@@ -973,7 +994,7 @@ def _printable(text: str) -> str:
     return safe if len(safe) <= 120 else safe[:117] + "..."
 
 
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
     first = text.splitlines()[0] if text else ""
     return f"{type(error).__name__}: {_printable(first)}" if first else type(error).__name__

@@ -19,8 +19,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from . import __version__, ops
+from .capture import untouched
 from .checkpoints import CheckpointError, load_checkpoint, load_into, save_checkpoint
 from .diagnosis import diagnose as run_diagnosis
+from .packaged import load_packaged, packaging_of
 from .protocol import (
     NOT_ENOUGH_DATA,
     TRUSTWORTHY,
@@ -202,7 +204,12 @@ def _exit_code(verdicts: list[str]) -> int:
 
 @app.command("diagnose")
 def diagnose_command(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoint files.")],
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Checkpoint files; TorchScript files and exported programs need no --model."
+        ),
+    ],
     model: ModelOption = "resmlp",
     data: DataOption = "fashion-mnist-mini",
     frozen_acc: Annotated[
@@ -293,22 +300,46 @@ def _diagnose_file(
     device: torch.device,
     unsafe_pickle: bool,
 ) -> DiagnosticReport:
-    checkpoint = load_checkpoint(path, unsafe_pickle=unsafe_pickle)
-    saved = checkpoint.extra.get("config")
-    model, flat = _build(model_name, dataset, saved if isinstance(saved, dict) else {}, options)
-    load_into(model, checkpoint)
-    model = model.to(device)
-    flat = flat if flatten is None else flatten
     num_batches, batch_size = shape
+    images, labels = dataset.test_images, dataset.test_labels
+    scored = 1024  # samples per pass for the accuracy, on which it does not depend
+    if packaging_of(path) is None:
+        checkpoint = load_checkpoint(path, unsafe_pickle=unsafe_pickle)
+        saved = checkpoint.extra.get("config")
+        model, flat = _build(model_name, dataset, saved if isinstance(saved, dict) else {}, options)
+        load_into(model, checkpoint)
+        model, what = model.to(device), model_name
+    else:
+        model = load_packaged(path, map_location=device, unsafe_pickle=unsafe_pickle)
+        what = type(model).__name__
+        fixed = getattr(model, "batch_size", None)
+        flat = _takes_vectors(model, images[: fixed or batch_size].to(device))
+        if fixed is not None:
+            # A program of one size has no use for the last, smaller batch.
+            scored = batch_size
+            images, labels = (t[: len(t) // scored * scored] for t in (images, labels))
+    flat = flat if flatten is None else flatten
     return run_diagnosis(
         model,
         dataset.eval_batches(batch_size, num_batches, flatten=flat, device=device),
-        accuracy(model, dataset.test_images, dataset.test_labels, flatten=flat),
+        accuracy(model, images, labels, batch_size=scored, flatten=flat),
         frozen_acc,
         method_name=path.stem,
-        notes=f"{model_name} from {path} on {dataset.name}",
+        notes=f"{what} from {path} on {dataset.name}",
         thresholds=thresholds,
     )
+
+
+def _takes_vectors(model: nn.Module, images: torch.Tensor) -> bool:
+    """Say whether a program without its source takes images only as vectors."""
+    with torch.no_grad(), untouched(model):
+        for vectors in (False, True):
+            try:
+                model(images.flatten(1) if vectors else images)
+            except Exception:  # whatever the program raises for another shape
+                continue
+            return vectors
+    return False
 
 
 @app.command("audit-cnn")

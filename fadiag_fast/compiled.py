@@ -22,7 +22,7 @@ from .statistics import Reduced, Reduction, SampleReduction, reduce_captured
 from .taps import Select, TapError, Taps, unwrap
 from .tracing import as_plain, signature
 
-_METADATA = "fadiag_probe.json"
+PROBE_METADATA = "fadiag_probe.json"
 _SCALARS = 6  # tensors of Reduced besides grad_mean
 
 
@@ -275,9 +275,9 @@ class CompiledProbe:
         """
         exported, metadata = self.export(x, y), json.dumps(self._metadata(x, y))
         if not compiled:
-            torch.export.save(exported, path, extra_files={_METADATA: metadata})
+            torch.export.save(exported, path, extra_files={PROBE_METADATA: metadata})
             return
-        options = {"aot_inductor.metadata": {_METADATA: metadata}}
+        options = {"aot_inductor.metadata": {PROBE_METADATA: metadata}}
         torch._inductor.aoti_compile_and_package(
             exported, package_path=os.fspath(path), inductor_configs=options
         )
@@ -337,15 +337,15 @@ def load_probe(path: str | os.PathLike[str]) -> LoadedProbe:
         raise ValueError(f"{wrong}, got no zip archive") from None
     if compiled:
         package = torch._inductor.aoti_load_package(os.fspath(path))
-        metadata = package.get_metadata().get(_METADATA, "")
+        metadata = package.get_metadata().get(PROBE_METADATA, "")
         program: Any = package
     else:
-        extra = {_METADATA: ""}
+        extra = {PROBE_METADATA: ""}
         try:
             exported = torch.export.load(path, extra_files=extra)
         except (RuntimeError, ValueError, KeyError, OSError) as error:
             raise ValueError(f"{wrong}: {str(error).splitlines()[0]}") from None
-        metadata, program = extra[_METADATA], exported.module()
+        metadata, program = extra[PROBE_METADATA], exported.module()
     if not metadata:
         raise ValueError(f"{wrong}, got another program")
     return LoadedProbe(program, json.loads(metadata))

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import ops
 from .capture import Loss, Output, Probe, classification_loss, untouched
+from .packaged import as_module
 from .protocol import (
     DiagnosticThresholds,
     Figures,
@@ -30,7 +32,7 @@ from .taps import Select, TapError, unwrap
 
 
 def diagnose(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     eval_batches: Iterable[Any],
     headline_acc: float | None = None,
     frozen_baseline_acc: float | None = None,
@@ -48,9 +50,11 @@ def diagnose(
     """Say whether a network's hidden states and gradients can be trusted, and why not.
 
     Args:
-        model: any module. Wrappers (``torch.compile``, DataParallel) are looked through, and
-            compiled parts run eagerly while it is probed. It is probed in eval mode and left as it
-            was: modes, gradients, buffers, hooks, random state.
+        model: any module, scripted and traced ones included, or an exported program; files of
+            them are read by :func:`fadiag_fast.load_packaged`. Wrappers (``torch.compile``,
+            DataParallel) are looked through, and compiled parts run eagerly while it is probed. It
+            is probed in eval mode and left as it was: modes, gradients, buffers, hooks, random
+            state.
         eval_batches: (x, y) pairs, moved to the model's device. x is a tensor, a tuple of arguments
             or a dict of keywords; y is what the loss takes. A dict in place of a pair is the
             model's whole input, labels included, and the loss is the one that the model returns.
@@ -97,7 +101,7 @@ def diagnose(
             raise ValueError(f"diagnose: {name}: expected a fraction from 0 to 1, got {value}")
     limits = thresholds or DiagnosticThresholds()
     how = reduction if isinstance(reduction, SampleReduction) else SampleReduction(reduction)
-    model = unwrap(model)
+    model = unwrap(as_module(model))
     device = _device_of(model)
     default_loss = loss is None or loss is nn.functional.cross_entropy
     probe = Probe(
@@ -287,6 +291,7 @@ def _remarks(
     if not batches:
         remarks.append("There was no batch with a sample: nothing could be measured.")
         return remarks
+    remarks += getattr(probe.model, "packaging_remarks", ())
     remarks += probe.taps.remarks
     if probe.reordered:
         remarks.append(

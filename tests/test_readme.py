@@ -17,12 +17,15 @@ COMMANDS = [shlex.split(line) for line in re.findall(r"^\$ fadiag (.*)$", README
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_programs_run(program, capsys):
+def test_programs_run(program, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(program, "README.md", "exec"), names)
     if "report" in names:
         assert names["report"].verdict == "needs walk-back: (a)"
         assert "verdict: needs walk-back: (a)" in capsys.readouterr().out
+    elif "audit" in names:
+        assert names["audit"].figures.layers == ("embed", *(f"blocks.{l}" for l in range(4)))
     else:
         assert names["statistics"][0].hidden_norm.shape == (2, 128)
         assert names["statistics"][0].grad_mean[1].shape == (64, 8, 8)
