@@ -14,8 +14,8 @@ from . import (
     plots,
     registers,
     rows,
+    scan_rate,
     scan_report,
-    scanning,
     special,
     sweep,
     tables,
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         "demo",
         "registers",
         "scan-report",
-        "scanning",
+        "scan-rate",
         "tables",
         "plots",
     }
@@ -87,8 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
         written.append(sweep.run(device, asked.results, asked.quick))
     if "special" in what:
         written.append(special.run(device, asked.results, asked.quick))
-    if "scanning" in what:
-        written.append(scanning.run(device, asked.results, asked.quick))
+    if "scan-rate" in what:
+        written.append(scan_rate.run(device, asked.results, asked.quick))
     if "capture" in what:
         written.append(capture.run(device, asked.results, asked.quick))
     if "demo" in what:

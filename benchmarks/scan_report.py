@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from fadiag_fast.scan import (
+from fadiag_fast.scanning import (
     CheckpointRecord,
     ScanResult,
     ScanWriter,
@@ -25,7 +25,7 @@ from fadiag_fast.scan import (
     content_hash,
     sweep_thresholds,
 )
-from fadiag_fast.scan.html import write_report
+from fadiag_fast.scanning.html import write_report
 
 from . import rows, study
 from .rows import Row

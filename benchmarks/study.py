@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 
 from fadiag_fast.protocol import Figures
-from fadiag_fast.scan import CheckpointRecord
+from fadiag_fast.scanning import CheckpointRecord
 
 # Per rule: growth, ‖g_L‖ and credit gain at the end, stability, accuracy.
 RULES = {

@@ -9,7 +9,7 @@ from .packaged import load_packaged
 from .protocol import DiagnosticThresholds
 from .reference import LayerStatistics
 from .report import DiagnosticReport
-from .scan import ScanResult, scan
+from .scanning import ScanResult, scan
 from .taps import TapError
 
 __all__ = [

@@ -31,7 +31,7 @@ from .protocol import (
     depth_utility,
 )
 from .report import DiagnosticReport, SummaryRow, summary_table
-from .scan.cli import register as register_scan_commands
+from .scanning.cli import register as register_scan_commands
 from .taps import TapError
 from .zoo import (
     ImageDataset,

@@ -6,8 +6,8 @@ import struct
 from hypothesis import strategies as st
 
 from fadiag_fast.protocol import Figures
-from fadiag_fast.scan import CheckpointRecord
-from fadiag_fast.scan.schema import VOLATILE
+from fadiag_fast.scanning import CheckpointRecord
+from fadiag_fast.scanning.schema import VOLATILE
 
 CONFIG = {"model": "resmlp", "batches": [10, 128]}
 

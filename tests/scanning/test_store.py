@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from studies import CONFIG, any_figures, bits, figures, lasting, record
 
 from fadiag_fast.protocol import DiagnosticThresholds, evaluate, verdict_of
-from fadiag_fast.scan import (
+from fadiag_fast.scanning import (
     SCHEMA_VERSION,
     Entry,
     LockedResults,
@@ -156,7 +156,7 @@ def test_every_single_kill_point_keeps_what_was_flushed(tmp_path, monkeypatch, t
 KILLED_SCAN = """
 import os, random, signal, sys, time
 from studies import CONFIG, record
-from fadiag_fast.scan import ScanWriter, config_hash, store
+from fadiag_fast.scanning import ScanWriter, config_hash, store
 store._FAN_IN = 3
 folder, kills = sys.argv[1], int(sys.argv[2])
 def scan():

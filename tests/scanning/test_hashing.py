@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fadiag_fast.scan import ContentHasher, config_hash, content_hash
+from fadiag_fast.scanning import ContentHasher, config_hash, content_hash
 
 
 def test_a_file_is_hashed_as_its_bytes(tmp_path):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fadiag_fast.scan import scan
+from fadiag_fast.scanning import scan
 from fadiag_fast.zoo import build_model
 
 from . import rows
@@ -179,4 +179,4 @@ def run(device: torch.device, results: Path, quick: bool) -> Path:
                         **here,
                     }
                 )
-    return rows.write(rows.results_path(results, "scanning", device, quick), written)
+    return rows.write(rows.results_path(results, "scan-rate", device, quick), written)

@@ -38,7 +38,7 @@ class CheckpointRecord:
         path: the checkpoint as it was named to the scan.
         run: the training run it belongs to.
         step: its step in the run, if known.
-        config_hash: as :meth:`fadiag_fast.scan.ScanWriter.configure` returned it.
+        config_hash: as :meth:`fadiag_fast.scanning.ScanWriter.configure` returned it.
         content_hash: of the checkpoint's bytes; None where they could not be read.
         figures: what was measured; None for a failure. Its accuracies are the row's.
         error_kind: why there are no figures, in a word: ``missing``, ``permission``,

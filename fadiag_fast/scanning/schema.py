@@ -1,9 +1,9 @@
 """The two tables of a scan: their columns, what each means, and their version.
 
 ``checkpoints`` has one row per checkpoint, ``layers`` one per checkpoint and hidden state. Together
-they hold every number that a diagnosis read: :func:`fadiag_fast.scan.records.figures_of` gives back
-the same :class:`~fadiag_fast.protocol.Figures` to the last bit, so that thresholds can be moved
-without the checkpoints.
+they hold every number that a diagnosis read: :func:`fadiag_fast.scanning.records.figures_of` gives
+back the same :class:`~fadiag_fast.protocol.Figures` to the last bit, so that thresholds can be
+moved without the checkpoints.
 
 A version only ever adds columns, all nullable, and never changes what one means. So an older file
 is read by adding empty columns, and a newer one is refused: its rows may need columns to be

@@ -11,8 +11,8 @@ from studies import CONFIG, figures, record
 from typer.testing import CliRunner
 
 from fadiag_fast import cli
-from fadiag_fast.scan import ScanResult, ScanWriter
-from fadiag_fast.scan.plots import write_plots
+from fadiag_fast.scanning import ScanResult, ScanWriter
+from fadiag_fast.scanning.plots import write_plots
 
 
 def fadiag(*arguments):

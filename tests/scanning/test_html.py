@@ -17,8 +17,8 @@ pytest.importorskip("jinja2", reason="needs the extra 'scan'")
 from studies import CONFIG, figures, record
 
 from benchmarks import study
-from fadiag_fast.scan import ScanResult, ScanWriter
-from fadiag_fast.scan.html import page_data, render, write_report
+from fadiag_fast.scanning import ScanResult, ScanWriter
+from fadiag_fast.scanning.html import page_data, render, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 OPTIONS = (

@@ -122,9 +122,9 @@ def scan(
         out: the folder of results. A scan into a folder that has some takes over what is done:
             content and configuration decide, not names.
         pattern: how run and step are read from a path, such as ``{run}/step_{step}.pt``; see
-            :func:`fadiag_fast.scan.series`.
+            :func:`fadiag_fast.scanning.series`.
         manifest: a CSV, Parquet or TOML file with run, step and accuracies per path; see
-            :func:`fadiag_fast.scan.read_manifest`. ``checkpoints`` may then be empty.
+            :func:`fadiag_fast.scanning.read_manifest`. ``checkpoints`` may then be empty.
         thresholds: other limits than the published ones.
         loss, taps, reduction, output, batch_dim: see :func:`fadiag_fast.diagnose`.
         stack: checkpoints computed together; ``"auto"`` grows it while that is faster and memory
@@ -141,9 +141,9 @@ def scan(
         ResultsError: the folder cannot be written, or another scan is at it.
         ValueError: there is nothing to scan, or no batch.
 
-    What is wrong with one checkpoint stands in its row and stops nothing: see
-    :class:`~fadiag_fast.scan.records.CheckpointRecord`. After Ctrl-C, what is finished is on the
-    disk.
+    What is wrong with one checkpoint stands in its row, with a kind of error as in
+    :class:`~fadiag_fast.scanning.records.CheckpointRecord`, and stops nothing. After Ctrl-C, what is
+    finished is on the disk.
     """
     entries = _entries(checkpoints, pattern, manifest)
     model = unwrap(model)
@@ -181,12 +181,22 @@ def _entries(checkpoints: Any, pattern: str | Sequence[str] | None, manifest: An
         for item in map(os.fspath, given):
             matches = sorted(glob.glob(item, recursive=True)) if glob.has_magic(item) else [item]
             paths += matches or [item]
-        found = series(paths, pattern)
+        # Run names that do not depend on which files a glob happens to find.
+        magic = [item for item in map(os.fspath, given) if glob.has_magic(item)]
+        root = _fixed_part(magic[0]) if len(given) == len(magic) == 1 else None
+        found = series(paths, pattern, root=root)
     known = {os.path.abspath(entry.path): entry for entry in listed}
     found = [known.pop(os.path.abspath(entry.path), entry) for entry in found]
     if not found:
         raise ValueError("scan: expected at least one checkpoint, got none")
     return found
+
+
+def _fixed_part(pattern: str) -> str:
+    """Return the folder above a glob's first wildcard."""
+    parts = Path(pattern).parts
+    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    return str(Path(*parts[:fixed])) if fixed else ""
 
 
 def _configuration(

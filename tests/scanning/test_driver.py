@@ -16,7 +16,7 @@ from torch import nn
 
 from fadiag_fast import DiagnosticThresholds, diagnose
 from fadiag_fast.capture import Probe
-from fadiag_fast.scan import ScanResult, ScanWriter, scan
+from fadiag_fast.scanning import ScanResult, ScanWriter, scan
 
 pytest.importorskip("pyarrow")
 
@@ -206,7 +206,7 @@ def test_other_thresholds_judge_again_without_measuring(tmp_path):
 
 
 def test_an_error_for_want_of_memory_shrinks_the_stack(tmp_path, monkeypatch):
-    from fadiag_fast.scan.stack import Auditor
+    from fadiag_fast.scanning.stack import Auditor
 
     models = study(tmp_path / "runs", range(4))
     sizes = []
@@ -291,7 +291,7 @@ KILLED = textwrap.dedent(
     sys.path[:0] = {path!r}
     from networks import Branching
     from test_driver import batches_of
-    from fadiag_fast.scan import scan
+    from fadiag_fast.scanning import scan
     torch.set_num_threads(1)
     scan({glob!r}, Branching(), batches_of(), {out!r}, stack=2)
     """
@@ -319,7 +319,7 @@ def test_ten_kills_at_random_moments_leave_the_same_table(tmp_path):
 
 
 def test_two_scans_into_one_folder(tmp_path):
-    from fadiag_fast.scan import LockedResults
+    from fadiag_fast.scanning import LockedResults
 
     study(tmp_path / "runs", range(1))
     with ScanWriter(tmp_path / "out"), pytest.raises(LockedResults, match="another scan"):

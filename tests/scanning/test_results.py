@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from studies import CONFIG, figures, record
 
-from fadiag_fast.scan import FirstFired, Moment, ScanResult, ScanWriter, UnreadableResults
-from fadiag_fast.scan.results import _first_fired, _in_time
+from fadiag_fast.scanning import FirstFired, Moment, ScanResult, ScanWriter, UnreadableResults
+from fadiag_fast.scanning.results import _first_fired, _in_time
 
 
 @pytest.fixture

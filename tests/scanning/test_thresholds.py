@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from studies import CONFIG, any_figures, figures, record
 
 from fadiag_fast.protocol import DiagnosticThresholds, evaluate, verdict_of
-from fadiag_fast.scan import ScanResult, ScanWriter, sweep_thresholds
+from fadiag_fast.scanning import ScanResult, ScanWriter, sweep_thresholds
 
 LIMITS = DiagnosticThresholds()
 KEYS = {

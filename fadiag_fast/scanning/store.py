@@ -465,7 +465,7 @@ class ScanWriter:
     def configure(self, config: Mapping[str, Any]) -> str:
         """Make a probe's configuration known, and return its hash for the records.
 
-        See :func:`fadiag_fast.scan.config_hash` on what belongs in it.
+        See :func:`fadiag_fast.scanning.config_hash` on what belongs in it.
         """
         digest = config_hash(config)
         self._configs[digest] = clean(config_text(config))
