@@ -24,6 +24,8 @@ def test_programs_run(program, capsys, tmp_path, monkeypatch):
     if "report" in names:
         assert names["report"].verdict == "needs walk-back: (a)"
         assert "verdict: needs walk-back: (a)" in capsys.readouterr().out
+    elif "found" in names:
+        assert names["found"].grad_norm.shape == (5, 128)
     elif "audit" in names:
         assert names["audit"].figures.layers == ("embed", *(f"blocks.{l}" for l in range(4)))
     else:
@@ -35,9 +37,17 @@ def test_commands_run_in_their_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # `runs/*.pt` and `mypackage` stand for the reader's own files, as the README says.
     own = [command for command in COMMANDS if "mypackage" not in " ".join(command)]
-    assert [command[0] for command in own] == ["train", "diagnose", "doctor", "audit-cnn"]
-    own.pop()
-    expected = {"train": 0, "diagnose": 1, "doctor": 0}
+    assert [command[0] for command in own] == [
+        "train",
+        "diagnose",
+        "doctor",
+        "audit-cnn",
+        "scan",
+        "thresholds",
+        "report",
+    ]
+    own = [command for command in own if command[0] != "audit-cnn"]
+    expected = {"train": 0, "diagnose": 1, "doctor": 0, "scan": 1, "thresholds": 0, "report": 0}
     for command in own:
         result = CliRunner().invoke(cli.app, command)
         assert result.exit_code == expected[command[0]], result.output

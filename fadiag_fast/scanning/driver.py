@@ -142,8 +142,8 @@ def scan(
         ValueError: there is nothing to scan, or no batch.
 
     What is wrong with one checkpoint stands in its row, with a kind of error as in
-    :class:`~fadiag_fast.scanning.records.CheckpointRecord`, and stops nothing. After Ctrl-C, what is
-    finished is on the disk.
+    :class:`~fadiag_fast.scanning.records.CheckpointRecord`, and stops nothing. After Ctrl-C, what
+    is finished is on the disk.
     """
     entries = _entries(checkpoints, pattern, manifest)
     model = unwrap(model)
