@@ -156,7 +156,7 @@ def find_taps(
             it receives or returns is no floating tensor.
     """
     contract = all(hasattr(model, name) for name in ("embed", "blocks", "out_head"))
-    contract = contract and isinstance(model.blocks, nn.ModuleList | nn.Sequential | nn.ModuleDict)
+    contract = contract and _is_container(model.blocks)
     if select is None and not contract and _offers_hidden(model):
         return _handed(model, x)
     seen = trace(model, x)
@@ -302,6 +302,15 @@ def _chain(
         last = label(blocks[-1]) if alike else f"input of {closer.name}"
         taps.append(Tap(closer.name, "input", closer.call, last))
     return taps, remarks
+
+
+def _is_container(blocks: object) -> bool:
+    """Say whether blocks are in a container; in an exported program it has lost its class."""
+    if not isinstance(blocks, nn.Module):
+        return False
+    names = [name for name, _ in blocks.named_children()]
+    numbered = bool(names) and all(name.isdigit() for name in names)
+    return isinstance(blocks, nn.ModuleList | nn.Sequential | nn.ModuleDict) or numbered
 
 
 def _contract(model: Any, seen: Trace) -> Taps:
