@@ -325,18 +325,22 @@ def _contract(model: Any, seen: Trace) -> Taps:
 class _Candidate:
     """Modules at sibling names, called one after another."""
 
-    kinds: tuple[str, ...]  # classes
     pattern: str
     blocks: list[ModuleCall]
+    kind_of: list[str]  # each block's class
     passed: int  # states that visibly go from one block to the next
     matrices: int  # parameters of two and more dimensions
     size: int  # elements of all parameters
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.kind_of))
+
+    @property
     def rank(self) -> tuple[int, int, int, int]:
         # Without a state that visibly passes on, the deeper part of the network counts.
         length = len(self.blocks) if self.passed else 0
-        return (self.passed, length, self.matrices, self.size)
+        return (length, self.passed, self.matrices, self.size)
 
 
 def _sibling_key(name: str) -> str:
@@ -409,9 +413,9 @@ def _candidates(model: nn.Module, seen: Trace, counts_samples: _CountsSamples) -
         parameters = [p for name in names for p in modules[name].parameters()]
         found.append(
             _Candidate(
-                tuple(dict.fromkeys(type(modules[name]).__name__ for name in names)),
                 _pattern(names),
                 blocks,
+                [type(modules[block.name]).__name__ for block in blocks],
                 passed,
                 sum(p.dim() > 1 for p in parameters),
                 sum(p.numel() for p in parameters),
@@ -435,6 +439,25 @@ def _is_inside_a_branch(seen: Trace, inner: _Candidate, outer: _Candidate) -> bo
     return False
 
 
+def _repeats_in(inner: _Candidate, outer: _Candidate) -> bool:
+    """Say whether blocks of several classes are one unit that other blocks repeat.
+
+    The attention and the feed-forward part of each T5Block are such a unit; the blocks are the
+    chain then.
+    """
+    if len(inner.kinds) == 1 or len(outer.kinds) > 1:
+        return False
+    units = [
+        tuple(
+            kind
+            for block, kind in zip(inner.blocks, inner.kind_of, strict=True)
+            if whole.begin < block.begin and block.end < whole.end
+        )
+        for whole in outer.blocks
+    ]
+    return len(units[0]) > 1 and len(set(units)) == 1
+
+
 def _is_passed_on(a: Sighting | None, b: Sighting | None) -> bool:
     """Say whether two sightings show the same values in the same memory, as views perhaps."""
     if a is None or b is None or a.version != b.version:
@@ -452,7 +475,10 @@ def _automatic(model: nn.Module, seen: Trace, counts_samples: _CountsSamples) ->
             found
             for found in candidates
             if _is_chain(seen, found)
-            and not any(_is_inside_a_branch(seen, found, other) for other in candidates)
+            and not any(
+                _repeats_in(found, other) or _is_inside_a_branch(seen, found, other)
+                for other in candidates
+            )
         ),
         None,
     )

@@ -86,6 +86,20 @@ def test_blocks_of_several_classes_are_one_chain():
     assert taps.remarks == ("Beside the chain * has Head: taps='chain:*' takes all of them.",)
 
 
+def test_a_unit_that_repeats_is_the_block():
+    """Attention and feed-forward, say, both with skips of their own, in every block."""
+
+    class Wide(Residual):
+        pass
+
+    class Unit(nn.Sequential):
+        def __init__(self):
+            super().__init__(Residual(4), Wide(4))
+
+    taps = chosen(network(Unit(), Unit(), Unit()))
+    assert taps.chosen == "chain of 3 Unit in 1.*"
+
+
 def test_siblings_named_by_a_number_and_a_letter():
     class Lettered(nn.Module):
         def __init__(self):
