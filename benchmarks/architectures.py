@@ -476,7 +476,7 @@ def row_of(architecture: Architecture, plan: Plan) -> rows.Row:
 def run(device: torch.device, results: Path, quick: bool = False, only: str = "") -> Path:
     """Measure all architectures, or those whose name contains ``only``, on the CPU."""
     cpu = torch.device("cpu")
-    plan = Plan(3, 2.0) if quick else Plan(30, 12.0)
+    plan = Plan(3, 2.0) if quick else Plan(30, 5.0)
     chosen = [architecture for architecture in ARCHITECTURES if only in architecture.name]
     path = rows.results_path(results, "architectures", cpu, quick)
     where = rows.environment(cpu)
