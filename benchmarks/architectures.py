@@ -1,8 +1,9 @@
 """Claim: networks that no one here wrote are observed without help, with the right figures.
 
 Random weights and small inputs. The oracle shares no code with the package: forward hooks on the
-named modules, and ``torch.autograd.grad``, in float64. The same in float32 is the ordinary forward
-and backward pass that a capture's time is compared with.
+named modules, and ``torch.autograd.grad``, in float64. Both ways of capturing are compared with it,
+the one taken by default and the one through ``torch.func``. The oracle in float32 is the ordinary
+forward and backward pass that a capture's time is compared with.
 """
 
 import copy
@@ -379,19 +380,44 @@ def relative_difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> fl
 # ---- rows
 
 
-def observe(architecture: Architecture) -> tuple[Probe, list[Place], float]:
-    """Capture one float64 batch; return the probe, its places and the difference to the oracle."""
+@dataclass(frozen=True)
+class Observation:
+    """What a capture of one float64 batch came to.
+
+    Attributes:
+        probe: as the package sets it up by default.
+        places: where it looked.
+        difference: of its figures to the oracle's.
+        func_difference: of the figures through torch.func; NaN where it refuses, and
+            ``func_reason`` says why.
+    """
+
+    probe: Probe
+    places: list[Place]
+    difference: float
+    func_difference: float
+    func_reason: str
+
+
+def observe(architecture: Architecture) -> Observation:
+    """Capture one batch, both ways, and compare it with the oracle."""
     model = built(architecture)
     ((x, y),) = batches(architecture, 1, ORACLE_SAMPLES)
     model, x = in_float64(model, x)
     dim = architecture.options.get("batch_dim", 0)
+    reason = ""
     with untouched(model):
         probe = Probe(model, **architecture.options)
-        captured = probe.capture(x, y)
+        found = [probe.capture(x, y)]
+        try:
+            found.append(Probe(model, path="torch.func", **architecture.options).capture(x, y))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
     places = [(tap.module, tap.at, tap.call) for tap in probe.taps.points]
     hiddens, grads = by_hooks(without_in_place(model), x, y, places)
     expected = [tensor.movedim(dim, 0) for tensor in (*hiddens, *grads)]
-    return probe, places, relative_difference([*captured.hiddens, *captured.grads], expected)
+    differences = [relative_difference([*f.hiddens, *f.grads], expected) for f in found]
+    return Observation(probe, places, differences[0], (*differences, math.nan)[1], reason)
 
 
 def times(architecture: Architecture, places: Sequence[Place], plan: Plan) -> rows.Row:
@@ -447,10 +473,10 @@ def row_of(architecture: Architecture, plan: Plan) -> rows.Row:
         "error": "",
     }
     try:
-        probe, places, difference = observe(architecture)
+        seen = observe(architecture)
     except TapError as error:
         return {**row, "error": " ".join(str(error).split())[:300]}
-    taps = probe.taps
+    probe, taps = seen.probe, seen.probe.taps
     model, given = built(architecture), batches(architecture, BATCHES, SAMPLES, 2)
     report = diagnose(model, given, **architecture.options)
     return {
@@ -462,14 +488,16 @@ def row_of(architecture: Architecture, plan: Plan) -> rows.Row:
         "states": len(taps.points),
         "path": probe.path,
         "path_reason": probe.path_reason,
-        "difference": difference,
+        "difference": seen.difference,
+        "func_difference": seen.func_difference,
+        "func_reason": seen.func_reason,
         "growth": report["a"].value,
         "grad_norm": report["b"].value,
         "credit_gain": report.credit_gains[-1],
         "stability": report["c"].value,
         "verdict": report.verdict,
         "why": explanation(model, given[0][0], report),
-        **times(architecture, places, plan),
+        **times(architecture, seen.places, plan),
     }
 
 

@@ -267,8 +267,8 @@ def _architectures(found: Rows) -> str:
                 row["chosen"] + (f" ({row['options']})" if row["options"] else ""),
                 f"{row['asked']} / {row['saw']}",
                 row["states"],
-                row["path"],
                 f"{number(row, 'difference'):.0e}",
+                f"{number(row, 'func_difference'):.0e}" if not row["func_reason"] else "refused",
                 _show(number(row, "growth")),
                 f"{number(row, 'grad_norm'):.1e}",
                 _show(number(row, "stability"), 2),
@@ -276,7 +276,7 @@ def _architectures(found: Rows) -> str:
                 f"{_show(number(row, 'ratio'), unit='×')} of {_milliseconds(row, 'plain_us')}",
             ]
         )
-    header = ["network, one sample", "taps", "asked / saw", "states", "capture", "difference"]
+    header = ["network, one sample", "taps", "asked / saw", "states", "difference", "by torch.func"]
     header += ["(a) growth", "(b) ‖g_L‖", "(c) cosine", "verdict", "time"]
     return markdown(header, lines)
 
@@ -288,14 +288,15 @@ def _milliseconds(row: dict[str, str], column: str) -> str:
 def _architectures_in_short(found: Rows) -> str:
     good = [row for row in found if not row["error"]]
     alone = [row for row in good if not row["options"]]
-    by_func = sum(row["path"] == "torch.func" for row in good)
+    by_func = [row for row in good if not row["func_reason"]]
+    worst = max(number(row, c) for row in by_func for c in ("difference", "func_difference"))
     verdicts = Counter(row["verdict"] for row in good)
     said = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
     return (
         f"{len(found)} networks: {len(alone)} observed without any option, "
         f"{len(good) - len(alone)} with one, {len(found) - len(good)} refused. Largest relative "
-        f"difference to the hooks {max(number(row, 'difference') for row in good):.0e}; "
-        f"{by_func} captured through torch.func. At initialisation: {said}. Median time of a "
+        f"difference to the hooks {worst:.0e}, captured either way; torch.func refuses "
+        f"{len(good) - len(by_func)}. At initialisation: {said}. Median time of a "
         f"capture {_show(median(number(row, 'ratio') for row in good), unit='×')} of the forward "
         f"and backward pass.\n"
     )

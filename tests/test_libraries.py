@@ -1,6 +1,7 @@
 """Networks and images by name: torchvision, timm, folders of images; errors that say what to do."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,8 @@ def text_of(result):
 
 @pytest.fixture(scope="module")
 def torchvision():
+    if find_spec("torchvision") is None:
+        pytest.skip("needs torchvision")
     return import_torchvision()
 
 
