@@ -194,9 +194,8 @@ def load_dataset(spec: str, **options: Any) -> ImageDataset:
     if kind == "imagefolder":
         raise ValueError(f"load_dataset: {kind}: expected {kind}:FOLDER, got {spec!r}")
     if kind not in _LOADERS:
-        known = ["fashion-mnist-mini", "teacher"]
+        known = ["fashion-mnist-mini", "teacher", "imagefolder:FOLDER"]
         known += [f"{name}:{what}" for name, (what, _) in _LOADERS.items()]
-        known += ["imagefolder:FOLDER"]
         raise ValueError(f"load_dataset: expected one of {', '.join(known)}, got {spec!r}")
     what, loader = _LOADERS[kind]
     if not place:
