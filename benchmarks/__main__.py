@@ -15,6 +15,7 @@ from . import (
     plots,
     registers,
     rows,
+    scan_report,
     special,
     sweep,
     tables,
@@ -27,9 +28,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "what",
         nargs="*",
-        help="operator, cpu, sweep, special, capture, architectures, demo, registers, tables, "
-        "plots; by default what fits the machine: on CUDA operator, sweep and special, else cpu "
-        "and special; then tables and plots",
+        help="operator, cpu, sweep, special, capture, architectures, demo, registers, "
+        "scan-report, tables, plots; by default what fits the machine: on CUDA operator, sweep and "
+        "special, else cpu and special; then tables and plots",
     )
     found.add_argument("--device", help="cuda or cpu; by default CUDA where there is one")
     found.add_argument(
@@ -68,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         "architectures",
         "demo",
         "registers",
+        "scan-report",
         "tables",
         "plots",
     }
@@ -95,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
         written.append(demo.run(device, asked.results, asked.quick))
     if "registers" in what:
         written.append(registers.run(device, asked.results, asked.quick))
+    if "scan-report" in what:
+        written.append(scan_report.run(torch.device("cpu"), asked.results, asked.quick))
 
     code = 0
     if "plots" in what:

@@ -302,6 +302,20 @@ def _architectures_in_short(found: Rows) -> str:
     )
 
 
+def _scan_report(found: Rows) -> str:
+    lines = [
+        [
+            f"{row['case']}: {row['workload']}",
+            _show(number(row, "median_s")),
+            _show(number(row, "bytes") / 1e6),
+            _show(number(row, "gb_per_s")),
+            row.get("note") or (row["verdict"] and f"≤ {row['target_s']} s {row['verdict']}"),
+        ]
+        for row in found
+    ]
+    return markdown(["what", "s", "MB", "GB/s", "target"], lines)
+
+
 # Name between the markers: the CSVs' name, and what makes the table of one of them.
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "operator": ("operator", _operator),
@@ -316,6 +330,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "registers": ("registers", _registers),
     "architectures": ("architectures", _architectures),
     "architectures-in-short": ("architectures", _architectures_in_short),
+    "scan-report": ("scan-report", _scan_report),
 }
 
 

@@ -8,6 +8,7 @@ from .ops import direction_cosines, layer_statistics
 from .protocol import DiagnosticThresholds
 from .reference import LayerStatistics
 from .report import DiagnosticReport
+from .scan import ScanResult, scan
 from .taps import TapError
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "DiagnosticThresholds",
     "LayerStatistics",
     "LoadedProbe",
+    "ScanResult",
     "TapError",
     "diagnose",
     "direction_cosines",
     "layer_statistics",
     "load_probe",
+    "scan",
 ]
