@@ -16,13 +16,17 @@ serves what torch.func refuses: autograd functions of the old style, saved-tenso
 that the forward pass updates, sharded parameters.
 """
 
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -67,12 +71,31 @@ class Captured(NamedTuple):
     loss: Tensor
 
 
+_NO_GRADIENT = "autograd kernel was not registered"
+
+# What nn.Module itself keeps in every module: parameters, submodules, hooks, the mode.
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode; leave modes, buffers and random number generators as they were."""
+    """Put a model in eval mode; leave it and the random number generators as they were.
+
+    Modes, buffers and the modules' own attributes (a counter, a kept attention map) are put back.
+    What a forward pass writes into a list or dict that a module holds stays written.
+    """
     modes = [(module, module.training) for module in model.modules()]
     # A forward pass may update buffers even in eval mode: a counter, for example.
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    kept = [
+        (
+            module,
+            dict(module._buffers),
+            {k: v for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE},
+        )
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+    ]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         model.eval()
@@ -81,6 +104,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        for module, own_buffers, attributes in kept:
+            module._buffers.update(own_buffers)
+            for name in module.__dict__.keys() - attributes.keys() - _OF_EVERY_MODULE:
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
@@ -117,10 +145,14 @@ class _Slot(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.reached, ctx.index = inputs[3], inputs[4]
+        ctx.set_materialize_grads(False)  # no gradient is not a gradient of zero
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        ctx.reached.add(ctx.index)
+    def backward(
+        ctx: Any, grad: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        if grad is not None:
+            ctx.reached.add(ctx.index)
         return grad, grad, None, None, None
 
 
@@ -142,18 +174,26 @@ class Plan:
     Attributes:
         spots: the tensors to be differentiated.
         of_tap: per tap the index of its spot; None where its source is not known.
+        overwritten: per tap whether something writes into the state after the tap.
         output: index of the logits' spot.
+        writes_input: whether the model writes into its input.
         unreachable: why ``torch.func`` cannot reach the taps; "" where it can.
     """
 
     spots: list[_Spot] = field(default_factory=list)
     of_tap: list[int | None] = field(default_factory=list)
+    overwritten: list[bool] = field(default_factory=list)
     output: int = -1
+    writes_input: bool = False
     unreachable: str = ""
 
 
 class _Mismatch(RuntimeError):
     """Report a forward pass that went another way than the one that was traced."""
+
+
+class _Unreached(TapError):
+    """Report states to which no gradient of the loss leads."""
 
 
 class _Calls(TorchFunctionMode):
@@ -248,6 +288,7 @@ class Probe:
     Attributes:
         taps: from the first batch on.
         path: the way taken, from the first batch on, and ``path_reason`` why not the other.
+        reordered: whether a forward pass reached the taps in another order than the first one.
     """
 
     def __init__(
@@ -260,13 +301,7 @@ class Probe:
         batch_dim: int = 0,
         path: Path | None = None,
     ) -> None:
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if tensor.is_inference():
-                raise TapError(
-                    f"{type(model).__name__}: {name}: expected an ordinary tensor, got one made "
-                    f"under torch.inference_mode, which autograd cannot use; build the model "
-                    f"outside of it"
-                )
+        _check_model(model)
         self.model = model
         self.select = select
         self.loss = loss
@@ -275,6 +310,10 @@ class Probe:
         self.forced_path = path
         self.path: Path | None = path
         self.path_reason = ""
+        self.reordered = False
+        if path is None and _is_sharded(model):
+            self.path = "autograd"
+        self._captured_once = False
         self._taps: Taps | None = None
         self._plans: dict[tuple[Any, ...], Plan] = {}
         modules = {clean_name(name): module for name, module in model.named_modules()}
@@ -293,13 +332,15 @@ class Probe:
 
         Raises:
             TapError: see :func:`fadiag_fast.taps.find_taps`; and where a state does not count
-                samples along ``batch_dim``, lies on another device than the first one, is sparse,
-                or is overwritten beyond reach.
+                samples along ``batch_dim``, lies on another device than the first one, or is
+                sparse.
         """
         x = as_plain(x)
         key = signature(x)
         if key in self._plans:
             return self._plans[key]
+        with torch.inference_mode(False):
+            x = tree_map_only(Tensor, torch.clone, x)  # some models write into their input
         if self._taps is None:
             self._taps, seen = find_taps(
                 self.model, x, self.select, lambda state: self._counts_samples(x, state)
@@ -311,7 +352,7 @@ class Probe:
         return self._plans[key]
 
     def _plan(self, x: Any, seen: Trace) -> Plan:
-        plan = Plan()
+        plan = Plan(writes_input=seen.recorder.wrote_input)
         name = type(self.model).__name__
         spots: dict[Source, int] = {}
         devices: dict[str, str] = {}
@@ -325,14 +366,10 @@ class Probe:
                 )
             self._check_state(x, tap, sighting.tensor)
             devices.setdefault(str(sighting.tensor.device), tap.where)
+            plan.overwritten.append(sighting.overwritten)
             if sighting.source is None:
                 plan.of_tap.append(None)
-                plan.unreachable = f"{tap.where} is not made by a torch call"
-                if sighting.overwritten:
-                    raise TapError(
-                        f"{name}: {tap.where}: expected a state that rests after the tap, got one "
-                        f"that is overwritten in place and not made by a torch call"
-                    )
+                plan.unreachable = f"{tap.where} is not what a torch call returned"
                 continue
             if sighting.source not in spots:
                 spots[sighting.source] = len(plan.spots)
@@ -350,7 +387,7 @@ class Probe:
             # The loss reads the structure, so that the tensor inside has to be the slotted one.
             source = seen.recorder.source_of(logits)
             if source is None:
-                plan.unreachable = "the output is not made by a torch call"
+                plan.unreachable = "the output is not what a torch call returned"
         if source in spots:
             plan.output = spots[source]
         else:
@@ -358,16 +395,24 @@ class Probe:
             plan.spots.append(_Spot(source, logits.shape, logits.dtype, logits.device, False))
         return plan
 
+    def _sample_counts(self, x: Any) -> set[int]:
+        """Return how many samples an input may hold: the lengths of its tensors' dimensions.
+
+        The first dimension, and the one that counts samples in the states.
+        """
+        tensors = [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.dim()]
+        sizes = {leaf.shape[0] for leaf in tensors}
+        return sizes | {
+            leaf.shape[self.batch_dim]
+            for leaf in tensors
+            if -leaf.dim() <= self.batch_dim < leaf.dim()
+        }
+
     def _counts_samples(self, x: Any, state: Tensor) -> bool:
-        """Say whether a state's batch dimension is as long as the input's."""
-        first = next((leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)), None)
-        if first is None or first.dim() == 0:
-            return True
-        sizes = {first.shape[0]}
-        if -first.dim() <= self.batch_dim < first.dim():
-            sizes.add(first.shape[self.batch_dim])
+        """Say whether a state's batch dimension is as long as one of the input's."""
+        counts = self._sample_counts(x)
         fits = -state.dim() <= self.batch_dim < state.dim()
-        return fits and state.shape[self.batch_dim] in sizes
+        return not counts or (fits and state.shape[self.batch_dim] in counts)
 
     def _check_state(self, x: Any, tap: Tap, state: Tensor) -> None:
         name = type(self.model).__name__
@@ -375,12 +420,12 @@ class Probe:
             raise TapError(f"{name}: {tap.where}: expected a dense state, got {state.layout}")
         if self._counts_samples(x, state):
             return
-        first = next(leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor))
-        others = [i for i, size in enumerate(state.shape) if size == first.shape[0]]
+        counts = self._sample_counts(x)
+        others = [i for i, size in enumerate(state.shape) if size in counts]
         hint = f"; batch_dim={others[0]} would fit" if others else ""
         raise TapError(
-            f"{name}: {tap.where}: expected a state with {first.shape[0]} samples along dimension "
-            f"{self.batch_dim}, got shape {list(state.shape)}{hint}"
+            f"{name}: {tap.where}: expected a state with {' or '.join(map(str, sorted(counts)))} "
+            f"samples along dimension {self.batch_dim}, got shape {list(state.shape)}{hint}"
         )
 
     # ---- capturing
@@ -398,6 +443,31 @@ class Probe:
             ValueError: the loss is not a scalar.
         """
         x = as_plain(x)
+        if self._captured_once:  # looking at warnings makes torch repeat the others
+            return self._capture(x, y, constants)
+        with self._gradients_required():
+            captured = self._capture(x, y, constants)
+        self._captured_once = True
+        return captured
+
+    @contextmanager
+    def _gradients_required(self) -> Iterator[None]:
+        """Refuse operators without a gradient, of which torch only warns and passes nothing on."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=f".*{_NO_GRADIENT}")
+            try:
+                yield
+            except UserWarning as warning:
+                operator, found, _ = str(warning).partition(f": an {_NO_GRADIENT}")
+                if not found:
+                    raise
+                raise TapError(
+                    f"{type(self.model).__name__}: expected operators that have a gradient, got "
+                    f"{operator}, through which none passes; probe the model before it is "
+                    f"quantised, or name taps behind it"
+                ) from None
+
+    def _capture(self, x: Any, y: Any, constants: Mapping[str, Tensor] | None) -> Captured:
         plan = self.prepare(x)
         if constants is not None and self.path is None:
             self.path = "torch.func"
@@ -430,7 +500,14 @@ class Probe:
                 raise
             # A model may keep something from its first pass: relative positions, for example.
             del self._plans[signature(x)]
-            return self._by_func(self.prepare(x), x, y, constants)
+            plan = self.prepare(x)
+        try:
+            return self._by_func(plan, x, y, constants)
+        except _Mismatch as mismatch:
+            raise TapError(
+                f"{type(self.model).__name__}: expected a forward pass that goes the same way when "
+                f"it is run again, got one in which {mismatch}"
+            ) from None
 
     def _loss_of(self, output: Any, logits: Tensor, y: Any) -> Tensor:
         found: Any
@@ -463,18 +540,19 @@ class Probe:
     def _watch(self, see: Callable[[int, Tensor | None], None]) -> Any:
         """Return a context in which ``see(l, tensor)`` is called at every tap's call."""
         counts: dict[str, int] = {}
+        running: dict[str, list[int]] = {}  # a module may call itself
         wanted: dict[tuple[str, str, int], list[int]] = {}
         for l, tap in enumerate(self.taps.points):
             wanted.setdefault((tap.module, tap.at, tap.call), []).append(l)
 
         def entered(name: str, args: Any, kwargs: Any) -> None:
             counts[name] = counts.get(name, -1) + 1
+            running.setdefault(name, []).append(counts[name])
             for l in wanted.get((name, "input", counts[name]), ()):
                 see(l, argument_state(args, kwargs))
 
         def left(name: str, result: Any) -> None:
-            # A module that calls itself would end its inner call first; none of torch's does.
-            for l in wanted.get((name, "output", counts[name]), ()):
+            for l in wanted.get((name, "output", running[name].pop()), ()):
                 see(l, state_in(result))
 
         if self.taps.hands_out:
@@ -494,7 +572,7 @@ class Probe:
         def run(slots: Sequence[Tensor]) -> tuple[Tensor, tuple[Any, ...]]:
             values: dict[int, Tensor] = {}
             passed: dict[int, Tensor] = {}
-            met: set[int] = set()
+            met: list[int] = []
 
             def slot(index: int, tensor: Tensor) -> Tensor:
                 values[index] = tensor
@@ -508,9 +586,11 @@ class Probe:
                 index = plan.of_tap[l]
                 if index is None or tensor is None or passed.get(index) is not tensor:
                     raise _Mismatch(f"{self.taps.points[l].where} is not the tensor traced")
-                met.add(l)
+                met.append(l)
 
             leaves = list(tree_leaves(x))
+            if plan.writes_input:
+                leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             for index, spot in enumerate(plan.spots):
                 if spot.source is not None and spot.source.kind == "input":
                     leaves[spot.source.number] = slot(index, leaves[spot.source.number])
@@ -522,6 +602,7 @@ class Probe:
             if len(met) < num_taps:
                 missing = next(l for l in range(num_taps) if l not in met)
                 raise _Mismatch(f"{self.taps.points[missing].where} was not reached")
+            self.reordered |= met != sorted(met)
             logits = self.logits_of(output)
             if plan.spots[plan.output].source is None:
                 logits = slot(plan.output, logits)
@@ -548,18 +629,21 @@ class Probe:
         """Capture by ordinary autograd.
 
         The graph begins at the states, which are made to require gradients where torch makes them.
-        Where that is not known it begins at the parameters, whose gradients are still never asked
-        for: what a backward pass through them would need is kept for nothing.
+        Where that is not known it begins at the input, or at the parameters if no floating input
+        leads to the first state. Their gradients are still never asked for, but what a backward
+        pass through them would need is kept for nothing, and may not be overwritten.
         """
-        known = None not in plan.of_tap and not _is_sharded(self.model)
-        if known:
+        if None not in plan.of_tap and not _is_sharded(self.model):
             try:
-                return self._autograd_pass(plan, x, y, constants, from_weights=False)
+                return self._autograd_pass(plan, x, y, constants, "states")
             except _Mismatch:
                 # A model may keep something from its first pass: relative positions, for example.
                 del self._plans[signature(x)]
                 plan = self.prepare(x)
-        return self._autograd_pass(plan, x, y, constants, from_weights=True)
+        try:
+            return self._autograd_pass(plan, x, y, constants, "input")
+        except _Unreached:
+            return self._autograd_pass(plan, x, y, constants, "parameters")
 
     def _autograd_pass(
         self,
@@ -567,10 +651,13 @@ class Probe:
         x: Any,
         y: Any,
         constants: Mapping[str, Tensor] | None,
-        from_weights: bool,
+        start: Literal["states", "input", "parameters"],
     ) -> Captured:
         num_taps = len(self.taps.points)
         hiddens: list[Tensor | None] = [None] * num_taps
+        # A tensor's gradient edge stays that of the moment, whatever is written into it later.
+        edges: list[GradientEdge | None] = [None] * num_taps
+        met: list[int] = []
         passed: dict[int, Tensor] = {}
         values: dict[int, Tensor] = {}
 
@@ -582,62 +669,92 @@ class Probe:
             return passed[index]
 
         def see(l: int, tensor: Tensor | None) -> None:
-            index = plan.of_tap[l]
-            if index in passed and passed[index] is tensor:
-                hiddens[l] = values[index]
-            elif from_weights:
-                hiddens[l] = tensor
-            else:
-                raise _Mismatch(f"{self.taps.points[l].where} is not the tensor traced")
+            if tensor is None:
+                return
+            met.append(l)
+            if start == "states":
+                index = plan.of_tap[l]
+                if index not in passed or passed[index] is not tensor:
+                    raise _Mismatch(f"{self.taps.points[l].where} is not the tensor traced")
+                hiddens[l] = values[index]  # no torch calls here: they are being counted
+                return
+            edges[l] = get_gradient_edge(tensor) if tensor.requires_grad else None
+            hiddens[l] = tensor.detach().clone() if plan.overwritten[l] else tensor
 
         def differentiable(tensor: Tensor) -> Tensor:
             tensor = tensor.detach()
             floating = tensor.is_floating_point() or tensor.is_complex()
             return tensor.requires_grad_() if floating else tensor
 
-        with torch.inference_mode(False), torch.enable_grad(), eager():
-            if constants is None and not _is_sharded(self.model):
-                constants = constants_of(self.model)
-            if from_weights:
-                buffers = {name for name, _ in self.model.named_buffers()}
-                if constants is not None:
-                    constants = {
-                        name: t if name in buffers else differentiable(t)
-                        for name, t in constants.items()
-                    }
-                x = tree_map_only(Tensor, differentiable, x)
-            leaves = list(tree_leaves(x))
-            for index, spot in enumerate(plan.spots):
-                if spot.source is not None and spot.source.kind == "input":
-                    leaves[spot.source.number] = change(index, leaves[spot.source.number])
-            counted = not from_weights or any(spot.clone for spot in plan.spots)
-            with self._watch(see), _Calls(plan, change) if counted else nullcontext():
-                output = self._forward(with_leaves(x, leaves), constants)
+        def run() -> Captured:
+            inputs = x if start == "states" else tree_map_only(Tensor, differentiable, x)
+            if plan.writes_input:
+                inputs = tree_map_only(Tensor, torch.clone, inputs)
+            counted: AbstractContextManager[object] = nullcontext()
+            if start == "states":
+                leaves = list(tree_leaves(inputs))
+                for index, spot in enumerate(plan.spots):
+                    if spot.source is not None and spot.source.kind == "input":
+                        leaves[spot.source.number] = change(index, leaves[spot.source.number])
+                inputs, counted = with_leaves(inputs, leaves), _Calls(plan, change)
+            with self._watch(see), counted:
+                output = self._forward(inputs, None)
             logits = self.logits_of(output)
             if self.taps.hands_out:
                 for l, state in enumerate(split_hidden(output, "the model")[1][:num_taps]):
                     see(l, state)
             for l, tap in enumerate(self.taps.points):
-                if hiddens[l] is None:
+                seen = hiddens[l]
+                if seen is None:
                     raise self._changed(tap)
-            states = [h for h in hiddens if h is not None]
+                if start == "states":
+                    edges[l] = get_gradient_edge(seen)
+            self.reordered |= met != sorted(met)
             loss = self._loss_of(self._for_loss(output, logits), logits, y)
-            targets = [*states, logits]
-            if loss.requires_grad:
-                at = [i for i, target in enumerate(targets) if target.requires_grad]
-                found = torch.autograd.grad(loss, [targets[i] for i in at], allow_unused=True)
-                grads = dict(zip(at, found, strict=True))
-            else:
-                grads = {}
-        self._check_reached([grads.get(l) is not None for l in range(num_taps)])
-        logit_grads = grads.get(num_taps)
-        return self._captured(
-            [h.detach() for h in states],
-            [grads[l] for l in range(num_taps)],
-            logits.detach(),
-            torch.zeros_like(logits) if logit_grads is None else logit_grads,
-            loss.detach(),
-        )
+            targets = [*edges, get_gradient_edge(logits) if logits.requires_grad else None]
+            at = {i: target for i, target in enumerate(targets) if target is not None}
+            found: Sequence[Tensor | None] = ()
+            if at and loss.requires_grad:
+                found = self._gradients(loss, list(at.values()))
+            grads = dict(zip(at, found, strict=False))
+            self._check_reached([grads.get(l) is not None for l in range(num_taps)])
+            logit_grads = grads.get(num_taps)
+            return self._captured(
+                [h.detach() for h in hiddens if h is not None],
+                [grad for l in range(num_taps) if (grad := grads[l]) is not None],
+                logits.detach(),
+                torch.zeros_like(logits) if logit_grads is None else logit_grads,
+                loss.detach(),
+            )
+
+        with torch.inference_mode(False), torch.enable_grad(), eager():
+            if constants is None and _is_sharded(self.model):
+                return run()
+            constants = constants_of(self.model) if constants is None else constants
+            if start == "parameters":
+                buffers = {name for name, _ in self.model.named_buffers()}
+                constants = {
+                    name: t if name in buffers else differentiable(t)
+                    for name, t in constants.items()
+                }
+            # The backward pass is inside: a checkpointed block runs its forward again in it.
+            held = {f"model.{name}": tensor for name, tensor in constants.items()}
+            captured: Captured = torch.func.functional_call(
+                _Held(self.model), held, (run,), strict=False
+            )
+            return captured
+
+    def _gradients(self, loss: Tensor, at: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
+        try:
+            return torch.autograd.grad(loss, at, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise TapError(
+                f"{type(self.model).__name__}: expected torch.utils.checkpoint with "
+                f"use_reentrant=False, or none in eval mode, got use_reentrant=True, which can be "
+                f"differentiated by parameters only"
+            ) from None
 
     def logits_of(self, output: Any) -> Tensor:
         """Return the part of the model's output that counts as its logits."""
@@ -657,10 +774,19 @@ class Probe:
 
     def _check_reached(self, reached: Sequence[bool]) -> None:
         lost = [tap.where for tap, yes in zip(self.taps.points, reached, strict=True) if not yes]
+        parameters = list(self.model.parameters())
+        frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
+        if lost and frozen and _is_sharded(self.model):
+            raise _Unreached(
+                f"{type(self.model).__name__}: {', '.join(lost)}: expected a state that autograd "
+                f"can reach, got one behind sharded parameters that are all frozen; unfreeze one "
+                f"before the first tap"
+            )
         if lost:
-            raise TapError(
+            raise _Unreached(
                 f"{type(self.model).__name__}: {', '.join(lost)}: expected a state that the loss "
-                f"depends on, got one that is detached, unused or overwritten; name taps without it"
+                f"depends on, got one that is detached, unused or overwritten; name taps "
+                f"without it"
             )
 
     def _captured(
@@ -674,9 +800,9 @@ class Probe:
         def by_sample(tensor: Tensor) -> Tensor:
             return tensor if self.batch_dim == 0 else tensor.movedim(self.batch_dim, 0)
 
-        samples = by_sample(hiddens[0]).shape[0] if hiddens else None
-        if samples is not None and logits.dim() and logits.shape[0] != samples:
-            logits, logit_grads = by_sample(logits), by_sample(logit_grads)
+        if hiddens:
+            samples = by_sample(hiddens[0]).shape[0]
+            logits, logit_grads = (self._rows(t, samples) for t in (logits, logit_grads))
         return Captured(
             [by_sample(h) for h in hiddens],
             [by_sample(g) for g in grads],
@@ -685,7 +811,69 @@ class Probe:
             loss,
         )
 
+    def _rows(self, logits: Tensor, samples: int) -> Tensor:
+        """Return logits or their gradients with a row for each sample."""
+        shape, by_sample = logits.shape, self.batch_dim
+        # Logits [B, C] of states [T, B, D] are by sample already; [T, B, C] are not.
+        fits = -len(shape) <= by_sample < len(shape) and shape[by_sample] == samples
+        if fits and (len(shape) > 2 or shape[0] != samples):
+            return logits.movedim(by_sample, 0)
+        if shape and shape[0] == samples:
+            return logits
+        if shape and samples and shape[0] % samples == 0 and by_sample in (0, 1):
+            positions = shape[0] // samples  # [B·T, C], or [T·B, C] of states [T, B, D]
+            order = (positions, samples) if by_sample else (samples, positions)
+            return logits.reshape(*order, *shape[1:]).movedim(by_sample, 0)
+        raise TapError(
+            f"{type(self.model).__name__}: output: expected logits with a row for each of "
+            f"{samples} samples, got shape {list(shape)}; choose them by output=, or say "
+            f"batch_dim= if the states count samples elsewhere than in dimension {by_sample}"
+        )
+
+
+class _Held(nn.Module):
+    """A model in which something is done while its parameters are replaced."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, do: Callable[[], Any]) -> Any:
+        return do()
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raise TapError for a model that no path can differentiate."""
+    name = type(model).__name__
+    for path, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise TapError(
+                f"{name}: {path or 'the model'}: expected torch's fully_shard, got its predecessor "
+                f"FullyShardedDataParallel, which gives parameters to its own forward only; probe "
+                f"the module before it is wrapped"
+            )
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise TapError(
+                f"{name}: {path}: expected a tensor with values, got a lazy module's before its "
+                f"first call; call the model once"
+            )
+        if tensor.is_inference():
+            raise TapError(
+                f"{name}: {path}: expected an ordinary tensor, got one made under "
+                f"torch.inference_mode, which autograd cannot use; build the model outside of it"
+            )
+        if tensor.is_meta:
+            raise TapError(
+                f"{name}: {path}: expected a tensor with values, got one on the meta device; load "
+                f"the weights first"
+            )
+
 
 def _is_sharded(model: nn.Module) -> bool:
     """Say whether parameters are spread over processes: only the model itself can gather them."""
-    return any(type(p.detach()) is not Tensor for p in model.parameters())
+    # Nothing can be a DTensor where its module, which takes a while to import, is not.
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and any(
+        isinstance(parameter, distributed.DTensor) for parameter in model.parameters()
+    )

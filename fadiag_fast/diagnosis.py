@@ -112,9 +112,9 @@ def diagnose(
     empty = 0
     with untouched(model):
         for index, batch in enumerate(eval_batches):
-            x, y = _check_batch(index, batch)
+            x, y = _check_batch(index, batch, batch_dim)
             x, y = (tree_map_only(Tensor, lambda t: _moved(t, device), v) for v in (x, y))
-            if _batch_size(x) == 0:
+            if 0 in _sample_counts(x, batch_dim):
                 empty += 1
                 continue
             if default_loss and isinstance(y, Tensor):
@@ -122,6 +122,7 @@ def diagnose(
             captured = probe.capture(x, y)
             batches.append(batch_statistics(captured, y, reduction=how, backend=backend))
             del captured  # before the next batch's, not after
+            _check_shapes(index, probe, batches)
 
     figures = _figures(probe, batches, headline_acc, frozen_baseline_acc, backend)
     diagnostics = evaluate(figures, limits)
@@ -145,10 +146,11 @@ def diagnose(
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    """Return the device that holds all of a model's parameters."""
+    """Return the device that holds all of a model's parameters, or buffers if it has none."""
     places: dict[torch.device, str] = {}
-    for name, parameter in model.named_parameters():
-        places.setdefault(parameter.device, name)
+    named: list[tuple[str, Tensor]] = [*model.named_parameters()]
+    for name, tensor in named or model.named_buffers():
+        places.setdefault(tensor.device, name)
     if len(places) > 1:
         found = ", ".join(f"{name} on {device}" for device, name in places.items())
         raise TapError(f"{type(model).__name__}: expected a model on one device, got {found}")
@@ -163,13 +165,19 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor
 
 
-def _batch_size(x: Any) -> int | None:
-    """Return the first dimension of a batch's first tensor."""
-    first = next((leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)), None)
-    return None if first is None or first.dim() == 0 else first.shape[0]
+def _sample_counts(x: Any, batch_dim: int) -> list[int]:
+    """Return how many samples a batch's first tensor may hold.
+
+    Its first dimension, and the one that counts samples in the states: an input may be batch-first
+    where the states are not. Empty where it has no dimension.
+    """
+    first = next(leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor))
+    fits = -first.dim() <= batch_dim < first.dim()
+    dimensions = {0, batch_dim % first.dim()} if fits else {0}
+    return [first.shape[dimension] for dimension in sorted(dimensions) if dimension < first.dim()]
 
 
-def _check_batch(index: int, batch: object) -> tuple[Any, Any]:
+def _check_batch(index: int, batch: object, batch_dim: int) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
         return dict(batch), None
     if not isinstance(batch, tuple | list) or len(batch) != 2:
@@ -184,15 +192,32 @@ def _check_batch(index: int, batch: object) -> tuple[Any, Any]:
             f"diagnose: batch {index}: expected x to be a tensor, a tuple or a dict of tensors, "
             f"got {type(x).__name__}"
         )
-    samples = _batch_size(x)
-    if samples is None:
+    counts = _sample_counts(x, batch_dim)
+    if not counts:
         raise ValueError(f"diagnose: batch {index}: expected x with a batch dimension")
-    if isinstance(x, Tensor) and isinstance(y, Tensor) and (y.dim() == 0 or len(y) != samples):
-        got = "no batch dimension" if y.dim() == 0 else len(y)
-        raise ValueError(
-            f"diagnose: batch {index}: expected as many labels as samples, {samples}, got {got}"
-        )
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        # One for each sample, or for each position of all samples.
+        fitting = [*counts, x.shape[0] * x.shape[1]] if x.dim() > 1 else counts
+        if y.dim() == 0 or len(y) not in fitting:
+            got = "no batch dimension" if y.dim() == 0 else len(y)
+            raise ValueError(
+                f"diagnose: batch {index}: expected as many labels as samples, "
+                f"{' or '.join(map(str, counts))}, got {got}"
+            )
     return x, y
+
+
+def _check_shapes(index: int, probe: Probe, batches: Sequence[BatchStatistics]) -> None:
+    """Raise ValueError where a batch's gradients cannot be compared with the first one's."""
+    pairs = zip(probe.taps.labels, batches[0].grad_mean, batches[-1].grad_mean, strict=True)
+    for label, expected, got in pairs:
+        if expected.shape != got.shape:
+            raise ValueError(
+                f"diagnose: batch {index}: {label}: expected states of shape "
+                f"{list(expected.shape)} per sample like the first batch's, got "
+                f"{list(got.shape)}; pad the batches to one length, or compare the positions' "
+                f"averages with reduction='mean'"
+            )
 
 
 def _checked_cross_entropy(index: int, probe: Probe) -> Loss:
@@ -232,7 +257,8 @@ def _figures(
     first = batches[0]
     cosines = ops.direction_cosines([batch.grad_mean for batch in batches], backend=backend)
     has_direction = cosines.diagonal(dim1=1, dim2=2) == 1
-    rows, columns = torch.triu_indices(len(batches), len(batches), offset=1)
+    count = len(batches)
+    rows, columns = torch.triu_indices(count, count, offset=1, device=cosines.device)
     pairs = cosines[:, rows, columns]
     return Figures(
         layers=probe.taps.labels,
@@ -262,6 +288,11 @@ def _remarks(
         remarks.append("There was no batch with a sample: nothing could be measured.")
         return remarks
     remarks += probe.taps.remarks
+    if probe.reordered:
+        remarks.append(
+            "The forward pass reaches the taps in another order in some batches: the table, and "
+            "(a) with it, is in the order of the first one."
+        )
     if probe.taps.unseen:
         lost = ", ".join(probe.taps.unseen)
         remarks.append(f"Bypassed: the forward pass does not call {lost}.")

@@ -41,14 +41,29 @@ class SampleReduction:
             raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {self.kind}")
 
     def _feature_dim(self, state: Tensor) -> int:
-        if self.feature_dim is not None:
-            return self.feature_dim % state.dim()
-        return state.dim() - 1 if state.dim() == 3 else 1
+        if self.feature_dim is None:
+            return state.dim() - 1 if state.dim() == 3 else 1
+        fits = -state.dim() < self.feature_dim < state.dim() and self.feature_dim != 0
+        if not fits:
+            raise ValueError(
+                f"reduction {self.kind}: expected a feature_dim beside the samples' dimension 0 of "
+                f"states of shape {list(state.shape)}, got {self.feature_dim}"
+            )
+        return self.feature_dim % state.dim()
 
     def apply(self, hidden: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a state and its gradient, ``[B, ...]``, as the samples' ``[N, ...]``."""
+        """Return a state and its gradient, ``[B, ...]``, as the samples' ``[N, ...]``.
+
+        Raises:
+            ValueError: ``cls`` of a state with four and more dimensions, or a ``feature_dim`` that
+                the state does not have.
+        """
+        hidden, grad = self._reduced(hidden, grad)
         if hidden.is_complex():
             hidden, grad = torch.view_as_real(hidden), torch.view_as_real(grad)
+        return hidden, grad
+
+    def _reduced(self, hidden: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         if self.kind == "flatten" or hidden.dim() < 3:
             return hidden, grad
         if self.kind == "cls":
@@ -60,7 +75,9 @@ class SampleReduction:
         features = self._feature_dim(hidden)
         if self.kind == "mean":
             positions = [d for d in range(1, hidden.dim()) if d != features]
-            return hidden.mean(positions), grad.sum(positions)
+            # A sum of many small terms leaves the precision and the range of 16 bits.
+            wide = torch.float32 if hidden.dtype in (torch.float16, torch.bfloat16) else None
+            return hidden.mean(positions, dtype=wide), grad.sum(positions, dtype=wide)
         hidden, grad = hidden.movedim(features, -1), grad.movedim(features, -1)
         return hidden.flatten(0, -2), grad.flatten(0, -2)
 

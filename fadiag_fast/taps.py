@@ -19,7 +19,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -155,24 +155,31 @@ def find_taps(
         TapError: nothing matches (with the nearest names), a named module is not called, or what
             it receives or returns is no floating tensor.
     """
-    if select is None and not hasattr(model, "blocks") and _offers_hidden(model):
+    contract = all(hasattr(model, name) for name in ("embed", "blocks", "out_head"))
+    contract = contract and isinstance(model.blocks, nn.ModuleList | nn.Sequential | nn.ModuleDict)
+    if select is None and not contract and _offers_hidden(model):
         return _handed(model, x)
     seen = trace(model, x)
+    found: Taps | None
     if select is not None:
-        return _selected(model, seen, select), seen
-    if all(hasattr(model, name) for name in ("embed", "blocks", "out_head")):
-        return _contract(model, seen), seen
-    found = _automatic(model, seen, counts_samples)
-    if found is not None:
-        return found, seen
-    if _offers_hidden(model):
-        return _handed(model, x)
-    raise TapError(
-        f"{type(model).__name__}: expected the residual contract (embed, blocks, out_head), a "
-        f"forward with return_hidden=True, or at least two sibling blocks of one class in a row, "
-        f"to choose taps by; got {_outline(seen)}. Name the taps: {SELECTOR_HELP}."
-        f"{_hint_at_samples(model, seen)}"
-    )
+        found = _selected(model, seen, select)
+    elif contract:
+        found = _contract(model, seen)
+    else:
+        found = _automatic(model, seen, counts_samples)
+    if found is None:
+        raise TapError(
+            f"{type(model).__name__}: expected the residual contract (embed, blocks, out_head), a "
+            f"forward with return_hidden=True, or at least two sibling blocks of one class in a "
+            f"row, to choose taps by; got {_outline(seen)}. Name the taps: {SELECTOR_HELP}."
+            f"{_hint_at_samples(model, seen)}"
+        )
+    scripted = [name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    outermost = [name for name in scripted if name.rpartition(".")[0] not in scripted]
+    if outermost:
+        remark = f"TorchScript takes no hooks and was not looked into: {_listed(outermost)}."
+        found = replace(found, remarks=(*found.remarks, remark))
+    return found, seen
 
 
 def _offers_hidden(model: nn.Module) -> bool:
@@ -211,6 +218,8 @@ def split_hidden(output: object, where: str) -> tuple[Tensor, list[Tensor]]:
 
 def _is_sum(state: Tensor, before: Tensor, branch: Tensor) -> bool:
     if state.shape != before.shape or state.shape != branch.shape:
+        return False
+    if any(t.layout is not torch.strided for t in (state, before, branch)):
         return False
     tolerance = _SUM_TOLERANCE.get(state.dtype, _COARSE_TOLERANCE)
     scale = torch.linalg.vector_norm(state)
@@ -289,31 +298,34 @@ def _chain(
             f"The state after {label(blocks[-1])} is no module's input: it was not seen."
         )
     else:
-        taps.append(Tap(closer.name, "input", closer.call, label(blocks[-1])))
+        # Something may lie between the last block and what receives a state of its shape.
+        alike = links[-1] is not None or None in links[:-1]
+        last = label(blocks[-1]) if alike else f"input of {closer.name}"
+        taps.append(Tap(closer.name, "input", closer.call, last))
     return taps, remarks
 
 
 def _contract(model: Any, seen: Trace) -> Taps:
     name = type(model).__name__
-    blocks: list[ModuleCall] = []
-    unseen = []
-    for index in range(len(model.blocks)):
-        found = [call for call in seen.calls if call.name == f"blocks.{index}"]
-        blocks += found
-        if not found:
-            unseen.append(f"blocks.{index}")
+    first_names = {id(module): clean_name(path) for path, module in model.named_modules()}
+    # One module may stand at several places; it is known by its first name.
+    names = list(dict.fromkeys(first_names[id(module)] for module in model.blocks.children()))
+    blocks = [call for call in seen.calls if call.name in names]
+    called = list(dict.fromkeys(block.name for block in blocks))
+    unseen = [path for path in names if path not in called]
     for block in blocks:
-        if block.input is None or block.output is None:
-            raise TapError(
-                f"{name}: {block.name}: expected one tensor, got {block.output_type or 'nothing'}"
-            )
-    asked = len(model.blocks)
+        if block.output is None:
+            raise TapError(f"{name}: {block.name}: expected one tensor, got {block.output_type}")
+        if block.input is None:
+            raise TapError(f"{name}: {block.name}: expected to be called with a floating tensor")
+    asked = len(names)
     if blocks:
         taps, remarks = _chain(seen, blocks, "embed")
+        if called != [path for path in names if path in called]:
+            remarks.append(f"The forward pass calls the blocks in the order {_listed(called)}.")
     elif asked:
         raise TapError(
-            f"{name}: expected forward to call its blocks, got no call of blocks.0 to "
-            f"blocks.{asked - 1}"
+            f"{name}: expected forward to call its blocks, got no call of {_listed(names)}"
         )
     else:
         closer = "out_ln" if getattr(model, "out_ln", None) is not None else "out_head"
@@ -462,6 +474,8 @@ def _is_passed_on(a: Sighting | None, b: Sighting | None) -> bool:
     """Say whether two sightings show the same values in the same memory, as views perhaps."""
     if a is None or b is None or a.version != b.version:
         return False
+    if a.tensor.layout is not torch.strided or b.tensor.layout is not torch.strided:
+        return a.tensor is b.tensor
     return a.tensor.untyped_storage().data_ptr() == b.tensor.untyped_storage().data_ptr()
 
 
@@ -553,7 +567,9 @@ def _matcher(text: str) -> Callable[[str, nn.Module], bool]:
 
 
 def _flat(select: Select) -> Iterable[str | type[nn.Module] | nn.Module]:
-    if isinstance(select, str | type | nn.Module):
+    if isinstance(select, nn.ModuleList | nn.ModuleDict):  # never called itself
+        yield from select.children()
+    elif isinstance(select, str | type | nn.Module):
         yield select
     elif isinstance(select, Sequence):
         for item in select:
@@ -568,14 +584,22 @@ def _matches(
     model: nn.Module, item: str | type[nn.Module] | nn.Module
 ) -> tuple[list[str], Literal["input", "output", "chain"]]:
     """Return the names of the modules that a selector means, and what of them."""
-    modules = {clean_name(name): module for name, module in model.named_modules()}
+    modules = {
+        clean_name(name): module for name, module in model.named_modules(remove_duplicate=False)
+    }
+    # One module may stand at several places; it is known by its first name.
+    first_names = {id(module): clean_name(name) for name, module in model.named_modules()}
+
+    def known(found: Iterable[str]) -> list[str]:
+        return list(dict.fromkeys(first_names[id(modules[name])] for name in found))
+
     if isinstance(item, nn.Module):
-        names = [name for name, module in modules.items() if module is unwrap(item)]
+        names = known(name for name, module in modules.items() if module is unwrap(item))
         if not names:
             raise TapError(f"taps: expected a module of the model, got a {type(item).__name__}")
         return names, "output"
     if isinstance(item, type):
-        names = [name for name, module in modules.items() if isinstance(module, item)]
+        names = known(name for name, module in modules.items() if isinstance(module, item))
         if not names:
             raise TapError(
                 f"taps: expected a class of which the model has modules, got {item.__name__}; it "
@@ -589,7 +613,7 @@ def _matches(
         if at != "chain" and text.endswith(f":{suffix}"):
             text, at = text[: -len(suffix) - 1], suffix
     matches = _matcher(text)
-    names = [name for name, module in modules.items() if name and matches(name, module)]
+    names = known(name for name, module in modules.items() if name and matches(name, module))
     if not names:
         near = difflib.get_close_matches(text, list(modules), n=5, cutoff=0.4)
         classes = sorted({type(module).__name__ for module in modules.values()})
@@ -602,6 +626,10 @@ def _matches(
             )
         )
     return names, at  # type: ignore[return-value]
+
+
+def _class_of(item: type[nn.Module] | nn.Module) -> type[nn.Module]:
+    return item if isinstance(item, type) else type(item)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -626,8 +654,9 @@ def _selected(model: nn.Module, seen: Trace, select: Select) -> Taps:
         unseen += [name for name in names if name not in called and name not in unseen]
         if not calls:
             others = sorted({call.name for call in seen.calls} - {""})
+            asked_for = repr(item) if isinstance(item, str) else _class_of(item).__name__
             raise TapError(
-                f"taps: {item!r}: expected a module that the forward pass calls, got no call of "
+                f"taps: {asked_for}: expected a module that the forward pass calls, got no call of "
                 f"{_listed(names)}; called were {_listed(others)}"
             )
         if at == "chain":

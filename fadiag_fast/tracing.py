@@ -43,7 +43,10 @@ def tensors_in(result: object) -> list[Tensor]:
 
 
 def state_in(value: object) -> Tensor | None:
-    """Return the state among a module's arguments or results: the first floating tensor."""
+    """Return the state among a module's arguments or results: the first floating tensor.
+
+    One that stands directly in a tuple, list, mapping or dataclass comes before one deeper inside.
+    """
     if isinstance(value, Tensor):
         return value if value.is_floating_point() or value.is_complex() else None
     if isinstance(value, Mapping):  # the ModelOutput of transformers is one
@@ -55,7 +58,8 @@ def state_in(value: object) -> Tensor | None:
     for item in items:
         if isinstance(item, Tensor) and (item.is_floating_point() or item.is_complex()):
             return item
-    return None
+    inner = (state_in(item) for item in items if not isinstance(item, Tensor))
+    return next((state for state in inner if state is not None), None)
 
 
 def argument_state(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor | None:
@@ -64,6 +68,14 @@ def argument_state(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Te
     if found is None:
         found = state_in([kwargs.get("hidden_states"), *kwargs.values()])
     return found
+
+
+class _Made(NamedTuple):
+    """A tensor as its source left it; an id is used again once its tensor is gone."""
+
+    tensor: "weakref.ref[Tensor]"
+    version: int
+    source: Source
 
 
 class Recorder(TorchFunctionMode):
@@ -81,10 +93,12 @@ class Recorder(TorchFunctionMode):
         self._read: list[set[int | None]] = []
         self._numbers_grow = True  # along every way from a tensor to what was computed from it
         self._constants = {id(constant) for constant in constants}
-        self._made: dict[int, tuple[weakref.ref[Tensor], Source]] = {}
+        self._made: dict[int, _Made] = {}
+        self._inputs = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        self._versions = [leaf._version for leaf in self._inputs]
         for index, leaf in enumerate(tree_leaves(inputs)):
             if isinstance(leaf, Tensor):
-                self._made[id(leaf)] = (weakref.ref(leaf), Source("input", index))
+                self._note(leaf, Source("input", index))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         read = self._nodes((args, kwargs))
@@ -96,22 +110,38 @@ class Recorder(TorchFunctionMode):
         if found:
             self._read.append(read)
             for item, tensor in enumerate(found):
-                source = Source("call", self.num_calls, item)
-                self._made[id(tensor)] = (weakref.ref(tensor), source)
+                # Dropout in eval mode, contiguous and others may return their argument as it is:
+                # the same tensor, made where it was made before.
+                if self.source_of(tensor) is None:
+                    self._note(tensor, Source("call", self.num_calls, item))
             self.num_calls += 1
         return result
 
+    def _note(self, tensor: Tensor, source: Source) -> None:
+        self._made[id(tensor)] = _Made(weakref.ref(tensor), tensor._version, source)
+
     def source_of(self, tensor: Tensor) -> Source | None:
-        """Return where a tensor comes from; None if no torch call of Python's returned it."""
+        """Return where a tensor with the values it has now comes from.
+
+        None if no torch call of Python's returned it, or if something wrote into it since then
+        that did not return it: an assignment to its elements, or to a view of it.
+        """
         made = self._made.get(id(tensor))
-        # An id is used again once its tensor is gone.
-        return made[1] if made is not None and made[0]() is tensor else None
+        if made is None or made.tensor() is not tensor or made.version != tensor._version:
+            return None
+        return made.source
+
+    @property
+    def wrote_input(self) -> bool:
+        """Whether the pass wrote into the model's input."""
+        pairs = zip(self._inputs, self._versions, strict=True)
+        return any(leaf._version != version for leaf, version in pairs)
 
     def _node(self, tensor: Tensor) -> int | None:
         made = self._made.get(id(tensor))
-        if made is None or made[0]() is not tensor:
+        if made is None or made.tensor() is not tensor:
             return None
-        return _number(made[1])
+        return _number(made.source)
 
     def _nodes(self, arguments: object) -> set[int | None]:
         tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
@@ -267,13 +297,18 @@ def watched(
     entered: Any,
     left: Any,
 ) -> Iterator[None]:
-    """Call ``entered(name, args, kwargs)`` and ``left(name, result)`` around modules' calls."""
+    """Call ``entered(name, args, kwargs)`` and ``left(name, result)`` around modules' calls.
+
+    ``entered`` sees what the caller passed, before the modules' own hooks replace it (sharded
+    modules pass on a copy), ``left`` what the caller receives, after them.
+    """
     handles = []
     try:
         for name, module in modules.items():
             handles.append(
                 module.register_forward_pre_hook(
                     lambda _, args, kwargs, name=name: entered(name, args, kwargs),
+                    prepend=True,
                     with_kwargs=True,
                 )
             )
@@ -314,6 +349,18 @@ def trace(model: nn.Module, x: Any, **options: Any) -> Trace:
 
     All states of the pass live as long as the result: as much memory as a backward pass needs.
     """
+    try:
+        with torch.no_grad():
+            return _trace(model, x, options)
+    except RuntimeError as error:
+        if "not require grad" not in str(error):
+            raise
+    # A model that differentiates in its own forward (forces from an energy) needs the graph.
+    with torch.enable_grad():
+        return _trace(model, x, options)
+
+
+def _trace(model: nn.Module, x: Any, options: Mapping[str, Any]) -> Trace:
     recorder = Recorder(x, [*model.parameters(), *model.buffers()])
     calls: list[ModuleCall] = []
     open_calls: list[ModuleCall] = []
@@ -344,6 +391,10 @@ def trace(model: nn.Module, x: Any, **options: Any) -> Trace:
         for name, module in model.named_modules()
         if not isinstance(module, torch.jit.ScriptModule)  # takes no hooks
     }
-    with torch.no_grad(), eager(), watched(modules, entered, left), recorder:
+    # Tensors made under the caller's inference mode would not count the writes into them.
+    # Leaving that mode sets gradients to be recorded or not anew.
+    gradients = torch.set_grad_enabled(torch.is_grad_enabled())
+    plain = torch.inference_mode(False)
+    with plain, gradients, eager(), watched(modules, entered, left), recorder:
         output = call_model(model, x, **options)
     return Trace(calls, output, recorder)
