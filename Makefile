@@ -6,7 +6,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A torchvision belongs to one torch.
 TORCH ?= torch==2.13.0
+VISION ?= torchvision==0.28.0
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 NATIVE := fadiag_fast/_native/build_info.json
 
@@ -44,8 +46,10 @@ $(VENV)/.installed: pyproject.toml
 	  then echo "using the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
 	  else echo "installing $(TORCH)"; $(PYTHON) -m venv $(VENV); fi
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
-	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --no-build-isolation -e '.[dev]'
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet $(TORCH) $(VISION)
+# What needs torchvision gets the one that fits, never another torch.
+	@$(BIN)/python -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' > $(VENV)/torch.txt
+	$(BIN)/pip install --quiet --no-build-isolation -c $(VENV)/torch.txt -e '.[dev]'
 	@touch $@ $(NATIVE)
 
 clean:

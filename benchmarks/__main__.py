@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from . import (
+    architectures,
     capture,
     cpu,
     demo,
@@ -28,16 +29,18 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "what",
         nargs="*",
-        help="operator, cpu, sweep, special, capture, demo, registers, scan-report, tables, plots; "
-        "by default what fits the machine: on CUDA operator, sweep and special, else cpu and "
-        "special; then tables and plots",
+        help="operator, cpu, sweep, special, capture, architectures, demo, registers, "
+        "scan-report, tables, plots; by default what fits the machine: on CUDA operator, sweep and "
+        "special, else cpu and special; then tables and plots",
     )
     found.add_argument("--device", help="cuda or cpu; by default CUDA where there is one")
     found.add_argument(
         "--quick", action="store_true", help="few repetitions, into files ending in _quick"
     )
     found.add_argument("--results", type=Path, default=rows.RESULTS, help="the folder of the CSVs")
-    found.add_argument("--only", default="", help="operator: workloads whose name contains this")
+    found.add_argument(
+        "--only", default="", help="operator, architectures: those whose name has this"
+    )
     found.add_argument("--no-compile", action="store_true", help="operator: without torch.compile")
     found.add_argument("--autotune", action="store_true", help="operator: max-autotune mode too")
     found.add_argument("--check", action="store_true", help="tables: fail if a README is stale")
@@ -64,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         "sweep",
         "special",
         "capture",
+        "architectures",
         "demo",
         "registers",
         "scan-report",
@@ -91,6 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
         written.append(scan_rate.run(device, asked.results, asked.quick))
     if "capture" in what:
         written.append(capture.run(device, asked.results, asked.quick))
+    if "architectures" in what:
+        written.append(architectures.run(device, asked.results, asked.quick, asked.only))
     if "demo" in what:
         written.append(demo.run(device, asked.results, asked.quick))
     if "registers" in what:

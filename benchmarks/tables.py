@@ -6,8 +6,10 @@ Every device that has rows gets its own table, and losing rows are shown like th
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 
 from . import rows
 from .operator import OPERATOR, STATISTICS
@@ -17,6 +19,7 @@ Rows = list[dict[str, str]]
 
 FILES = (
     rows.ROOT / "README.md",
+    rows.ROOT / "docs" / "architectures.md",
     rows.ROOT / "benchmarks" / "README.md",
     rows.ROOT / "benchmarks" / "NOTES.md",
 )
@@ -251,6 +254,54 @@ def _registers(found: Rows) -> str:
     return markdown(header, lines)
 
 
+def _architectures(found: Rows) -> str:
+    lines = []
+    for row in found:
+        name = f"{row['workload']}, {row['input']}"
+        if row["error"]:
+            lines.append([name, row["error"], *["–"] * 9])
+            continue
+        lines.append(
+            [
+                name,
+                row["chosen"] + (f" ({row['options']})" if row["options"] else ""),
+                f"{row['asked']} / {row['saw']}",
+                row["states"],
+                f"{number(row, 'difference'):.0e}",
+                f"{number(row, 'func_difference'):.0e}" if not row["func_reason"] else "refused",
+                _show(number(row, "growth")),
+                f"{number(row, 'grad_norm'):.1e}",
+                _show(number(row, "stability"), 2),
+                row["verdict"] + (f": {row['why']}" if row["why"] else ""),
+                f"{_show(number(row, 'ratio'), unit='×')} of {_milliseconds(row, 'plain_us')}",
+            ]
+        )
+    header = ["network, one sample", "taps", "asked / saw", "states", "difference", "by torch.func"]
+    header += ["(a) growth", "(b) ‖g_L‖", "(c) cosine", "verdict", "time"]
+    return markdown(header, lines)
+
+
+def _milliseconds(row: dict[str, str], column: str) -> str:
+    return _show(number(row, column) / 1000, unit=" ms")
+
+
+def _architectures_in_short(found: Rows) -> str:
+    good = [row for row in found if not row["error"]]
+    alone = [row for row in good if not row["options"]]
+    by_func = [row for row in good if not row["func_reason"]]
+    worst = max(number(row, c) for row in by_func for c in ("difference", "func_difference"))
+    verdicts = Counter(row["verdict"] for row in good)
+    said = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
+    return (
+        f"{len(found)} networks: {len(alone)} observed without any option, "
+        f"{len(good) - len(alone)} with one, {len(found) - len(good)} refused. Largest relative "
+        f"difference to the hooks {worst:.0e}, captured either way; torch.func refuses "
+        f"{len(good) - len(by_func)}. At initialisation: {said}. Median time of a "
+        f"capture {_show(median(number(row, 'ratio') for row in good), unit='×')} of the forward "
+        f"and backward pass.\n"
+    )
+
+
 def _scan_report(found: Rows) -> str:
     lines = [
         [
@@ -277,6 +328,8 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "special": ("special", _special),
     "demo": ("demo", _demo),
     "registers": ("registers", _registers),
+    "architectures": ("architectures", _architectures),
+    "architectures-in-short": ("architectures", _architectures_in_short),
     "scan-report": ("scan-report", _scan_report),
 }
 

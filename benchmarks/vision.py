@@ -20,12 +20,12 @@ def import_torchvision() -> ModuleType:
     Raises:
         ImportError: it is not installed.
     """
-    if not _library and torch.version.cuda is None:
-        library = torch.library.Library("torchvision", "FRAGMENT")
+    try:
+        import torchvision
+    except RuntimeError:
+        _library.append(torch.library.Library("torchvision", "FRAGMENT"))
         for schema in _SCHEMAS:
             if not hasattr(torch.ops.torchvision, schema.partition("(")[0]):
-                library.define(schema)
-        _library.append(library)
-    import torchvision
-
+                _library[-1].define(schema)
+        import torchvision
     return torchvision

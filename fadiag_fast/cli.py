@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -19,9 +19,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from . import __version__, ops
-from .capture import untouched
+from .capture import choose_output, untouched
 from .checkpoints import CheckpointError, load_checkpoint, load_into, save_checkpoint
 from .diagnosis import diagnose as run_diagnosis
+from .libraries import LIBRARIES, build_from
 from .packaged import load_packaged, packaging_of
 from .protocol import (
     NOT_ENOUGH_DATA,
@@ -32,7 +33,8 @@ from .protocol import (
 )
 from .report import DiagnosticReport, SummaryRow, summary_table
 from .scanning.cli import register as register_scan_commands
-from .taps import TapError
+from .statistics import REDUCTIONS, Reduction, SampleReduction
+from .taps import SELECTOR_HELP, TapError
 from .zoo import (
     ImageDataset,
     TrainedNetwork,
@@ -59,12 +61,23 @@ DataOption = Annotated[
     str,
     typer.Option(
         help="fashion-mnist-mini (shipped), teacher (synthetic), fashion-mnist:FOLDER, "
-        "cifar10:FOLDER or npz:FILE."
+        "cifar10:FOLDER, imagefolder:FOLDER or npz:FILE."
+    ),
+]
+DataOptionsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data-option",
+        help="NAME=VALUE, repeatable: size, limit, normalize of imagefolder; channels=3 repeats "
+        "the channel of grey images.",
     ),
 ]
 ModelOption = Annotated[
     str,
-    typer.Option(help="resmlp, smallcnn, student, vit-mini or package.module:function."),
+    typer.Option(
+        help="resmlp, smallcnn, student, vit-mini, torchvision:NAME, timm:NAME or "
+        "package.module:function."
+    ),
 ]
 OptionsOption = Annotated[
     list[str] | None,
@@ -140,6 +153,7 @@ def train_command(
     model: ModelOption = "resmlp",
     rule: Annotated[str, typer.Option(help="bp, frozen, dfa or ep.")] = "bp",
     data: DataOption = "fashion-mnist-mini",
+    data_option: DataOptionsOption = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1200,
     batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 128,
     seed: Annotated[int, typer.Option(help="Of weights, order and feedback.")] = 42,
@@ -152,7 +166,7 @@ def train_command(
 ) -> None:
     """Train a zoo network with a credit rule and save it, feedback matrices included."""
     with _reported_errors():
-        dataset = load_dataset(data)
+        dataset = load_dataset(data, **_options(data_option))
         with _progress(quiet) as progress:
             network = train(
                 model,
@@ -184,6 +198,12 @@ def _build(
         )
         return model, model_spec(name).flatten_input
     module_name, _, function_name = name.partition(":")
+    if module_name in LIBRARIES:
+        shape, classes = dataset.input_shape, dataset.num_classes
+        built = build_from(
+            module_name, function_name, **{"input_shape": shape, "num_classes": classes, **options}
+        )
+        return built, False
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
@@ -205,13 +225,33 @@ def _exit_code(verdicts: list[str]) -> int:
 @app.command("diagnose")
 def diagnose_command(
     checkpoints: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
             help="Checkpoint files; TorchScript files and exported programs need no --model."
         ),
-    ],
+    ] = None,
     model: ModelOption = "resmlp",
     data: DataOption = "fashion-mnist-mini",
+    data_option: DataOptionsOption = None,
+    init: Annotated[
+        list[int] | None,
+        typer.Option(help="Audit freshly initialised weights of this seed; repeatable."),
+    ] = None,
+    taps: Annotated[
+        list[str] | None, typer.Option(help=f"Where to observe: {SELECTOR_HELP}. Repeatable.")
+    ] = None,
+    reduction: Annotated[
+        str,
+        typer.Option(
+            help=f"What one sample's state is where states have positions: {', '.join(REDUCTIONS)}."
+        ),
+    ] = "flatten",
+    batch_dim: Annotated[
+        int, typer.Option(help="Dimension of the states that counts samples.")
+    ] = 0,
+    output: Annotated[
+        str | None, typer.Option(help="Name or index of the logits in a structured output.")
+    ] = None,
     frozen_acc: Annotated[
         float | None, typer.Option(help="Accuracy with frozen blocks, 0 to 1: evaluates (d).")
     ] = None,
@@ -241,9 +281,17 @@ def diagnose_command(
 ) -> None:
     """Audit checkpoints and print a report for each; one bad file does not stop the others."""
     with _reported_errors():
-        dataset = load_dataset(data)
+        if not checkpoints and not init:
+            raise ValueError("expected checkpoint files, or --init SEED for untrained weights")
+        dataset = load_dataset(data, **_options(data_option))
         options = _options(model_option)
         target = _device(device)
+        observe: dict[str, Any] = {
+            "taps": taps or None,
+            "reduction": SampleReduction(cast(Reduction, reduction)),
+            "batch_dim": batch_dim,
+            "output": int(output) if output and output.isdecimal() else output,
+        }
         thresholds = DiagnosticThresholds(
             scale_growth=max_growth,
             gradient_floor=min_gradient,
@@ -253,9 +301,10 @@ def diagnose_command(
         rows: list[SummaryRow] = []
         records: list[dict[str, Any]] = []
         failed = 0
-        for path in checkpoints:
+        subjects: list[Path | int] = [*(checkpoints or []), *(init or [])]
+        for path in subjects:
             try:
-                report = _diagnose_file(
+                report = _diagnose_one(
                     path,
                     model_name=model,
                     dataset=dataset,
@@ -266,15 +315,16 @@ def diagnose_command(
                     options=options,
                     device=target,
                     unsafe_pickle=unsafe_pickle,
+                    observe=observe,
                 )
             except (CheckpointError, TapError, ValueError, TypeError, RuntimeError) as error:
                 failed += 1
-                records.append({"checkpoint": str(path), "error": str(error)})
-                errors.print(f"fadiag: {path}: {error}", style="red", markup=False)
+                records.append({"checkpoint": _name_of(path), "error": str(error)})
+                errors.print(f"fadiag: {_name_of(path)}: {error}", style="red", markup=False)
                 continue
             print(report, end="\n\n")
             rows.append(SummaryRow(report))
-            records.append({"checkpoint": str(path), **json.loads(report.to_json())})
+            records.append({"checkpoint": _name_of(path), **json.loads(report.to_json())})
         if len(rows) > 1:
             print(summary_table(rows))
         if json_file is not None:
@@ -282,13 +332,28 @@ def diagnose_command(
         if markdown_file is not None:
             markdown_file.write_text("\n".join(row.report.to_markdown() for row in rows))
         if failed:
-            errors.print(f"fadiag: {failed} of {len(checkpoints)} checkpoints could not be audited")
+            errors.print(f"fadiag: {failed} of {len(subjects)} checkpoints could not be audited")
             raise typer.Exit(EXIT_ERROR)
         raise typer.Exit(_exit_code([row.report.verdict for row in rows]))
 
 
-def _diagnose_file(
-    path: Path,
+def _name_of(subject: Path | int) -> str:
+    return f"seed {subject}" if isinstance(subject, int) else str(subject)
+
+
+class _Chosen(nn.Module):
+    """Return the logits of a model whose output has more than those."""
+
+    def __init__(self, model: nn.Module, output: str | int) -> None:
+        super().__init__()
+        self.model, self.output = model, output
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return choose_output(self.model(x), self.output)
+
+
+def _diagnose_one(
+    subject: Path | int,
     *,
     model_name: str,
     dataset: ImageDataset,
@@ -299,18 +364,27 @@ def _diagnose_file(
     options: dict[str, Any],
     device: torch.device,
     unsafe_pickle: bool,
+    observe: dict[str, Any],
 ) -> DiagnosticReport:
+    """Audit a file, or the weights that a seed draws."""
     num_batches, batch_size = shape
     images, labels = dataset.test_images, dataset.test_labels
-    scored = 1024  # samples per pass for the accuracy, on which it does not depend
-    if packaging_of(path) is None:
-        checkpoint = load_checkpoint(path, unsafe_pickle=unsafe_pickle)
+    # Samples per pass for the accuracy, on which it does not depend.
+    scored = max(batch_size, 128)
+    what = model_name
+    if isinstance(subject, int):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(subject)
+            model, flat = _build(model_name, dataset, {}, options)
+        model = model.to(device)
+    elif packaging_of(subject) is None:
+        checkpoint = load_checkpoint(subject, unsafe_pickle=unsafe_pickle)
         saved = checkpoint.extra.get("config")
         model, flat = _build(model_name, dataset, saved if isinstance(saved, dict) else {}, options)
         load_into(model, checkpoint)
-        model, what = model.to(device), model_name
+        model = model.to(device)
     else:
-        model = load_packaged(path, map_location=device, unsafe_pickle=unsafe_pickle)
+        model = load_packaged(subject, map_location=device, unsafe_pickle=unsafe_pickle)
         what = type(model).__name__
         fixed = getattr(model, "batch_size", None)
         flat = _takes_vectors(model, images[: fixed or batch_size].to(device))
@@ -319,14 +393,17 @@ def _diagnose_file(
             scored = batch_size
             images, labels = (t[: len(t) // scored * scored] for t in (images, labels))
     flat = flat if flatten is None else flatten
+    output = observe["output"]
+    scorer = model if output is None else _Chosen(model, output)
     return run_diagnosis(
         model,
         dataset.eval_batches(batch_size, num_batches, flatten=flat, device=device),
-        accuracy(model, images, labels, batch_size=scored, flatten=flat),
+        accuracy(scorer, images, labels, batch_size=scored, flatten=flat),
         frozen_acc,
-        method_name=path.stem,
-        notes=f"{what} from {path} on {dataset.name}",
+        method_name=subject.stem if isinstance(subject, Path) else _name_of(subject),
+        notes=f"{what} from {_name_of(subject)} on {dataset.name}",
         thresholds=thresholds,
+        **observe,
     )
 
 

@@ -172,6 +172,7 @@ def find_taps(
             f"{type(model).__name__}: expected the residual contract (embed, blocks, out_head), a "
             f"forward with return_hidden=True, or at least two sibling blocks of one class in a "
             f"row, to choose taps by; got {_outline(seen)}. Name the taps: {SELECTOR_HELP}."
+            f"{_hint_at_samples(model, seen)}"
         )
     scripted = [name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
     outermost = [name for name in scripted if name.rpartition(".")[0] not in scripted]
@@ -343,29 +344,84 @@ def _contract(model: Any, seen: Trace) -> Taps:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Modules of one class at sibling names, called one after another."""
+    """Modules at sibling names, called one after another."""
 
-    kind: str
     pattern: str
     blocks: list[ModuleCall]
+    kind_of: list[str]  # each block's class
     passed: int  # states that visibly go from one block to the next
-    size: int  # parameters
+    matrices: int  # parameters of two and more dimensions
+    size: int  # elements of all parameters
 
     @property
-    def rank(self) -> tuple[int, int, int]:
-        return self.passed, len(self.blocks), self.size
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.kind_of))
+
+    @property
+    def rank(self) -> tuple[int, int, int, int]:
+        # Without a state that visibly passes on, the deeper part of the network counts.
+        length = len(self.blocks) if self.passed else 0
+        return (length, self.passed, self.matrices, self.size)
+
+
+def _sibling_key(name: str) -> str:
+    """Return a name with ``*`` for its numbers, those with a letter too: ``inception3a``."""
+    return re.sub(r"\d+([a-z](?=[._]|$))?", "*", name)
+
+
+def _pattern(names: Sequence[str]) -> str:
+    """Return sibling names as one, with ``*`` where they differ."""
+    split = [re.split(r"(\d+(?:[a-z](?=[._]|$))?)", name) for name in names]
+    return "".join(parts[0] if len(set(parts)) == 1 else "*" for parts in zip(*split, strict=True))
+
+
+def _is_composite(module: nn.Module) -> bool:
+    return any(next(child.parameters(), None) is not None for child in module.children())
+
+
+def _is_chain(seen: Trace, candidate: _Candidate) -> bool:
+    """Say whether every block sees what the one before it returned: not so in parallel branches."""
+    return all(
+        seen.depends(after.input, before.output) is not False
+        for before, after in pairwise(candidate.blocks)
+    )
+
+
+def _mixed(modules: dict[str, nn.Module], calls: Sequence[ModuleCall]) -> list[ModuleCall]:
+    """Return the sibling blocks among calls of several classes: all of a CoAtNet's stages.
+
+    From the first to the last call of a class that keeps a state's shape; what stands outside of
+    that is a stem or a head. What has no parts of its own (a norm, a convolution between stages)
+    is no block.
+    """
+    blocks = [call for call in calls if _is_composite(modules[call.name])]
+    kept = {
+        type(modules[call.name])
+        for call in blocks
+        if call.input is not None
+        and call.output is not None
+        and call.input.tensor.shape == call.output.tensor.shape
+    }
+    places = [i for i, call in enumerate(blocks) if type(modules[call.name]) in kept]
+    return blocks[places[0] : places[-1] + 1] if places else []
 
 
 def _candidates(model: nn.Module, seen: Trace, counts_samples: _CountsSamples) -> list[_Candidate]:
     modules = {clean_name(name): module for name, module in model.named_modules()}
-    groups: dict[tuple[type, str], list[ModuleCall]] = {}
+    siblings: dict[str, list[ModuleCall]] = {}
     for call in seen.calls:
-        module = modules[call.name]
-        if call.name and next(module.parameters(), None) is not None:
-            key = (type(module), re.sub(r"\d+", "*", call.name))
-            groups.setdefault(key, []).append(call)
+        if call.name and next(modules[call.name].parameters(), None) is not None:
+            siblings.setdefault(_sibling_key(call.name), []).append(call)
+    groups: list[list[ModuleCall]] = []
+    for calls in siblings.values():
+        kinds: dict[type, list[ModuleCall]] = {}
+        for call in calls:
+            kinds.setdefault(type(modules[call.name]), []).append(call)
+        groups += kinds.values()
+        if len(kinds) > 1:
+            groups.append(_mixed(modules, calls))
     found = []
-    for (kind, pattern), blocks in groups.items():
+    for blocks in groups:
         states = [state for block in blocks for state in (block.input, block.output)]
         if len(blocks) < 2 or any(state is None for state in states):
             continue
@@ -374,26 +430,53 @@ def _candidates(model: nn.Module, seen: Trace, counts_samples: _CountsSamples) -
         if any(a.end > b.begin for a, b in pairwise(blocks)):
             continue
         passed = sum(link is not None for link in _links(seen, blocks)[:-1])
-        names = {block.name for block in blocks}
-        size = sum(p.numel() for name in names for p in modules[name].parameters())
-        found.append(_Candidate(kind.__name__, pattern, blocks, passed, size))
+        names = list(dict.fromkeys(block.name for block in blocks))
+        parameters = [p for name in names for p in modules[name].parameters()]
+        found.append(
+            _Candidate(
+                _pattern(names),
+                blocks,
+                [type(modules[block.name]).__name__ for block in blocks],
+                passed,
+                sum(p.dim() > 1 for p in parameters),
+                sum(p.numel() for p in parameters),
+            )
+        )
     return found
 
 
-def _is_inside_a_branch(inner: _Candidate, outer: _Candidate) -> bool:
-    """Say whether blocks are parts of other blocks that return something else than the last part.
+def _is_inside_a_branch(seen: Trace, inner: _Candidate, outer: _Candidate) -> bool:
+    """Say whether blocks are parts of other blocks in which a skip leads around them.
 
     The blocks of a stage are the stage; the convolutions of a residual block are not the block.
     """
-    ends: dict[int, ModuleCall] = {}
-    for block in inner.blocks:
-        for index, whole in enumerate(outer.blocks):
-            if whole.begin < block.begin and block.end < whole.end:
-                ends[index] = block
-    if not ends:
+    for whole in outer.blocks:
+        parts = [b for b in inner.blocks if whole.begin < b.begin and b.end < whole.end]
+        if not parts:
+            continue
+        around = seen.depends(whole.output, whole.input, without=[part.output for part in parts])
+        if around or (around is None and not _is_passed_on(parts[-1].output, whole.output)):
+            return True
+    return False
+
+
+def _repeats_in(inner: _Candidate, outer: _Candidate) -> bool:
+    """Say whether blocks of several classes are one unit that other blocks repeat.
+
+    The attention and the feed-forward part of each T5Block are such a unit; the blocks are the
+    chain then.
+    """
+    if len(inner.kinds) == 1 or len(outer.kinds) > 1:
         return False
-    same = sum(_is_passed_on(block.output, outer.blocks[i].output) for i, block in ends.items())
-    return same < 0.9 * len(ends)
+    units = [
+        tuple(
+            kind
+            for block, kind in zip(inner.blocks, inner.kind_of, strict=True)
+            if whole.begin < block.begin and block.end < whole.end
+        )
+        for whole in outer.blocks
+    ]
+    return len(units[0]) > 1 and len(set(units)) == 1
 
 
 def _is_passed_on(a: Sighting | None, b: Sighting | None) -> bool:
@@ -407,32 +490,61 @@ def _is_passed_on(a: Sighting | None, b: Sighting | None) -> bool:
 
 def _automatic(model: nn.Module, seen: Trace, counts_samples: _CountsSamples) -> Taps | None:
     """Return the longest chain of repeated sibling blocks that no residual branch hides."""
-    candidates = _candidates(model, seen, counts_samples)
-    outermost = [
-        c for c in candidates if not any(_is_inside_a_branch(c, other) for other in candidates)
-    ]
-    if not outermost:
+    candidates = sorted(
+        _candidates(model, seen, counts_samples), key=lambda found: found.rank, reverse=True
+    )
+    best = next(
+        (
+            found
+            for found in candidates
+            if _is_chain(seen, found)
+            and not any(
+                _repeats_in(found, other) or _is_inside_a_branch(seen, found, other)
+                for other in candidates
+            )
+        ),
+        None,
+    )
+    if best is None:
         return None
-    best = max(outermost, key=lambda candidate: candidate.rank)
     taps, remarks = _chain(seen, best.blocks, None)
-    called = {block.name for block in best.blocks}
-    asked, unseen, others = 0, [], set()
+    called = {call.name for call in seen.calls}
+    inside = {block.name for block in best.blocks}
+    key = _sibling_key(best.blocks[0].name)
+    unseen, others = [], set()
     for name, module in model.named_modules():
-        name = clean_name(name)
-        if re.sub(r"\d+", "*", name) != best.pattern:
+        name, kind = clean_name(name), type(module).__name__
+        if _sibling_key(name) != key or name in inside:
             continue
-        if type(module).__name__ == best.kind:
-            asked += 1
-            unseen += [name] if name not in called else []
-        elif next(module.parameters(), None) is not None:
-            others.add(type(module).__name__)
+        if kind in best.kinds and name not in called:
+            unseen.append(name)
+        elif kind not in best.kinds and _is_composite(module):
+            others.add(kind)
     if others:
         remarks.append(
-            f"The chain is of one class; beside it {best.pattern} has {', '.join(sorted(others))}: "
+            f"Beside the chain {best.pattern} has {', '.join(sorted(others))}: "
             f"taps='chain:{best.pattern}' takes all of them."
         )
-    what = f"chain of {len(best.blocks)} {best.kind} in {best.pattern}"
-    return Taps(tuple(taps), what, asked, tuple(unseen), tuple(remarks))
+    if not best.passed:
+        remarks.append(
+            f"Between the blocks of {best.pattern} other operations change the state; if they are "
+            f"not the blocks that you mean, name the taps."
+        )
+    what = f"chain of {len(best.blocks)} {', '.join(best.kinds)} in {best.pattern}"
+    return Taps(tuple(taps), what, len(inside) + len(unseen), tuple(unseen), tuple(remarks))
+
+
+def _hint_at_samples(model: nn.Module, seen: Trace) -> str:
+    """Name a chain whose states do not count samples where they were looked for."""
+    chains = [c for c in _candidates(model, seen, lambda state: True) if _is_chain(seen, c)]
+    best = max(chains, key=lambda found: found.rank, default=None)
+    if best is None or best.blocks[0].output is None or not best.passed:
+        return ""
+    return (
+        f" {best.pattern} is a chain of {len(best.blocks)} {', '.join(best.kinds)} whose states "
+        f"have shape {list(best.blocks[0].output.tensor.shape)}: batch_dim says which dimension "
+        f"counts samples."
+    )
 
 
 # ---- taps named by the caller

@@ -8,7 +8,7 @@ torch function call of the pass that returned one, or a leaf of the model's inpu
 
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -79,11 +79,20 @@ class _Made(NamedTuple):
 
 
 class Recorder(TorchFunctionMode):
-    """Number the torch calls that return tensors, and remember which one made which tensor."""
+    """Number the torch calls that return tensors, and remember which one made which tensor.
 
-    def __init__(self, inputs: object) -> None:
+    Args:
+        inputs: of the model.
+        constants: its parameters and buffers, which come from nowhere.
+    """
+
+    def __init__(self, inputs: object, constants: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.num_calls = 0
+        # Per call what it read: tensors of calls (0 and up) and of inputs (below 0), None unknown.
+        self._read: list[set[int | None]] = []
+        self._numbers_grow = True  # along every way from a tensor to what was computed from it
+        self._constants = {id(constant) for constant in constants}
         self._made: dict[int, _Made] = {}
         self._inputs = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         self._versions = [leaf._version for leaf in self._inputs]
@@ -92,9 +101,14 @@ class Recorder(TorchFunctionMode):
                 self._note(leaf, Source("input", index))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = self._nodes((args, kwargs))
         result = func(*args, **(kwargs or {}))
         found = tensors_in(result)
+        if func is Tensor.__setitem__ and (self._node(args[0]) or -1) >= 0:
+            self._read[self._node(args[0])] |= read  # type: ignore[index]
+            self._numbers_grow = False
         if found:
+            self._read.append(read)
             for item, tensor in enumerate(found):
                 # Dropout in eval mode, contiguous and others may return their argument as it is:
                 # the same tensor, made where it was made before.
@@ -123,9 +137,56 @@ class Recorder(TorchFunctionMode):
         pairs = zip(self._inputs, self._versions, strict=True)
         return any(leaf._version != version for leaf, version in pairs)
 
+    def _node(self, tensor: Tensor) -> int | None:
+        made = self._made.get(id(tensor))
+        if made is None or made.tensor() is not tensor:
+            return None
+        return _number(made.source)
+
+    def _nodes(self, arguments: object) -> set[int | None]:
+        tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        return {self._node(tensor) for tensor in tensors if id(tensor) not in self._constants}
+
+    def depends(
+        self, later: Source | None, earlier: Source | None, without: Iterable[Source | None] = ()
+    ) -> bool | None:
+        """Say whether one tensor was computed from another.
+
+        Args:
+            later, earlier: where they come from.
+            without: tensors that the way between them must not pass.
+
+        Returns:
+            None where it cannot be told: not all tensors come from torch calls of Python's.
+        """
+        if later is None or earlier is None:
+            return None
+        start, end = _number(later), _number(earlier)
+        known = True
+        passed = {_number(source) for source in without if source is not None}
+        waiting: list[int | None] = [start]
+        while waiting:
+            node = waiting.pop()
+            if node == end and node not in passed:
+                return True
+            if node is None:
+                known = False
+                continue
+            if node in passed or (self._numbers_grow and node < end):
+                continue
+            passed.add(node)
+            if node >= 0:
+                waiting += self._read[node]
+        return False if known else None
+
     def sighting(self, tensor: Tensor) -> "Sighting":
         """Return a tensor as it is now."""
         return Sighting(tensor, tensor._version, self.source_of(tensor))
+
+
+def _number(source: Source) -> int:
+    """Return a source as one number: calls from 0 up, inputs below."""
+    return source.number if source.kind == "call" else -1 - source.number
 
 
 @dataclass
@@ -182,6 +243,18 @@ class Trace:
     calls: list[ModuleCall]
     output: Any
     recorder: Recorder
+
+    def depends(
+        self,
+        later: Sighting | None,
+        earlier: Sighting | None,
+        without: Iterable[Sighting | None] = (),
+    ) -> bool | None:
+        """Say whether a tensor was computed from another; see :meth:`Recorder.depends`."""
+        if later is None or earlier is None:
+            return None
+        cut = [sighting.source for sighting in without if sighting is not None]
+        return self.recorder.depends(later.source, earlier.source, cut)
 
 
 def clean_name(name: str) -> str:
@@ -288,7 +361,7 @@ def trace(model: nn.Module, x: Any, **options: Any) -> Trace:
 
 
 def _trace(model: nn.Module, x: Any, options: Mapping[str, Any]) -> Trace:
-    recorder = Recorder(x)
+    recorder = Recorder(x, [*model.parameters(), *model.buffers()])
     calls: list[ModuleCall] = []
     open_calls: list[ModuleCall] = []
     counts: dict[str, int] = {}

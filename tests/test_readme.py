@@ -28,6 +28,9 @@ def test_programs_run(program, capsys, tmp_path, monkeypatch):
         assert names["found"].grad_norm.shape == (5, 128)
     elif "audit" in names:
         assert names["audit"].figures.layers == ("embed", *(f"blocks.{l}" for l in range(4)))
+    elif "chosen" in names:
+        assert f"# {names['chosen'].provenance['taps']!r}" in program
+        assert f"# {names['named'].provenance['taps']!r}" in program
     else:
         assert names["statistics"][0].hidden_norm.shape == (2, 128)
         assert names["statistics"][0].grad_mean[1].shape == (64, 8, 8)
@@ -35,8 +38,8 @@ def test_programs_run(program, capsys, tmp_path, monkeypatch):
 
 def test_commands_run_in_their_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # `runs/*.pt` and `mypackage` stand for the reader's own files, as the README says.
-    own = [command for command in COMMANDS if "mypackage" not in " ".join(command)]
+    # `runs/*.pt`, `mypackage` and `photos` stand for the reader's own files, as the README says.
+    own = [c for c in COMMANDS if not {"mypackage", "photos"} & {*re.split(r"\W", " ".join(c))}]
     assert [command[0] for command in own] == [
         "train",
         "diagnose",

@@ -1,8 +1,8 @@
 """Image sets for the demo, the tests and audits, read from files without running their content.
 
 A set is named by a short string: ``fashion-mnist-mini`` (shipped with the package), ``teacher`` or
-``teacher:SEED`` (synthetic), ``fashion-mnist:FOLDER``, ``cifar10:FOLDER`` or ``npz:FILE``. Nothing
-is downloaded.
+``teacher:SEED`` (synthetic), ``fashion-mnist:FOLDER``, ``cifar10:FOLDER``, ``npz:FILE`` or
+``imagefolder:FOLDER``. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pickle
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from .folders import load_folders
 
 Array = npt.NDArray[Any]
 
@@ -135,7 +137,7 @@ class ImageDataset:
         return batches
 
 
-def load_dataset(spec: str) -> ImageDataset:
+def load_dataset(spec: str, **options: Any) -> ImageDataset:
     """Read the image set a short string names.
 
     Args:
@@ -154,7 +156,11 @@ def load_dataset(spec: str) -> ImageDataset:
             - ``npz:FILE``: arrays train_images, train_labels, test_images, test_labels; images
               uint8 or float, ``[N, H, W]``, ``[N, C, H, W]`` or ``[N, D]`` (kept as
               ``[N, 1, 1, D]``); integer labels, of which the largest training label gives the
-              number of classes.
+              number of classes;
+            - ``imagefolder:FOLDER``: images in one folder a class, see
+              :func:`fadiag_fast.zoo.folders.load_folders`.
+        options: of ``imagefolder``: size, limit, channels, normalize; of the others: ``channels=3``
+            repeats the channel of grey images.
 
     Returns float32 images and int64 labels. Bytes become pixels in [0, 1]; CIFAR-10 is then
     normalised by the protocol's constants; floats of an npz file stay as they are. Raises
@@ -165,6 +171,18 @@ def load_dataset(spec: str) -> ImageDataset:
     if not isinstance(spec, str):
         raise TypeError(f"load_dataset: expected a string, got {type(spec).__name__}")
     kind, colon, place = spec.partition(":")
+    allowed = ("size", "limit", "channels", "normalize") if kind == "imagefolder" else ("channels",)
+    for option in options:
+        if option not in allowed:
+            raise ValueError(
+                f"load_dataset: {kind}: expected an option among {', '.join(allowed)}, got {option}"
+            )
+    if kind == "imagefolder" and place:
+        folder = Path(place).expanduser()
+        train, test, num_classes = load_folders(folder, **options)
+        return ImageDataset(kind, *train, *test, num_classes, tuple(test[0].shape[1:]))
+    if options:
+        return _with_channels(load_dataset(spec), options["channels"])
     if kind == "fashion-mnist-mini":
         if colon:
             raise ValueError(f"load_dataset: {kind}: expected nothing after the name, got {spec!r}")
@@ -173,14 +191,34 @@ def load_dataset(spec: str) -> ImageDataset:
         if colon and not place.isdecimal():
             raise ValueError(f"load_dataset: {kind}: expected {kind} or {kind}:SEED, got {spec!r}")
         return teacher_dataset(int(place or 0))
+    if kind == "imagefolder":
+        raise ValueError(f"load_dataset: {kind}: expected {kind}:FOLDER, got {spec!r}")
     if kind not in _LOADERS:
-        known = ["fashion-mnist-mini", "teacher"]
+        known = ["fashion-mnist-mini", "teacher", "imagefolder:FOLDER"]
         known += [f"{name}:{what}" for name, (what, _) in _LOADERS.items()]
         raise ValueError(f"load_dataset: expected one of {', '.join(known)}, got {spec!r}")
     what, loader = _LOADERS[kind]
     if not place:
         raise ValueError(f"load_dataset: {kind}: expected {kind}:{what}, got {spec!r}")
     return loader(kind, Path(place).expanduser())
+
+
+def _with_channels(dataset: ImageDataset, channels: object) -> ImageDataset:
+    """Return grey images as three equal channels, without a copy."""
+    has = dataset.input_shape[0]
+    if has == channels:
+        return dataset
+    if (has, channels) != (1, 3):
+        raise ValueError(
+            f"load_dataset: {dataset.name}: channels: expected {has}"
+            f"{' or 3' if has == 1 else ''}, got {channels!r}"
+        )
+    return replace(
+        dataset,
+        train_images=dataset.train_images.expand(-1, 3, -1, -1),
+        test_images=dataset.test_images.expand(-1, 3, -1, -1),
+        input_shape=(3, *dataset.input_shape[1:]),
+    )
 
 
 # The teacher
