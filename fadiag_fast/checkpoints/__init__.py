@@ -1,0 +1,51 @@
+"""Read, apply and write model checkpoints without running code from them.
+
+A checkpoint file is untrusted input: a pickle can run any program. Everything here therefore goes
+through torch's weights-only reader; the full unpickler is used only when the caller says so, and
+only for a file the weights-only reader has refused. What kind of file it is is decided from its
+bytes, because extensions lie (and torch.load itself dispatches on ".safetensors").
+
+Every failure is a CheckpointError, grouped by what the user can do about it:
+
+    UnreadableCheckpoint   get the file again, or another file (MissingCheckpoint: fix the path)
+    UnsafeCheckpoint       decide whether to trust the file
+    NoStateDict            point at the file that holds the weights, or save them differently
+    StateDictMismatch      build the model that belongs to the weights
+    MissingSafetensors     install the extra
+    UnsavableCheckpoint    change what is saved
+    UnwritableCheckpoint   change where it is saved
+"""
+
+from __future__ import annotations
+
+from .applying import load_into
+from .content import Checkpoint
+from .errors import (
+    CheckpointError,
+    MissingCheckpoint,
+    MissingSafetensors,
+    NoStateDict,
+    StateDictMismatch,
+    UnreadableCheckpoint,
+    UnsafeCheckpoint,
+    UnsavableCheckpoint,
+    UnwritableCheckpoint,
+)
+from .loading import load_checkpoint
+from .saving import save_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "MissingCheckpoint",
+    "MissingSafetensors",
+    "NoStateDict",
+    "StateDictMismatch",
+    "UnreadableCheckpoint",
+    "UnsafeCheckpoint",
+    "UnsavableCheckpoint",
+    "UnwritableCheckpoint",
+    "load_checkpoint",
+    "load_into",
+    "save_checkpoint",
+]
