@@ -295,7 +295,8 @@ def _diagnose_file(
     checkpoint = load_checkpoint(path, unsafe_pickle=unsafe_pickle)
     saved = checkpoint.extra.get("config")
     model, flat = _build(model_name, dataset, saved if isinstance(saved, dict) else {}, options)
-    load_into(model, checkpoint)
+    for note in load_into(model, checkpoint):
+        errors.print(f"fadiag: {path}: {note}", markup=False)
     model = model.to(device)
     flat = flat if flatten is None else flatten
     num_batches, batch_size = shape

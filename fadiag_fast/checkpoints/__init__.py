@@ -1,6 +1,6 @@
 """Read, apply and write model checkpoints without running code from them.
 
-A checkpoint file is untrusted input: a pickle can run any program. Everything here therefore goes
+A checkpoint is untrusted input: a pickle can run any program. Everything here therefore goes
 through torch's weights-only reader; the full unpickler is used only when the caller says so, and
 only for a file the weights-only reader has refused. What kind of file it is is decided from its
 bytes, because extensions lie (and torch.load itself dispatches on ".safetensors").
@@ -11,7 +11,7 @@ Every failure is a CheckpointError, grouped by what the user can do about it:
     UnsafeCheckpoint       decide whether to trust the file
     NoStateDict            point at the file that holds the weights, or save them differently
     StateDictMismatch      build the model that belongs to the weights
-    MissingSafetensors     install the extra
+    MissingSafetensors     install the extra (MissingFsspec: or what fsspec asks for)
     UnsavableCheckpoint    change what is saved
     UnwritableCheckpoint   change where it is saved
 """
@@ -19,10 +19,11 @@ Every failure is a CheckpointError, grouped by what the user can do about it:
 from __future__ import annotations
 
 from .applying import load_into
-from .content import Checkpoint
+from .content import Checkpoint, state_signature
 from .errors import (
     CheckpointError,
     MissingCheckpoint,
+    MissingFsspec,
     MissingSafetensors,
     NoStateDict,
     StateDictMismatch,
@@ -38,6 +39,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "MissingCheckpoint",
+    "MissingFsspec",
     "MissingSafetensors",
     "NoStateDict",
     "StateDictMismatch",
@@ -48,4 +50,5 @@ __all__ = [
     "load_checkpoint",
     "load_into",
     "save_checkpoint",
+    "state_signature",
 ]

@@ -10,18 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .content import Checkpoint, wrapper_prefix
+from .content import Checkpoint, without_prefix, wrapper_prefix
 from .errors import StateDictMismatch, at, listed
 
 
-def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
+def load_into(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Copy a checkpoint's weights into a model that has exactly these names and shapes.
 
     Names are compared without wrapper prefixes on either side, so the model may be wrapped by
-    DistributedDataParallel or torch.compile or not, whatever the file was saved from. Values are
-    converted to the model's dtypes and devices. A tied weight may be stored under any or all of
-    its names, but not with different values. Non-persistent buffers are no part of a state dict
-    and keep their values. Everything is compared before anything is copied.
+    DistributedDataParallel or torch.compile or not, whatever the file was saved from. Another
+    prefix that all of the checkpoint's names have, such as a LightningModule's 'model.' or 'net.',
+    is left out where the names are the model's without it. Values are converted to the model's
+    dtypes and devices. A tied weight may be stored under any or all of its names, but not with
+    different values. Non-persistent buffers are no part of a state dict and keep their values.
+    Everything is compared before anything is copied.
+
+    Returns notes on what was not taken as it was: the prefix, if one was left out.
 
     Raises:
         StateDictMismatch: a name is missing or unexpected, a shape differs, tied weights disagree,
@@ -31,7 +35,12 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     own = model.state_dict(keep_vars=True)
     wrapper = wrapper_prefix(own)
     expected: dict[str, Any] = {key[len(wrapper) :]: value for key, value in own.items()}
-    given = dict(checkpoint.state_dict)
+    weights, notes = checkpoint.state_dict, []
+    prefix = _prefix_that_fits(expected, weights)
+    if prefix:
+        weights = without_prefix(weights, prefix)
+        notes.append(f"left out {prefix!r}, with which every name in the checkpoint starts")
+    given = dict(weights)
     missing, disagreeing = _resolve_tied(expected, given)
     unexpected = [key for key in given if key not in expected]
     reshaped, without_data = [], []
@@ -71,7 +80,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     state: OrderedDict[str, Tensor] = OrderedDict(
         (wrapper + key, tensor) for key, tensor in given.items()
     )
-    versions = getattr(checkpoint.state_dict, "_metadata", None)
+    versions = getattr(weights, "_metadata", None)
     if versions is not None:
         state._metadata = OrderedDict(  # type: ignore[attr-defined]
             (f"{wrapper}{key}".rstrip("."), value) for key, value in versions.items()
@@ -88,6 +97,23 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
                 caller="load_into",
             )
         ) from error
+    return tuple(notes)
+
+
+def _prefix_that_fits(expected: Mapping[str, Any], given: Mapping[str, Tensor]) -> str:
+    """Return what to remove from every given name so that they are the expected ones, or ''."""
+    first = next(iter(given), "")
+    if all(key in expected for key in given):
+        return ""
+    for end in (i + 1 for i, c in enumerate(first) if c == "."):
+        prefix = first[:end]
+        if not all(key.startswith(prefix) for key in given):
+            break
+        if first[end:] in expected:
+            shorter = {key[end:]: value for key, value in given.items()}
+            if all(key in expected for key in shorter) and not _resolve_tied(expected, shorter)[0]:
+                return prefix
+    return ""
 
 
 def _resolve_tied(

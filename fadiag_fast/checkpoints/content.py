@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from .errors import NoStateDict, UnreadableCheckpoint, at, brief, listed, printable
 
 # Where training scripts put the state dict, in the order in which we look.
-_CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model")
+CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model")
 
 # What DataParallel / DistributedDataParallel and torch.compile put in front of every key.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
@@ -24,17 +27,18 @@ class Checkpoint:
     """Hold a model's weights and where they came from.
 
     Attributes:
-        path: the file, as given.
+        path: the file or folder, as given; text for a URL.
         state_dict: the weights, without wrapper prefixes in their names.
-        format: 'torch-zip', 'torch-legacy', 'safetensors', or 'pickle' (a plain pickle, which is
-            read only with unsafe_pickle=True).
+        format: 'torch-zip', 'torch-legacy', 'safetensors', 'pickle' (a plain pickle, which is read
+            only with unsafe_pickle=True), 'torch-sharded', 'safetensors-sharded', or 'distributed'.
         container: how the state dict was found: 'bare', the top-level key that held it, or
             'module' for a whole pickled module.
         removed_prefix: what was removed from the front of every key, such as 'module.'.
-        extra: the other top-level entries; for safetensors, the file's metadata.
+        extra: the other top-level entries; for safetensors, the file's metadata; for a folder with
+            a trainer_state.json, its 'global_step' and 'epoch'.
     """
 
-    path: Path
+    path: Path | str
     # Kept out of the repr: printing a checkpoint should not print its weights.
     state_dict: dict[str, Tensor] = field(repr=False)
     format: str
@@ -46,12 +50,12 @@ class Checkpoint:
 def find_state_dict(
     content: Any, path: Path, unsafe_pickle: bool
 ) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
-    state = _as_state_dict(content, path)
+    state = as_state_dict(content, path)
     if state is not None:
         return state, "module" if isinstance(content, nn.Module) else "bare", {}
     if isinstance(content, Mapping):
-        for container in _CONTAINERS:
-            state = _as_state_dict(content.get(container), path)
+        for container in CONTAINERS:
+            state = as_state_dict(content.get(container), path)
             if state is not None:
                 extra = {str(key): value for key, value in content.items() if key != container}
                 return state, container, extra
@@ -60,12 +64,12 @@ def find_state_dict(
         at(
             path,
             f"expected a state dict (names to tensors), bare or under one of "
-            f"{', '.join(map(repr, _CONTAINERS))}{whole}, got {_outline(content)}",
+            f"{', '.join(map(repr, CONTAINERS))}{whole}, got {_outline(content)}",
         )
     )
 
 
-def _as_state_dict(content: Any, path: Path) -> dict[str, Tensor] | None:
+def as_state_dict(content: Any, path: Path) -> dict[str, Tensor] | None:
     if isinstance(content, nn.Module):
         try:
             content = content.state_dict()
@@ -101,7 +105,7 @@ def _outline(content: Any) -> str:
     entries = []
     for key, value in content.items():
         text = f"{printable(repr(key))}: {printable(type(value).__name__)}"
-        if key in _CONTAINERS and isinstance(value, Mapping):
+        if key in CONTAINERS and isinstance(value, Mapping):
             strays = [
                 f"{printable(repr(name))}: {printable(type(entry).__name__)}"
                 for name, entry in value.items()
@@ -114,8 +118,11 @@ def _outline(content: Any) -> str:
 
 def without_wrapper_prefixes(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     removed = wrapper_prefix(state)
-    if not removed:
-        return state, ""
+    return (without_prefix(state, removed), removed) if removed else (state, "")
+
+
+def without_prefix(state: Mapping[str, Tensor], removed: str) -> dict[str, Tensor]:
+    """Remove what every key starts with, from the modules' versions too."""
     renamed: OrderedDict[str, Tensor] = OrderedDict(
         (key[len(removed) :], value) for key, value in state.items()
     )
@@ -127,7 +134,7 @@ def without_wrapper_prefixes(state: dict[str, Tensor]) -> tuple[dict[str, Tensor
             for key, value in versions.items()
             if f"{key}.".startswith(removed)
         )
-    return renamed, removed
+    return renamed
 
 
 def wrapper_prefix(keys: Iterable[str]) -> str:
@@ -144,3 +151,29 @@ def wrapper_prefix(keys: Iterable[str]) -> str:
         else:
             break
     return found
+
+
+class _Described(Protocol):
+    """Say what a tensor is like: a tensor, or a place in a slab."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+def state_signature(state_dict: Mapping[str, _Described]) -> str:
+    """Return a key that state dicts share if their names, shapes and dtypes are the same.
+
+    Checkpoints of one architecture have one signature, whatever their values and the order of
+    their names; it is text, so that it can be stored, and the same in every process.
+
+    Args:
+        state_dict: names to tensors, or to anything with a `shape` and a `dtype`.
+
+    >>> import torch
+    >>> state_signature({"w": torch.zeros(2, 3)}) == state_signature({"w": torch.ones(2, 3)})
+    True
+    """
+    described = [[name, str(t.dtype), *t.shape] for name, t in sorted(state_dict.items())]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]

@@ -35,6 +35,10 @@ class MissingSafetensors(CheckpointError, ImportError):
     """Report a safetensors file where the safetensors package is not installed."""
 
 
+class MissingFsspec(CheckpointError, ImportError):
+    """Report a URL where fsspec, or what fsspec needs for its protocol, is not installed."""
+
+
 class UnsafeCheckpoint(CheckpointError):
     """Report a file that only the full unpickler, which runs code from the file, can read.
 
@@ -78,7 +82,7 @@ def damaged(path: str | os.PathLike[str], error: BaseException) -> UnreadableChe
 
 
 def needs_full_unpickler(
-    path: str | os.PathLike[str], kind: str, unsafe: Iterable[str]
+    path: str | os.PathLike[str], kind: str, unsafe: Iterable[str], way_out: bool = True
 ) -> UnsafeCheckpoint:
     needed = tuple(sorted(printable(name) for name in unsafe))
     asks = (
@@ -91,7 +95,7 @@ def needs_full_unpickler(
         at(
             path,
             f"expected a file of tensors and plain containers, got a {kind} that {asks}. "
-            f"Nothing was run. {_UNSAFE_WAY_OUT}",
+            "Nothing was run." + (f" {_UNSAFE_WAY_OUT}" if way_out else ""),
         )
     )
     error.globals_needed = needed

@@ -21,7 +21,7 @@ from .errors import (
     listed,
     printable,
 )
-from .loading import torch_load_zip
+from .files import torch_load_zip
 from .pickles import unsafe_globals_by_torch
 
 
