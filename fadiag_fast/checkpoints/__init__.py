@@ -14,6 +14,7 @@ Every failure is a CheckpointError, grouped by what the user can do about it:
     MissingSafetensors     install the extra (MissingFsspec: or what fsspec asks for)
     UnsavableCheckpoint    change what is saved
     UnwritableCheckpoint   change where it is saved
+    SlabTooSmall           give read_into more memory
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from .errors import (
     UnsavableCheckpoint,
     UnwritableCheckpoint,
 )
+from .layouts import TensorPlace
 from .loading import load_checkpoint
 from .saving import save_checkpoint
+from .slabs import SlabCheckpoint, SlabTooSmall, read_into
 
 __all__ = [
     "Checkpoint",
@@ -42,13 +45,17 @@ __all__ = [
     "MissingFsspec",
     "MissingSafetensors",
     "NoStateDict",
+    "SlabCheckpoint",
+    "SlabTooSmall",
     "StateDictMismatch",
+    "TensorPlace",
     "UnreadableCheckpoint",
     "UnsafeCheckpoint",
     "UnsavableCheckpoint",
     "UnwritableCheckpoint",
     "load_checkpoint",
     "load_into",
+    "read_into",
     "save_checkpoint",
     "state_signature",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ INDEX_SUFFIX = ".index.json"
 # Where Hugging Face's save_pretrained and Trainer put the weights, the safer format first.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
-_TRAINER_STATE = "trainer_state.json"
+TRAINER_STATE = "trainer_state.json"
 
 # What of the trainer's state belongs to the checkpoint; its log is as long as the training.
 _TRAINER_KEYS = ("global_step", "epoch")
@@ -74,7 +75,7 @@ def find_weights(folder: Path) -> Path:
 
 def trainer_state(folder: Path) -> dict[str, int | float]:
     """Return the step and epoch that a Trainer wrote beside the weights, if it did."""
-    path = folder / _TRAINER_STATE
+    path = folder / TRAINER_STATE
     if not path.is_file():
         return {}
     state = _read_json(path)
@@ -114,7 +115,7 @@ def by_shard(weight_map: dict[str, str]) -> dict[str, list[str]]:
     return shards
 
 
-def check_shard(index: Path, shard: str, names: list[str], held: dict[str, Any]) -> None:
+def check_shard(index: Path, shard: str, names: list[str], held: Mapping[str, Any]) -> None:
     """Refuse a shard that lacks a tensor, or has one that the index does not know."""
     absent = [printable(name) for name in names if name not in held]
     if absent:

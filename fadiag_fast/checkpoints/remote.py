@@ -18,6 +18,7 @@ from .errors import (
     at,
     brief,
 )
+from .folders import INDEX_SUFFIX
 
 # Two letters at least: C:// is a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::.+)?://")
@@ -53,7 +54,7 @@ def open_filesystem(url: str) -> tuple[Any, str]:
             at(url, f"expected what fsspec needs for this protocol, got {brief(error)}")
         ) from error
     except Exception as error:
-        raise _unreachable(url, error) from error
+        raise unreachable(url, error) from error
     return filesystem, path
 
 
@@ -69,17 +70,26 @@ def local_copy(url: str) -> Iterator[Path]:
         yield Path(path)
         return
     with TemporaryDirectory(prefix="fadiag-") as folder:
-        copy = Path(folder, path.rstrip("/").rpartition("/")[2] or "checkpoint")
+        above, _, name = path.rstrip("/").rpartition("/")
+        copy = Path(folder, "checkpoint", name or "all")
         try:
-            filesystem.get(path, os.fspath(copy), recursive=filesystem.isdir(path))
+            if name.endswith(INDEX_SUFFIX):
+                # Its shards lie beside it.
+                filesystem.get(above, os.fspath(copy.parent), recursive=True)
+            else:
+                filesystem.get(path, os.fspath(copy), recursive=filesystem.isdir(path))
         except Exception as error:
-            raise _unreachable(url, error) from error
+            raise unreachable(url, error) from error
         try:
             yield copy
         except CheckpointError as error:
             # The user knows the URL and not the copy.
             error.args = tuple(
-                word.replace(os.fspath(copy), url.rstrip("/")) if isinstance(word, str) else word
+                word.replace(os.fspath(copy), url.rstrip("/")).replace(
+                    os.fspath(copy.parent), url.rstrip("/").rpartition("/")[0]
+                )
+                if isinstance(word, str)
+                else word
                 for word in error.args
             )
             raise
@@ -90,7 +100,7 @@ def is_local(filesystem: Any) -> bool:
     return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
 
 
-def _unreachable(url: str, error: Exception) -> CheckpointError:
+def unreachable(url: str, error: Exception) -> CheckpointError:
     if isinstance(error, FileNotFoundError):
         return MissingCheckpoint(at(url, "expected a checkpoint, got no such file"))
     return UnreadableCheckpoint(at(url, f"expected a URL that can be read, got {brief(error)}"))
