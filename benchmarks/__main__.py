@@ -6,7 +6,19 @@ from pathlib import Path
 
 import torch
 
-from . import cpu, demo, operator, plots, registers, rows, special, sweep, tables
+from . import (
+    capture,
+    cpu,
+    demo,
+    operator,
+    plots,
+    registers,
+    rows,
+    scan_report,
+    special,
+    sweep,
+    tables,
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -15,9 +27,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "what",
         nargs="*",
-        help="operator, cpu, sweep, special, demo, registers, tables, plots; by default what fits "
-        "the machine: on CUDA operator, sweep and special, else cpu and special; then tables and "
-        "plots",
+        help="operator, cpu, sweep, special, capture, demo, registers, scan-report, tables, plots; "
+        "by default what fits the machine: on CUDA operator, sweep and special, else cpu and "
+        "special; then tables and plots",
     )
     found.add_argument("--device", help="cuda or cpu; by default CUDA where there is one")
     found.add_argument(
@@ -45,7 +57,18 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     fitting = ["operator", "sweep", "special"] if device.type == "cuda" else ["cpu", "special"]
     what = asked.what or fitting
-    known = {"operator", "cpu", "sweep", "special", "demo", "registers", "tables", "plots"}
+    known = {
+        "operator",
+        "cpu",
+        "sweep",
+        "special",
+        "capture",
+        "demo",
+        "registers",
+        "scan-report",
+        "tables",
+        "plots",
+    }
     unknown = set(what) - known
     if unknown:
         parser().error(f"unknown benchmark: {', '.join(sorted(unknown))}")
@@ -62,10 +85,14 @@ def main(arguments: list[str] | None = None) -> int:
         written.append(sweep.run(device, asked.results, asked.quick))
     if "special" in what:
         written.append(special.run(device, asked.results, asked.quick))
+    if "capture" in what:
+        written.append(capture.run(device, asked.results, asked.quick))
     if "demo" in what:
         written.append(demo.run(device, asked.results, asked.quick))
     if "registers" in what:
         written.append(registers.run(device, asked.results, asked.quick))
+    if "scan-report" in what:
+        written.append(scan_report.run(torch.device("cpu"), asked.results, asked.quick))
 
     code = 0
     if "plots" in what:

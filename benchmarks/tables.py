@@ -251,6 +251,20 @@ def _registers(found: Rows) -> str:
     return markdown(header, lines)
 
 
+def _scan_report(found: Rows) -> str:
+    lines = [
+        [
+            f"{row['case']}: {row['workload']}",
+            _show(number(row, "median_s")),
+            _show(number(row, "bytes") / 1e6),
+            _show(number(row, "gb_per_s")),
+            row.get("note") or (row["verdict"] and f"≤ {row['target_s']} s {row['verdict']}"),
+        ]
+        for row in found
+    ]
+    return markdown(["what", "s", "MB", "GB/s", "target"], lines)
+
+
 # Name between the markers: the CSVs' name, and what makes the table of one of them.
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "operator": ("operator", _operator),
@@ -263,6 +277,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "special": ("special", _special),
     "demo": ("demo", _demo),
     "registers": ("registers", _registers),
+    "scan-report": ("scan-report", _scan_report),
 }
 
 

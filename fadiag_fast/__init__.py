@@ -2,19 +2,26 @@
 
 __version__ = "0.1.0"
 
+from .compiled import CompiledProbe, LoadedProbe, load_probe
 from .diagnosis import diagnose
 from .ops import direction_cosines, layer_statistics
 from .protocol import DiagnosticThresholds
 from .reference import LayerStatistics
 from .report import DiagnosticReport
+from .scan import ScanResult, scan
 from .taps import TapError
 
 __all__ = [
+    "CompiledProbe",
     "DiagnosticReport",
     "DiagnosticThresholds",
     "LayerStatistics",
+    "LoadedProbe",
+    "ScanResult",
     "TapError",
     "diagnose",
     "direction_cosines",
     "layer_statistics",
+    "load_probe",
+    "scan",
 ]

@@ -1,15 +1,19 @@
 """Capture hidden states and the gradients of the loss with respect to them.
 
-(parameters, x, y) → hiddens, grads, and the gradient at the logits, by ``torch.func``. A first
+(parameters, x, y) → hiddens, grads, and the gradient at the logits: one forward and one backward
+pass, no gradient of a parameter, no copy of a state; row b of a gradient is sample b's. A first
 forward pass without gradients (:mod:`fadiag_fast.tracing`) tells which torch call makes each tapped
-state. In the capture, that call's result passes through a gradient slot: an identity whose backward
-hands the gradient to a second, empty argument. The loss is then differentiated with respect to the
-slots alone: one forward and one backward pass, no gradient of a parameter, no copy of a state, and
-row b of a gradient is sample b's. It is a function of the parameters, so it can be mapped over a
-stack of checkpoints (``torch.vmap``) and traced into one graph.
+state. There are two ways from there, and they give the same figures:
 
-What ``torch.func`` cannot run (custom autograd functions of the old style, saved-tensor hooks,
-sharded parameters) is captured by ordinary autograd, with the same figures.
+``torch.func``: the result of that call passes through a gradient slot, an identity whose backward
+hands the gradient to a second, empty argument, and the loss is differentiated with respect to the
+slots. That is a function of the parameters: it can be mapped over a stack of checkpoints
+(``torch.vmap``) and traced into one graph. Its wrappers cost host time at every operation.
+
+``autograd``: the states are seen by hooks and differentiated as they are. One model that runs
+eagerly is captured so: it costs no more than the two passes (benchmarks/capture.py), and it also
+serves what torch.func refuses: autograd functions of the old style, saved-tensor hooks, buffers
+that the forward pass updates, sharded parameters.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +35,7 @@ from .tracing import (
     call_model,
     clean_name,
     eager,
+    signature,
     state_in,
     tensors_in,
     trace,
@@ -227,15 +232,6 @@ def choose_output(output: Any, choose: Output | None) -> Tensor:
     return found
 
 
-def _signature(x: Any) -> tuple[Any, ...]:
-    return tuple(
-        (tuple(leaf.shape), leaf.dtype, str(leaf.device))
-        if isinstance(leaf, Tensor)
-        else repr(leaf)
-        for leaf in tree_leaves(x)
-    )
-
-
 class Probe:
     """Capture batch after batch of one model.
 
@@ -246,11 +242,12 @@ class Probe:
             :func:`classification_loss`, or without labels the loss that the model returns.
         output: which part of a structured output counts as the logits, see :func:`choose_output`.
         batch_dim: the dimension of every state that counts samples.
-        path: ``"torch.func"`` or ``"autograd"`` to force one; by default the first that works.
+        path: ``"torch.func"`` or ``"autograd"`` to force one; by default autograd for the model's
+            own parameters and torch.func for given ones.
 
     Attributes:
         taps: from the first batch on.
-        path: the way taken, from the first batch on, and ``path_reason`` why not torch.func.
+        path: the way taken, from the first batch on, and ``path_reason`` why not the other.
     """
 
     def __init__(
@@ -300,7 +297,7 @@ class Probe:
                 or is overwritten beyond reach.
         """
         x = as_plain(x)
-        key = _signature(x)
+        key = signature(x)
         if key in self._plans:
             return self._plans[key]
         if self._taps is None:
@@ -402,22 +399,24 @@ class Probe:
         """
         x = as_plain(x)
         plan = self.prepare(x)
-        if self.path is None and plan.unreachable:
-            self.path, self.path_reason = "autograd", plan.unreachable
+        if constants is not None and self.path is None:
+            self.path = "torch.func"
         if self.path == "autograd":
             return self._by_autograd(plan, x, y, constants)
         if self.path == "torch.func":
             return self._by_func_again(plan, x, y, constants)
         try:
-            captured = self._by_func_again(plan, x, y, constants)
-            self.path = "torch.func"
+            captured = self._by_autograd(plan, x, y, constants)
+            self.path = "autograd"
             return captured
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
+            if plan.unreachable:
+                raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        captured = self._by_autograd(plan, x, y, constants)
-        self.path, self.path_reason = "autograd", reason
+        captured = self._by_func_again(plan, x, y, constants)
+        self.path, self.path_reason = "torch.func", f"autograd: {reason}"
         return captured
 
     def _by_func_again(
@@ -430,7 +429,7 @@ class Probe:
             if plan.unreachable:
                 raise
             # A model may keep something from its first pass: relative positions, for example.
-            del self._plans[_signature(x)]
+            del self._plans[signature(x)]
             return self._by_func(self.prepare(x), x, y, constants)
 
     def _loss_of(self, output: Any, logits: Tensor, y: Any) -> Tensor:
@@ -546,19 +545,50 @@ class Probe:
     def _by_autograd(
         self, plan: Plan, x: Any, y: Any, constants: Mapping[str, Tensor] | None
     ) -> Captured:
+        """Capture by ordinary autograd.
+
+        The graph begins at the states, which are made to require gradients where torch makes them.
+        Where that is not known it begins at the parameters, whose gradients are still never asked
+        for: what a backward pass through them would need is kept for nothing.
+        """
+        known = None not in plan.of_tap and not _is_sharded(self.model)
+        if known:
+            try:
+                return self._autograd_pass(plan, x, y, constants, from_weights=False)
+            except _Mismatch:
+                # A model may keep something from its first pass: relative positions, for example.
+                del self._plans[signature(x)]
+                plan = self.prepare(x)
+        return self._autograd_pass(plan, x, y, constants, from_weights=True)
+
+    def _autograd_pass(
+        self,
+        plan: Plan,
+        x: Any,
+        y: Any,
+        constants: Mapping[str, Tensor] | None,
+        from_weights: bool,
+    ) -> Captured:
         num_taps = len(self.taps.points)
         hiddens: list[Tensor | None] = [None] * num_taps
-        cloned: dict[int, Tensor] = {}
+        passed: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
 
         def change(index: int, tensor: Tensor) -> Tensor:
-            if not plan.spots[index].clone:
-                return tensor
-            cloned[index] = tensor
-            return tensor.clone()
+            if not tensor.requires_grad:
+                tensor = tensor.detach().requires_grad_()
+            values[index] = tensor
+            passed[index] = tensor.clone() if plan.spots[index].clone else tensor
+            return passed[index]
 
         def see(l: int, tensor: Tensor | None) -> None:
             index = plan.of_tap[l]
-            hiddens[l] = cloned.get(index, tensor) if index is not None else tensor
+            if index in passed and passed[index] is tensor:
+                hiddens[l] = values[index]
+            elif from_weights:
+                hiddens[l] = tensor
+            else:
+                raise _Mismatch(f"{self.taps.points[l].where} is not the tensor traced")
 
         def differentiable(tensor: Tensor) -> Tensor:
             tensor = tensor.detach()
@@ -568,22 +598,20 @@ class Probe:
         with torch.inference_mode(False), torch.enable_grad(), eager():
             if constants is None and not _is_sharded(self.model):
                 constants = constants_of(self.model)
-            if constants is not None:
-                # Autograd needs a path from the first state to the logits. Integer inputs offer
-                # none; parameters do, and their gradients are still never asked for.
+            if from_weights:
                 buffers = {name for name, _ in self.model.named_buffers()}
-                constants = {
-                    name: t if name in buffers else differentiable(t)
-                    for name, t in constants.items()
-                }
-            x = tree_map_only(Tensor, differentiable, x)
+                if constants is not None:
+                    constants = {
+                        name: t if name in buffers else differentiable(t)
+                        for name, t in constants.items()
+                    }
+                x = tree_map_only(Tensor, differentiable, x)
             leaves = list(tree_leaves(x))
             for index, spot in enumerate(plan.spots):
                 if spot.source is not None and spot.source.kind == "input":
                     leaves[spot.source.number] = change(index, leaves[spot.source.number])
-            # Counting calls is needed only where a state must be kept from being overwritten.
-            counted = _Calls(plan, change) if any(s.clone for s in plan.spots) else nullcontext()
-            with self._watch(see), counted:
+            counted = not from_weights or any(spot.clone for spot in plan.spots)
+            with self._watch(see), _Calls(plan, change) if counted else nullcontext():
                 output = self._forward(with_leaves(x, leaves), constants)
             logits = self.logits_of(output)
             if self.taps.hands_out:

@@ -29,6 +29,7 @@ from .protocol import (
     depth_utility,
 )
 from .report import DiagnosticReport, SummaryRow, summary_table
+from .scan.cli import register as register_scan_commands
 from .taps import TapError
 from .zoo import (
     ImageDataset,
@@ -474,3 +475,6 @@ def doctor_command() -> None:
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
         print(f"{name:<{width}}  {text}")
+
+
+register_scan_commands(app, _reported_errors)

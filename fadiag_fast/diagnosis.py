@@ -319,7 +319,7 @@ def _provenance(
         "sample_reduction": reduction.kind
         + (f", features in dimension {reduction.feature_dim}" if reduction.feature_dim else ""),
         "capture": (probe.path or "none")
-        + (f" (torch.func: {probe.path_reason})" if probe.path_reason else ""),
+        + (f" ({probe.path_reason})" if probe.path_reason else ""),
     }
     if batches and all(batch.correct is not None for batch in batches):
         correct = sum(batch.correct or 0 for batch in batches)

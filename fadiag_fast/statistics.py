@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,23 +65,21 @@ class SampleReduction:
         return hidden.flatten(0, -2), grad.flatten(0, -2)
 
 
-@dataclass(frozen=True)
-class BatchStatistics:
-    """What one batch of B samples says of the n hidden states.
+class Reduced(NamedTuple):
+    """What one batch of B samples says of the n hidden states, on the device of the states.
+
+    With the reduction ``token`` every sample counts T times: N = B·T, and a sample's positions
+    follow each other; else N = B.
 
     Attributes:
-        hidden_norm: ‖h_l‖ per sample, ``[n, B]`` float64.
-        grad_norm: ‖g_l‖ per sample, ``[n, B]`` float64; carries 1/B under a mean-reduced loss.
-        output_grad_norm: ‖∂loss/∂logits‖ per sample, ``[B]`` float64, with the same factor.
-        credit_gain: ``grad_norm / output_grad_norm``, ``[n, B]``: free of the loss's reduction and
+        hidden_norm: ‖h_l‖ per sample, ``[n, N]`` float64.
+        grad_norm: ‖g_l‖ per sample, ``[n, N]`` float64; carries 1/B under a mean-reduced loss.
+        output_grad_norm: ‖∂loss/∂logits‖ per sample, ``[N]`` float64, with the same factor.
+        credit_gain: ``grad_norm / output_grad_norm``, ``[n, N]``: free of the loss's reduction and
             of the size of the output error. NaN for a sample whose output error is zero.
         grad_mean: per state the batch mean of the raw gradients, shaped like a sample.
-        shapes: of one sample's state as it was captured, ``n``.
-        sizes: features that one norm is taken over, ``n``.
-        loss: the batch's loss.
-        correct: samples whose largest logit is the label's; None where labels are no classes.
-        batch_size: samples in the batch; with the reduction ``token`` every sample counts T times
-            in the arrays above, [n, B·T], in which a sample's positions follow each other.
+        logits: the network's output, as it was captured.
+        loss: scalar.
     """
 
     hidden_norm: Tensor
@@ -89,21 +87,16 @@ class BatchStatistics:
     output_grad_norm: Tensor
     credit_gain: Tensor
     grad_mean: tuple[Tensor, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    sizes: tuple[int, ...]
-    loss: float
-    correct: int | None
-    batch_size: int
+    logits: Tensor
+    loss: Tensor
 
 
-def batch_statistics(
+def reduce_captured(
     captured: Captured,
-    labels: object,
-    *,
     reduction: SampleReduction | None = None,
     backend: ops.Backend | None = None,
-) -> BatchStatistics:
-    """Compute :class:`BatchStatistics`, all layers and the logits in one call of the operator.
+) -> Reduced:
+    """Reduce all layers and the logits in one call of the operator.
 
     Raises:
         ValueError: ``token`` with states of different numbers of positions.
@@ -126,6 +119,51 @@ def batch_statistics(
     if not together:
         output_grad_norm = output_grad_norm.repeat_interleave(samples // batch_size)
     n = len(pairs)
+    return Reduced(
+        hidden_norm=statistics.hidden_norm[:n],
+        grad_norm=statistics.grad_norm[:n],
+        output_grad_norm=output_grad_norm,
+        credit_gain=statistics.grad_norm[:n] / output_grad_norm,
+        grad_mean=tuple(statistics.grad_mean)[:n],
+        logits=captured.logits,
+        loss=captured.loss,
+    )
+
+
+@dataclass(frozen=True)
+class BatchStatistics:
+    """What the protocol keeps of one batch; the figures are those of :class:`Reduced`.
+
+    Attributes:
+        hidden_norm, grad_norm, output_grad_norm, credit_gain, grad_mean: see :class:`Reduced`.
+        shapes: of one sample's state as it was captured, ``n``.
+        sizes: features that one norm is taken over, ``n``.
+        loss: the batch's loss.
+        correct: samples whose largest logit is the label's; None where labels are no classes.
+        batch_size: samples in the batch.
+    """
+
+    hidden_norm: Tensor
+    grad_norm: Tensor
+    output_grad_norm: Tensor
+    credit_gain: Tensor
+    grad_mean: tuple[Tensor, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+    loss: float
+    correct: int | None
+    batch_size: int
+
+
+def batch_statistics(
+    captured: Captured,
+    labels: object,
+    *,
+    reduction: SampleReduction | None = None,
+    backend: ops.Backend | None = None,
+) -> BatchStatistics:
+    """Compute :class:`BatchStatistics`; raises what :func:`reduce_captured` raises."""
+    reduced = reduce_captured(captured, reduction, backend)
     correct = None
     if (
         isinstance(labels, Tensor)
@@ -135,16 +173,16 @@ def batch_statistics(
     ):
         correct = int((captured.logits.argmax(1) == labels).sum())
     return BatchStatistics(
-        hidden_norm=statistics.hidden_norm[:n],
-        grad_norm=statistics.grad_norm[:n],
-        output_grad_norm=output_grad_norm,
-        credit_gain=statistics.grad_norm[:n] / output_grad_norm,
-        grad_mean=tuple(statistics.grad_mean)[:n],
+        hidden_norm=reduced.hidden_norm,
+        grad_norm=reduced.grad_norm,
+        output_grad_norm=reduced.output_grad_norm,
+        credit_gain=reduced.credit_gain,
+        grad_mean=reduced.grad_mean,
         shapes=tuple(tuple(h.shape[1:]) for h in captured.hiddens),
-        sizes=tuple(h[0].numel() for h, _ in pairs),
-        loss=float(captured.loss),
+        sizes=tuple(mean.numel() for mean in reduced.grad_mean),
+        loss=float(reduced.loss),
         correct=correct,
-        batch_size=batch_size,
+        batch_size=len(captured.logits),
     )
 
 

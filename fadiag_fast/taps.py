@@ -332,8 +332,7 @@ class _Candidate:
 
     @property
     def rank(self) -> tuple[int, int, int]:
-        # Without a state that visibly passes on, the larger part of the network counts.
-        return (self.passed, len(self.blocks), self.size) if self.passed else (0, 0, self.size)
+        return self.passed, len(self.blocks), self.size
 
 
 def _candidates(model: nn.Module, seen: Trace, counts_samples: _CountsSamples) -> list[_Candidate]:

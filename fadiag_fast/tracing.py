@@ -168,6 +168,16 @@ def call_model(model: nn.Module, x: Any, **options: Any) -> Any:
     return model(x, **options)
 
 
+def signature(x: Any) -> tuple[Any, ...]:
+    """Return what decides how a forward pass on ``x`` runs: shapes, dtypes, devices, options."""
+    return tuple(
+        (tuple(leaf.shape), leaf.dtype, str(leaf.device))
+        if isinstance(leaf, Tensor)
+        else repr(leaf)
+        for leaf in tree_leaves(x)
+    )
+
+
 def with_leaves(x: Any, leaves: list[Any]) -> Any:
     """Return ``x`` with its leaves replaced."""
     return tree_unflatten(leaves, tree_flatten(x)[1])

@@ -1,0 +1,51 @@
+"""Scans: the record of many audited checkpoints, and what can be read from it.
+
+The rows are written by :class:`ScanWriter` and read by :class:`ScanResult`; the extra
+``fadiag-fast[scan]`` installs what both need.
+"""
+
+from .driver import Progress, scan
+from .extras import MissingExtra
+from .hashing import ContentHasher, config_hash, content_hash
+from .records import CheckpointRecord
+from .results import FirstFired, FrozenComparison, Moment, ScanResult, Trend
+from .schema import SCHEMA_VERSION
+from .series import Entry, Pattern, SeriesError, read_manifest, series
+from .store import (
+    LockedResults,
+    NewerResults,
+    ResultsError,
+    ScanWriter,
+    UnreadableResults,
+    UnwritableResults,
+)
+from .thresholds import ThresholdSweep, sweep_thresholds
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "CheckpointRecord",
+    "ContentHasher",
+    "Entry",
+    "FirstFired",
+    "FrozenComparison",
+    "LockedResults",
+    "MissingExtra",
+    "Moment",
+    "NewerResults",
+    "Pattern",
+    "Progress",
+    "ResultsError",
+    "ScanResult",
+    "ScanWriter",
+    "SeriesError",
+    "ThresholdSweep",
+    "Trend",
+    "UnreadableResults",
+    "UnwritableResults",
+    "config_hash",
+    "content_hash",
+    "read_manifest",
+    "scan",
+    "series",
+    "sweep_thresholds",
+]

@@ -1,0 +1,207 @@
+"""The commands of scans: ``fadiag scan``, ``fadiag thresholds`` and ``fadiag report``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from ..protocol import NOT_ENOUGH_DATA, TRUSTWORTHY, DiagnosticThresholds
+from ..zoo import load_dataset
+from .driver import Progress, scan
+from .html import write_report
+from .plots import write_plots
+from .results import ScanResult
+from .thresholds import sweep_thresholds
+
+_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+FolderArgument = Annotated[Path, typer.Argument(help="A scan's folder.", show_default=False)]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option("--config", help="Only rows of this probe configuration: its hash or a start."),
+]
+
+
+def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextManager[Any]]) -> None:
+    """Add the commands to the command line.
+
+    Args:
+        app: where to.
+        reported_errors: a context that turns an expected failure into a line and an exit code.
+    """
+
+    @app.command("scan")
+    def scan_command(
+        out: Annotated[Path, typer.Option(help="The folder of results; made if need be.")],
+        checkpoints: Annotated[
+            list[str] | None, typer.Argument(help="Files, folders or globs ('runs/**/*.pt').")
+        ] = None,
+        model: Annotated[str, typer.Option(help="As in fadiag diagnose.")] = "resmlp",
+        data: Annotated[str, typer.Option(help="As in fadiag diagnose.")] = "fashion-mnist-mini",
+        pattern: Annotated[
+            list[str] | None,
+            typer.Option(help="Run and step in a path: '{run}/step_{step}.pt'; repeatable."),
+        ] = None,
+        manifest: Annotated[
+            Path | None, typer.Option(help="CSV, Parquet or TOML with path, run, step, accuracies.")
+        ] = None,
+        taps: Annotated[
+            list[str] | None, typer.Option(help="Where to observe; default: chosen. Repeatable.")
+        ] = None,
+        reduction: Annotated[str, typer.Option(help="flatten, cls, mean or token.")] = "flatten",
+        batches: Annotated[int, typer.Option(help="Evaluation batches.")] = 10,
+        batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 128,
+        stack: Annotated[
+            str, typer.Option(help="Checkpoints computed together, or auto.")
+        ] = "auto",
+        workers: Annotated[int | None, typer.Option(help="Threads that read ahead.")] = None,
+        max_growth: Annotated[float, typer.Option(help="(a) fires above.")] = 50.0,
+        min_gradient: Annotated[float, typer.Option(help="(b) fires below.")] = 1e-7,
+        max_stability: Annotated[float, typer.Option(help="(c) fires above.")] = 0.30,
+        min_utility: Annotated[float, typer.Option(help="(d) fires below, in points.")] = 2.0,
+        model_option: Annotated[
+            list[str] | None,
+            typer.Option(help="NAME=VALUE for the model's builder; repeatable."),
+        ] = None,
+        device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")] = "auto",
+        unsafe_pickle: Annotated[
+            bool, typer.Option("--unsafe-pickle", help="Run code from files that need it to load.")
+        ] = False,
+        quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
+        json_lines: Annotated[
+            bool, typer.Option("--json", help="Progress and outcome as JSON lines.")
+        ] = False,
+    ) -> None:
+        """Audit every checkpoint of a study; kill it and start it again, and nothing is lost."""
+        from .. import cli
+
+        with reported_errors():
+            dataset = load_dataset(data)
+            target = cli._device(device)
+            network, flat = cli._build(model, dataset, {}, cli._options(model_option))
+            thresholds = DiagnosticThresholds(
+                scale_growth=max_growth,
+                gradient_floor=min_gradient,
+                direction_stability=max_stability,
+                depth_utility=min_utility,
+            )
+            with _shown(quiet, json_lines) as show:
+                try:
+                    result = scan(
+                        checkpoints or [],
+                        network.to(target),
+                        dataset.eval_batches(batch_size, batches, flatten=flat, device=target),
+                        out,
+                        pattern=pattern,
+                        manifest=manifest,
+                        thresholds=thresholds,
+                        taps=taps,
+                        reduction=reduction,  # type: ignore[arg-type]  # checked by scan
+                        stack=stack if stack == "auto" else int(stack),  # type: ignore[arg-type]
+                        workers=workers,
+                        unsafe_pickle=unsafe_pickle,
+                        on_progress=show,
+                    )
+                except KeyboardInterrupt:
+                    _errors.print(f"fadiag: interrupted; what is finished is in {out}. Run again.")
+                    raise typer.Exit(130) from None
+            if json_lines:
+                print(json.dumps({"folder": str(out), "verdicts": result.verdict_counts()}))
+            elif not quiet:
+                print(result)
+            raise typer.Exit(_exit_code(result))
+
+    @app.command("thresholds")
+    def thresholds_command(
+        folder: FolderArgument,
+        json_out: Annotated[
+            bool, typer.Option("--json", help="Print every interval, as JSON.")
+        ] = False,
+        last: Annotated[
+            bool, typer.Option("--last", help="Only the last audited checkpoint of each run.")
+        ] = False,
+        config: ConfigOption = None,
+    ) -> None:
+        """Move each threshold over a scan's rows: where verdicts change, how wide the gap is."""
+        with reported_errors():
+            result = ScanResult.load(folder, config_hash=config)
+            sweeps = sweep_thresholds(result, last=last)
+            if json_out:
+                print(json.dumps([sweep.to_dict() for sweep in sweeps], ensure_ascii=False))
+            else:
+                print("\n\n".join(str(sweep) for sweep in sweeps))
+
+    @app.command("report")
+    def report_command(
+        folder: FolderArgument,
+        out: Annotated[Path, typer.Option("-o", "--out", help="The HTML file to write.")] = Path(
+            "report.html"
+        ),
+        title: Annotated[str | None, typer.Option(help="Heading; default: the folder.")] = None,
+        plots: Annotated[
+            Path | None, typer.Option(help="Write the curves as PNG and SVG into this folder.")
+        ] = None,
+        most_plots: Annotated[int, typer.Option(help="Runs that get a plot of their own.")] = 20,
+        config: ConfigOption = None,
+    ) -> None:
+        """Write a scan as one HTML file that needs no network, and its curves as pictures."""
+        with reported_errors():
+            result = ScanResult.load(folder, config_hash=config)
+            write_report(result, out, title=title)
+            print(f"{out}: {len(result):,} checkpoints, {out.stat().st_size / 1e6:.1f} MB")
+            if plots is not None:
+                written = write_plots(result, plots, most_runs=most_plots)
+                print(f"{plots}: {len(written)} files")
+
+
+@contextmanager
+def _shown(quiet: bool, json_lines: bool) -> Iterator[Callable[[Progress], None] | None]:
+    """Offer a bar on a terminal, a line per group elsewhere, or JSON lines."""
+    if quiet and not json_lines:
+        yield None
+    elif json_lines:
+        yield lambda at: print(json.dumps({**asdict(at), "rate": round(at.rate, 3)}), flush=True)
+    elif not _errors.is_terminal:
+        yield lambda at: _errors.print(
+            f"{at.done:,} of {at.total:,} checkpoints ({at.failed:,} failed), "
+            f"{at.bytes / 1e6:,.0f} MB, {at.rate:,.1f} a second, {at.seconds_left:,.0f} s left",
+            markup=False,
+        )
+    else:
+        columns = [
+            TextColumn("{task.completed:,}/{task.total:,} checkpoints"),
+            BarColumn(),
+            TextColumn("{task.fields[rate]:,.1f}/s, {task.fields[failed]:,} failed,"),
+            TextColumn("{task.fields[megabytes]:,.0f} MB, stack {task.fields[stack]}"),
+            TimeRemainingColumn(),
+        ]
+        with Bars(*columns, console=_errors) as bars:
+            task = bars.add_task("", total=None, rate=0.0, failed=0, megabytes=0.0, stack=1)
+            yield lambda at: bars.update(
+                task,
+                completed=at.done,
+                total=at.total,
+                rate=at.rate,
+                failed=at.failed,
+                megabytes=at.bytes / 1e6,
+                stack=at.stack,
+            )
+
+
+def _exit_code(result: ScanResult) -> int:
+    """Return 0 trustworthy, 1 needs walk-back, 2 not enough data, 3 nothing could be audited."""
+    verdicts = result.verdict_counts()
+    if not verdicts:
+        return 3
+    if set(verdicts) - {TRUSTWORTHY, NOT_ENOUGH_DATA}:
+        return 1
+    return 2 if NOT_ENOUGH_DATA in verdicts else 0

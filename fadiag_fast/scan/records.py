@@ -1,0 +1,244 @@
+"""What a scan says of one checkpoint, and the rows that say it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+
+from ..protocol import (
+    DiagnosticThresholds,
+    Figures,
+    evaluate,
+    growth_ratios,
+    middle_layer,
+    verdict_of,
+)
+
+AUDITED, FAILED = "audited", "failed"
+
+Row = dict[str, Any]
+
+
+def utc_now() -> datetime:
+    """Return the time, with its zone."""
+    return datetime.now(timezone.utc)
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """One checkpoint's outcome: the figures of an audit, or why there are none.
+
+    Attributes:
+        path: the checkpoint as it was named to the scan.
+        run: the training run it belongs to.
+        step: its step in the run, if known.
+        config_hash: as :meth:`fadiag_fast.scan.ScanWriter.configure` returned it.
+        content_hash: of the checkpoint's bytes; None where they could not be read.
+        figures: what was measured; None for a failure. Its accuracies are the row's.
+        error_kind: why there are no figures, in a word: ``missing``, ``permission``,
+            ``unreadable``, ``unsafe``, ``no weights``, ``wrong model``, ``non-finite weights``,
+            ``out of memory``, ``worker died``, ``error``; None for an audit.
+        error: the same in a sentence.
+        remarks: sentences on what a reader should know.
+        fields: further fields of the path's pattern or the manifest.
+        frozen_run: the run whose accuracy is this one's frozen baseline.
+        measured_accuracy: over the evaluation batches, where labels are classes. The accuracy that
+            (d) judges is the figures': this one, unless a better one was given.
+        sample_shapes: per hidden state the shape of one sample, where known.
+        bytes: size of the checkpoint.
+        device: what computed the figures.
+        seconds: wall time spent on it; its share, where several went together.
+        finished_at: when it was done.
+
+    Raises:
+        ValueError: neither figures nor an error kind, or both; shapes for another number of states.
+    """
+
+    path: str
+    run: str
+    step: int | None
+    config_hash: str
+    content_hash: str | None = None
+    figures: Figures | None = None
+    error_kind: str | None = None
+    error: str | None = None
+    remarks: Sequence[str] = ()
+    fields: Mapping[str, str] = field(default_factory=dict)
+    frozen_run: str | None = None
+    measured_accuracy: float | None = None
+    sample_shapes: Sequence[Sequence[int]] | None = None
+    bytes: int | None = None
+    device: str = ""
+    seconds: float = 0.0
+    finished_at: datetime = field(default_factory=utc_now)
+
+    def __post_init__(self) -> None:
+        if (self.figures is None) == (not self.error_kind):
+            raise ValueError(
+                f"CheckpointRecord: {self.path}: expected either figures or an error_kind, got "
+                f"{'neither' if self.figures is None else 'both'}"
+            )
+        if self.figures is not None and self.content_hash is None:
+            raise ValueError(
+                f"CheckpointRecord: {self.path}: expected a content_hash with the figures"
+            )
+        if self.sample_shapes is not None and (
+            self.figures is None or len(self.sample_shapes) != len(self.figures.layers)
+        ):
+            states = 0 if self.figures is None else len(self.figures.layers)
+            raise ValueError(
+                f"CheckpointRecord: {self.path}: expected one sample shape for each of {states} "
+                f"hidden states, got {len(self.sample_shapes)}"
+            )
+
+
+def clean(text: str) -> str:
+    """Return text that any file can hold: a file name that is no UTF-8 has its bytes escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def fields_text(fields: Mapping[str, str]) -> str:
+    """Return further fields as the JSON text that a row holds."""
+    return clean(json.dumps(dict(fields), sort_keys=True, ensure_ascii=False))
+
+
+def row_of(record: CheckpointRecord, thresholds: DiagnosticThresholds) -> Row:
+    """Return a record as a row of a part file: all but what only the writer knows."""
+    from .. import __version__
+
+    row: Row = {
+        "path": clean(record.path),
+        "run": clean(record.run),
+        "step": record.step,
+        "fields": fields_text(record.fields),
+        "status": FAILED if record.figures is None else AUDITED,
+        "error_kind": record.error_kind,
+        "error": None if record.error is None else clean(record.error),
+        "remarks": [clean(remark) for remark in record.remarks],
+        "frozen_run": None if record.frozen_run is None else clean(record.frozen_run),
+        "measured_accuracy": record.measured_accuracy,
+        "content_hash": record.content_hash,
+        "config_hash": record.config_hash,
+        "bytes": record.bytes,
+        "fadiag_fast": __version__,
+        "torch": str(torch.__version__),
+        "device": record.device,
+        "seconds": float(record.seconds),
+        "finished_at": record.finished_at,
+        "num_layers": 0,
+        "layers": [],
+    }
+    if record.figures is not None:
+        row.update(_figure_columns(record.figures))
+        row.update(judgement(record.figures, thresholds))
+        row["layers"] = _layers(record.figures, record.sample_shapes)
+    return row
+
+
+def _figure_columns(figures: Figures) -> Row:
+    states = len(figures.layers)
+    middle = middle_layer(states) if states else 0
+    ratios = [ratio for ratio in growth_ratios(figures.residual_norms) if not math.isnan(ratio)]
+    return {
+        "growth": max(ratios, default=1.0) if states else None,
+        "grad_norm": float(figures.bp_grad_norms[-1]) if states else None,
+        "credit_gain": float(figures.credit_gains[-1]) if states else None,
+        "stability": float(figures.stabilities[middle]) if states else None,
+        "num_directions": int(figures.num_directions[middle]) if states else None,
+        "output_grad_norm": float(figures.output_grad_norm),
+        "batch_size": figures.batch_size,
+        "num_batches": figures.num_batches,
+        "num_layers": states,
+        "accuracy": figures.headline_acc,
+        "frozen_accuracy": figures.frozen_baseline_acc,
+    }
+
+
+def judgement(figures: Figures, thresholds: DiagnosticThresholds) -> Row:
+    """Return the columns that depend on the thresholds: the diagnostics and the verdict."""
+    diagnostics = evaluate(figures, thresholds)
+    row: Row = {
+        "verdict": verdict_of(diagnostics),
+        "min_batches": thresholds.min_batches,
+        "credit_gain_floor": thresholds.credit_gain_floor,
+        "depth_utility": diagnostics[3].value,
+    }
+    for diagnostic in diagnostics:
+        key = diagnostic.key
+        row[f"{key}_value"] = diagnostic.value
+        row[f"{key}_status"] = diagnostic.status.value
+        row[f"{key}_label"] = diagnostic.label
+        layer = diagnostic.layer
+        row[f"{key}_layer"] = None if layer is None else figures.layers[layer]
+        row[f"{key}_threshold"] = diagnostic.threshold
+    return row
+
+
+def _layers(figures: Figures, shapes: Sequence[Sequence[int]] | None) -> list[Row]:
+    growth: list[float | None] = [None, *growth_ratios(figures.residual_norms)]
+    rows = []
+    for l, name in enumerate(figures.layers):
+        shape = None if shapes is None else [int(size) for size in shapes[l]]
+        norm = float(figures.residual_norms[l])
+        rows.append(
+            {
+                "layer": l,
+                "name": name,
+                "hidden_norm": norm,
+                "growth": growth[l],
+                "grad_norm": float(figures.bp_grad_norms[l]),
+                "credit_gain": float(figures.credit_gains[l]),
+                "stability": float(figures.stabilities[l]),
+                "num_directions": int(figures.num_directions[l]),
+                "sample_shape": shape,
+                "rms": norm / math.sqrt(math.prod(shape))
+                if shape is not None and 0 not in shape
+                else None,
+            }
+        )
+    return rows
+
+
+def figures_of(row: Row, layers: Sequence[Row]) -> Figures:
+    """Rebuild what the diagnostics read from an audited row and its layers, to the last bit.
+
+    Args:
+        row: a row of ``checkpoints``.
+        layers: the rows of ``layers`` with its ``record``, in the order of ``layer``.
+    """
+    # Judging anew reads the figures' columns only.
+    known = all(layer.get("sample_shape") is not None for layer in layers)
+    shapes = tuple(tuple(layer["sample_shape"]) for layer in layers) if known else ()
+    return Figures(
+        layers=tuple(layer["name"] for layer in layers),
+        residual_norms=tuple(layer["hidden_norm"] for layer in layers),
+        bp_grad_norms=tuple(layer["grad_norm"] for layer in layers),
+        credit_gains=tuple(layer["credit_gain"] for layer in layers),
+        output_grad_norm=row["output_grad_norm"],
+        batch_size=row["batch_size"],
+        stabilities=tuple(layer["stability"] for layer in layers),
+        num_directions=tuple(layer["num_directions"] for layer in layers),
+        num_batches=row["num_batches"],
+        headline_acc=row["accuracy"],
+        frozen_baseline_acc=row["frozen_accuracy"],
+        shapes=shapes,
+        sizes=tuple(math.prod(shape) for shape in shapes),
+    )
+
+
+def thresholds_of(row: Row) -> DiagnosticThresholds:
+    """Return the limits by which an audited row was judged."""
+    return DiagnosticThresholds(
+        scale_growth=row["a_threshold"],
+        gradient_floor=row["b_threshold"],
+        direction_stability=row["c_threshold"],
+        depth_utility=row["d_threshold"],
+        min_batches=row["min_batches"],
+        credit_gain_floor=row["credit_gain_floor"],
+    )

@@ -1,0 +1,356 @@
+"""Which training run a checkpoint belongs to, and at which step it was taken.
+
+Either a pattern reads it off the path, or a manifest lists it. Files that match nothing are
+scanned all the same: as part of the run named by their folder, at no step.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .extras import parquet, require
+
+# Tried in this order where no pattern is given.
+DEFAULT_PATTERNS = (
+    "{run}/step_{step}.*",
+    "{run}/step-{step}.*",
+    "{run}/step{step}.*",
+    "{run}/*step={step}*.*",
+    "{run}/*_step_{step}.*",
+    "{run}/checkpoint-{step}",
+    "{run}/checkpoint_{step}.*",
+    "{run}/epoch_{step}.*",
+    "{run}/epoch={step}.*",
+)
+
+_KNOWN = ("run", "step", "accuracy", "frozen_accuracy", "frozen_run")
+_FIELD = re.compile(r"\{([^{}]*)\}")
+_DIGITS = re.compile(r"(\d+)")
+
+
+class SeriesError(ValueError):
+    """Report a pattern or a manifest that does not say what it should."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One checkpoint to scan, and its place in the study.
+
+    Attributes:
+        path: where it is.
+        run: the training run.
+        step: its step; None where nothing says it.
+        fields: whatever else the pattern or manifest says.
+        accuracy: to be judged in place of the measured one, a fraction.
+        frozen_accuracy: with frozen blocks, a fraction: evaluates (d).
+        frozen_run: the run whose accuracy is the frozen baseline.
+        matched: whether the pattern or the manifest knew it.
+    """
+
+    path: str
+    run: str
+    step: int | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+    accuracy: float | None = None
+    frozen_accuracy: float | None = None
+    frozen_run: str | None = None
+    matched: bool = True
+
+
+def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
+    """Return a sorting key by which ``step_9`` comes before ``step_10``."""
+    return tuple(
+        (0, int(piece), piece) if piece.isascii() and piece.isdigit() else (1, 0, piece)
+        for piece in _DIGITS.split(text)
+        if piece
+    )
+
+
+def series_key(entry: Any) -> tuple[Any, ...]:
+    """Return the key that sorts by run, then step (none last), then path, all naturally."""
+    step = entry.step
+    return (natural_key(entry.run), step is None, step or 0, natural_key(entry.path))
+
+
+class Pattern:
+    """A path with fields in braces, such as ``{run}/step_{step}.pt``.
+
+    ``{step}`` stands for digits. ``{run}`` stands for one folder or more, every other name for a
+    piece of one folder's or file's name; ``*`` for any such piece that nobody needs. A pattern is
+    matched against the end of a path, at the start of a name.
+
+    Raises:
+        SeriesError: the pattern has no ``{run}`` or ``{step}``, a field twice, two fields with
+            nothing between them, or unbalanced braces.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        pieces = _FIELD.split(text)
+        literals, names = pieces[::2], pieces[1::2]
+        for literal in literals:
+            if "{" in literal or "}" in literal:
+                raise self._error("expected every { to have its }")
+        for name in names:
+            if not name.isidentifier():
+                raise self._error(f"expected a name in braces, got {{{name}}}")
+            if names.count(name) > 1:
+                raise self._error(f"expected {{{name}}} once, got it {names.count(name)} times")
+        if not {"run", "step"} & set(names):
+            raise self._error("expected {run} or {step}, or both")
+        for before, literal, after in zip(names, literals[1:], names[1:], strict=False):
+            if not literal:
+                raise self._error(
+                    f"expected something between {{{before}}} and {{{after}}} to tell them apart"
+                )
+        self.names = tuple(names)
+        expression = self._literal(literals[0])
+        for name, literal in zip(names, literals[1:], strict=True):
+            kind = {"step": r"\d+", "run": r".+"}.get(name, r"[^/]+?")
+            expression += f"(?P<{name}>{kind}){self._literal(literal)}"
+        self._expression = re.compile(f"(?:^|.*?/){expression}$", re.DOTALL)
+
+    def _error(self, why: str) -> SeriesError:
+        return SeriesError(f"pattern {self.text!r}: {why}, as in '{{run}}/step_{{step}}.pt'")
+
+    @staticmethod
+    def _literal(text: str) -> str:
+        return "[^/]*".join(re.escape(piece) for piece in text.split("*"))
+
+    def match(self, path: str) -> dict[str, str] | None:
+        """Return the fields of a path, None where it does not match."""
+        found = self._expression.match(path)
+        return found.groupdict() if found else None
+
+
+def _slashes(path: str) -> str:
+    return path.replace(os.sep, "/") if os.sep != "/" else path
+
+
+def _folder_of(path: str) -> str:
+    return str(PurePosixPath(path).parent) if "/" in path else ""
+
+
+def _common_start(sequences: Sequence[Sequence[str]]) -> list[str]:
+    """Return the pieces with which all sequences begin."""
+    alike: list[str] = []
+    for pieces in zip(*sequences, strict=False):
+        if len(set(pieces)) > 1:
+            break
+        alike.append(pieces[0])
+    return alike
+
+
+def _shortened(folders: Sequence[str]) -> dict[str, str]:
+    """Return names without the folders that all share, but never without the last."""
+    split = {folder: [piece for piece in folder.split("/") if piece] for folder in set(folders)}
+    shared = _common_start(list(split.values()))
+    keep = min((len(pieces) for pieces in split.values()), default=0) - 1
+    cut = max(0, min(len(shared), keep))
+    return {folder: "/".join(pieces[cut:]) or "." for folder, pieces in split.items()}
+
+
+def series(
+    paths: Iterable[str | os.PathLike[str]],
+    pattern: str | Sequence[str] | None = None,
+    *,
+    root: str | os.PathLike[str] | None = None,
+) -> list[Entry]:
+    """Place checkpoints in their runs, in natural order of run and step.
+
+    Args:
+        paths: files, folders or URLs; a path given twice counts once.
+        pattern: as :class:`Pattern` takes it, or several to be tried in turn; None for
+            :data:`DEFAULT_PATTERNS`.
+        root: the folder that runs are named from. Without it they are named from the deepest folder
+            that all of them share, and that name changes with the files that are scanned.
+
+    Returns:
+        One entry per path. Without ``{run}`` in the pattern, the run is made of its other fields,
+        or is the folder. A path that matches no pattern has its folder as run, no step, and
+        ``matched`` False.
+
+    Raises:
+        SeriesError: the pattern is none.
+    """
+    given = [pattern] if isinstance(pattern, str) else list(pattern or DEFAULT_PATTERNS)
+    patterns = [Pattern(text) for text in given]
+    start = "" if root is None else _slashes(os.fspath(root)).rstrip("/") + "/"
+    found: list[tuple[Entry, bool]] = []
+    for path in dict.fromkeys(os.fspath(path) for path in paths):
+        seen = _slashes(path)
+        seen = seen[len(start) :] if start and seen.startswith(start) else seen
+        fields = next((f for p in patterns if (f := p.match(seen)) is not None), None)
+        matched = fields is not None
+        fields = dict(fields or {})
+        step = fields.pop("step", None)
+        run = fields.pop("run", None)
+        named_by_folder = run is not None or not fields
+        if run is None:
+            run = "/".join(fields.values()) or _folder_of(seen)
+        entry = Entry(path, run, None if step is None else int(step), fields, matched=matched)
+        found.append((entry, named_by_folder))
+    folders = [entry.run for entry, named_by_folder in found if named_by_folder]
+    short = {folder: folder or "." for folder in folders} if start else _shortened(folders)
+    entries = [
+        replace(entry, run=short[entry.run]) if named_by_folder else entry
+        for entry, named_by_folder in found
+    ]
+    return sorted(entries, key=series_key)
+
+
+def read_manifest(path: str | os.PathLike[str]) -> list[Entry]:
+    """Read the checkpoints of a study from a CSV, Parquet or TOML file.
+
+    Columns: ``path`` (required; relative to the manifest's folder, or absolute, or a URL), ``run``,
+    ``step``, ``accuracy``, ``frozen_accuracy``, ``frozen_run``; any other becomes a field. An empty
+    cell is as good as none. In TOML, ``[[checkpoint]]`` tables hold the same keys, and
+    ``[runs.NAME]`` what all checkpoints of a run share.
+
+    Returns:
+        Entries in natural order of run and step.
+
+    Raises:
+        SeriesError: the message names the file, the line or entry, the column, what was expected.
+        OSError: the file cannot be read.
+        MissingExtra: Parquet without pyarrow, TOML on Python 3.10 without tomli.
+    """
+    path = Path(path)
+    reader = {".csv": _read_csv, ".parquet": _read_parquet, ".toml": _read_toml}.get(
+        path.suffix.lower()
+    )
+    if reader is None:
+        raise SeriesError(f"manifest {path}: expected a .csv, .parquet or .toml file")
+    entries: list[Entry] = []
+    places: dict[str, str] = {}
+    for place, cells in reader(path):
+        entry = _entry(path, place, cells)
+        if entry.path in places:
+            raise SeriesError(
+                f"manifest {path}: {place}: {entry.path} is already at {places[entry.path]}"
+            )
+        places[entry.path] = place
+        entries.append(entry)
+    short = _shortened([_folder_of(_slashes(e.path)) for e in entries if not e.run])
+    entries = [
+        entry if entry.run else replace(entry, run=short[_folder_of(_slashes(entry.path))])
+        for entry in entries
+    ]
+    return sorted(entries, key=series_key)
+
+
+_Cells = Iterable[tuple[str, Mapping[str, Any]]]
+
+
+def _read_csv(path: Path) -> _Cells:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames is None or "path" not in reader.fieldnames:
+                raise SeriesError(
+                    f"manifest {path}: expected a column 'path', got "
+                    f"{', '.join(reader.fieldnames or []) or 'an empty file'}"
+                )
+            for cells in reader:
+                place = f"line {reader.line_num}"
+                if None in cells:
+                    raise SeriesError(
+                        f"manifest {path}: {place}: expected {len(reader.fieldnames)} cells like "
+                        f"the header, got more"
+                    )
+                yield place, cells
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SeriesError(f"manifest {path}: expected a CSV file in UTF-8: {error}") from None
+
+
+def _read_parquet(path: Path) -> _Cells:
+    pq = parquet()
+    try:
+        table = pq.ParquetFile(path).read()
+    except OSError:
+        raise
+    except Exception as error:  # pyarrow.ArrowInvalid, which is a ValueError of its own
+        raise SeriesError(f"manifest {path}: expected a Parquet file: {error}") from None
+    if "path" not in table.column_names:
+        raise SeriesError(
+            f"manifest {path}: expected a column 'path', got {', '.join(table.column_names)}"
+        )
+    for index, cells in enumerate(table.to_pylist()):
+        yield f"row {index + 1}", cells
+
+
+def _read_toml(path: Path) -> _Cells:
+    try:
+        toml = require("tomllib", "a TOML manifest", extra="")
+    except ImportError:
+        toml = require("tomli", "a TOML manifest on Python 3.10", extra="")
+    try:
+        content = toml.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, toml.TOMLDecodeError) as error:
+        raise SeriesError(f"manifest {path}: expected a TOML file: {error}") from None
+    tables, runs = content.get("checkpoint", []), content.get("runs", {})
+    if not isinstance(tables, list) or not tables:
+        raise SeriesError(f"manifest {path}: expected [[checkpoint]] tables, got none")
+    for index, cells in enumerate(tables):
+        place = f"checkpoint {index + 1}"
+        if not isinstance(cells, dict):
+            raise SeriesError(f"manifest {path}: {place}: expected a table")
+        shared = runs.get(cells.get("run"), {}) if isinstance(runs, dict) else {}
+        yield place, {**shared, **cells}
+
+
+def _entry(manifest: Path, place: str, cells: Mapping[str, Any]) -> Entry:
+    # pandas writes the missing cells of a float column as NaN, and those compare unequal to all.
+    given = {
+        name: value
+        for name, value in cells.items()
+        if value is not None and value != "" and value == value
+    }
+    location = str(given.pop("path", ""))
+    if not location:
+        raise SeriesError(f"manifest {manifest}: {place}: expected a path, got none")
+    if "://" not in location:
+        location = os.path.normpath(manifest.parent / location)
+    known = {name: given.pop(name) for name in _KNOWN if name in given}
+
+    def fail(name: str, expected: str) -> SeriesError:
+        return SeriesError(
+            f"manifest {manifest}: {place}: {name}: expected {expected}, got {known[name]!r}"
+        )
+
+    def fraction(name: str) -> float | None:
+        if name not in known:
+            return None
+        try:
+            value = float(known[name])
+        except (TypeError, ValueError):
+            raise fail(name, "a fraction from 0 to 1") from None
+        if not 0.0 <= value <= 1.0:
+            raise fail(name, "a fraction from 0 to 1")
+        return value
+
+    step = None
+    if "step" in known:
+        text = str(known["step"]).strip()
+        try:
+            # Where one is missing, pandas writes the others of the column as 9.0.
+            if not float(text).is_integer():
+                raise ValueError
+        except ValueError:
+            raise fail("step", "a whole number") from None
+        step = int(text) if text.isdigit() else int(float(text))
+    return Entry(
+        path=location,
+        run=str(known.get("run", "")),
+        step=step,
+        fields={name: str(value) for name, value in given.items()},
+        accuracy=fraction("accuracy"),
+        frozen_accuracy=fraction("frozen_accuracy"),
+        frozen_run=str(known["frozen_run"]) if "frozen_run" in known else None,
+    )

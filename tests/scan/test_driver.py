@@ -1,0 +1,372 @@
+"""A scan end to end: figures against ``diagnose``, stacks, faults, resume, kills."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from networks import Branching, Stateful
+from torch import nn
+
+from fadiag_fast import DiagnosticThresholds, diagnose
+from fadiag_fast.capture import Probe
+from fadiag_fast.scan import ScanResult, ScanWriter, scan
+
+pytest.importorskip("pyarrow")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def batches_of(count=9, batch=6, dtype=torch.float32):
+    torch.manual_seed(1)
+    return [
+        (torch.randn(batch, 5, dtype=dtype), torch.randint(0, 4, (batch,))) for _ in range(count)
+    ]
+
+
+def study(folder, steps, build=Branching, runs=("a", "b")):
+    """Write checkpoints of two runs; return path → model."""
+    models = {}
+    for run in runs:
+        (folder / run).mkdir(parents=True, exist_ok=True)
+        for step in steps:
+            torch.manual_seed(1000 * ord(run) + step)
+            model = build()
+            path = folder / run / f"step_{step}.pt"
+            torch.save({"model_state": model.state_dict(), "step": step}, path)
+            models[str(path)] = model
+    return models
+
+
+def figures_by_path(result):
+    return {
+        row["path"]: (row, figures)
+        for row, figures in zip(result.rows, result.figures(), strict=True)
+    }
+
+
+def assert_like_diagnose(result, models, batches, rtol):
+    found = figures_by_path(result)
+    assert set(found) == set(models)
+    for path, model in models.items():
+        row, figures = found[path]
+        report = diagnose(model, batches)
+        assert row["verdict"] == report.verdict
+        expected = report.figures
+        for name in ("residual_norms", "bp_grad_norms", "credit_gains", "stabilities"):
+            torch.testing.assert_close(
+                torch.tensor(getattr(figures, name), dtype=torch.float64),
+                torch.tensor(getattr(expected, name), dtype=torch.float64),
+                rtol=rtol,
+                atol=rtol,
+                msg=f"{path}: {name}",
+            )
+        assert tuple(figures.layers) == tuple(expected.layers)
+        assert row["measured_accuracy"] == pytest.approx(
+            report.provenance["accuracy_on_batches"], abs=1e-6
+        )
+
+
+@pytest.mark.parametrize("stack", [1, 3, "auto"])
+@pytest.mark.parametrize("build", [Branching, lambda: Branching(norm=False)], ids=["norm", "plain"])
+def test_figures_are_those_of_diagnose_at_any_stack_size(stack, build, tmp_path):
+    models = study(tmp_path / "runs", range(4), build)
+    batches = batches_of()
+    result = scan(str(tmp_path / "runs/**/*.pt"), build(), batches, tmp_path / "out", stack=stack)
+    # float32 in another order of operations: about a hundred roundings of 6e-8.
+    assert_like_diagnose(result, models, batches, 2e-5)
+    assert result.runs().keys() == {"a", "b"}
+    assert [row["step"] for row in result.runs()["a"]] == [0, 1, 2, 3]
+
+
+def test_float64_agrees_to_rounding(tmp_path):
+    models = study(tmp_path / "runs", range(2), lambda: Branching().double())
+    batches = batches_of(dtype=torch.float64)
+    result = scan(
+        str(tmp_path / "runs/*/*.pt"), Branching().double(), batches, tmp_path / "out", stack=4
+    )
+    assert_like_diagnose(result, models, batches, 1e-11)
+
+
+def test_a_model_that_cannot_be_stacked_takes_turns(tmp_path):
+    """Its forward counts calls in a buffer, which torch.vmap refuses."""
+    models = study(tmp_path / "runs", range(2), Stateful)
+    batches = batches_of()
+    result = scan(str(tmp_path / "runs/*/*.pt"), Stateful(), batches, tmp_path / "out", stack=4)
+    for path in models:
+        models[path].eval()
+    assert_like_diagnose(result, models, batches, 2e-5)
+
+
+def test_the_model_and_its_weights_are_left_alone(tmp_path):
+    study(tmp_path / "runs", range(2))
+    model = Branching().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scan(str(tmp_path / "runs/*/*.pt"), model, batches_of(), tmp_path / "out")
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+
+
+def faulty(folder):
+    """Write one checkpoint of every bad kind; return path → kind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = {}
+
+    def add(name, kind):
+        kinds[str(folder / name)] = kind
+        return folder / name
+
+    add("missing.pt", "missing")
+    whole = add("truncated.pt", "unreadable")
+    torch.save(Branching().state_dict(), whole)
+    whole.write_bytes(whole.read_bytes()[:-400])
+    torch.save(Branching(width=7).state_dict(), add("wrong.pt", "wrong model"))
+    state = Branching().state_dict()
+    state["embed.weight"][0, 0] = float("nan")
+    torch.save(state, add("nan.pt", "non-finite weights"))
+    torch.save({"model_state": state | {"x": torch.nn.ReLU}}, add("unsafe.pt", "unsafe"))
+    torch.save({"loss": 1.0}, add("empty.pt", "no weights"))
+    add("text.pt", "unreadable").write_text("not a checkpoint")
+    return kinds
+
+
+@pytest.mark.parametrize("stack", [1, 4])
+def test_every_fault_is_explained_and_stops_nothing(stack, tmp_path):
+    models = study(tmp_path / "runs", range(3))
+    bad = faulty(tmp_path / "bad")
+    paths = [p for pair in zip(models, [*bad, *bad], strict=False) for p in pair] + list(bad)
+    batches = batches_of()
+    result = scan(paths, Branching(), batches, tmp_path / "out", stack=stack)
+    rows = {row["path"]: row for row in result.rows}
+    for path, kind in bad.items():
+        assert rows[path]["error_kind"] == kind, rows[path]["error"]
+        assert rows[path]["error"]
+    found = figures_by_path(ScanResult.load(tmp_path / "out"))
+    for path, model in models.items():
+        assert found[path][0]["verdict"] == diagnose(model, batches).verdict
+    assert len(rows) == len(models) + len(bad)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission(tmp_path):
+    study(tmp_path / "runs", range(2))
+    path = tmp_path / "runs/a/step_0.pt"
+    path.chmod(0)
+    result = scan(str(tmp_path / "runs/*/*.pt"), Branching(), batches_of(), tmp_path / "out")
+    assert result.failures().keys() == {"permission"}
+
+
+def test_a_second_scan_takes_over_what_is_done(tmp_path, monkeypatch):
+    study(tmp_path / "runs", range(3))
+    glob, out, batches = str(tmp_path / "runs/*/*.pt"), tmp_path / "out", batches_of()
+    first = scan(glob, Branching(), batches, out)
+    captured = []
+    original = Probe.capture
+
+    def counting(self, *args, **kwargs):
+        captured.append(1)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Probe, "capture", counting)
+    again = scan(glob, Branching(), batches, out)
+    assert captured == []
+    assert again.to_arrow().equals(first.to_arrow())
+    # A file that changed is audited again; one that was renamed is not.
+    torch.manual_seed(99)
+    torch.save(Branching().state_dict(), tmp_path / "runs/a/step_0.pt")
+    (tmp_path / "runs/b/step_1.pt").rename(tmp_path / "runs/b/step_7.pt")
+    third = scan(glob, Branching(), batches, out, stack=1)
+    assert len(captured) == len(batches)
+    rows = {row["path"]: row for row in third.rows}
+    assert rows[str(tmp_path / "runs/b/step_7.pt")]["status"] == "audited"
+    # Another configuration audits all of them.
+    scan(glob, Branching(), batches[:8], out, stack=1)
+    assert len(captured) == len(batches) + 6 * 8
+
+
+def test_other_thresholds_judge_again_without_measuring(tmp_path):
+    study(tmp_path / "runs", range(2))
+    glob, out, batches = str(tmp_path / "runs/*/*.pt"), tmp_path / "out", batches_of()
+    scan(glob, Branching(), batches, out)
+    strict = DiagnosticThresholds(scale_growth=0.01)
+    result = scan(glob, Branching(), batches, out, thresholds=strict)
+    assert all("(a)" in verdict for verdict in result.verdicts().values())
+
+
+def test_an_error_for_want_of_memory_shrinks_the_stack(tmp_path, monkeypatch):
+    from fadiag_fast.scan.stack import Auditor
+
+    models = study(tmp_path / "runs", range(4))
+    sizes = []
+    original = Auditor.measure
+
+    def scarce(self, rows, stacked):
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, rows, stacked)
+
+    monkeypatch.setattr(Auditor, "measure", scarce)
+    batches = batches_of()
+    result = scan(str(tmp_path / "runs/*/*.pt"), Branching(), batches, tmp_path / "out", stack=8)
+    assert_like_diagnose(result, models, batches, 2e-5)
+    assert sizes[:3] == [8, 4, 2]
+
+
+def test_one_row_that_fails_alone_does_not_fail_its_stack(tmp_path):
+    class Fragile(Branching):
+        def forward(self, x):
+            if not torch._C._functorch.is_batchedtensor(self.embed.bias):
+                assert float(self.embed.bias[0]) < 100, "a bad weight"
+            return super().forward(x)
+
+    study(tmp_path / "runs", range(2), Fragile)
+    state = Fragile().state_dict()
+    state["embed.bias"][0] = 1000.0
+    torch.save(state, tmp_path / "runs/a/step_9.pt")
+
+    result = scan(str(tmp_path / "runs/*/*.pt"), Fragile(), batches_of(), tmp_path / "out", stack=1)
+    statuses = {row["path"].rsplit("/", 1)[1]: row["status"] for row in result.rows}
+    assert statuses["step_9.pt"] == "failed"
+    assert sum(status == "audited" for status in statuses.values()) == 2
+
+
+def test_progress_counts_everything(tmp_path):
+    study(tmp_path / "runs", range(3))
+    bad = faulty(tmp_path / "bad")
+    seen = []
+    scan(
+        [*(str(p) for p in (tmp_path / "runs").rglob("*.pt")), *bad],
+        Branching(),
+        batches_of(),
+        tmp_path / "out",
+        on_progress=seen.append,
+    )
+    last = seen[-1]
+    assert (last.done, last.total, last.failed, last.reused) == (6 + len(bad), 6 + len(bad), 7, 0)
+    assert last.bytes > 0
+
+
+def test_nothing_to_scan(tmp_path):
+    with pytest.raises(ValueError, match="expected at least one checkpoint"):
+        scan([], Branching(), batches_of(), tmp_path / "out")
+    with pytest.raises(ValueError, match="expected at least one evaluation batch"):
+        scan(["x.pt"], Branching(), [], tmp_path / "out")
+    with pytest.raises(ValueError, match="stack: expected 'auto' or at least 1, got 0"):
+        scan(["x.pt"], Branching(), batches_of(), tmp_path / "out", stack=0)
+
+
+def test_convolutions_and_batchnorm_in_a_stack(tmp_path):
+    def build():
+        def stage():
+            return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+
+        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)]
+        model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), stage(), stage(), *head)
+        model(torch.randn(8, 1, 6, 6))  # running figures of its own
+        return model.eval()
+
+    models = study(tmp_path / "runs", range(2), build)
+    torch.manual_seed(2)
+    batches = [(torch.randn(6, 1, 6, 6), torch.randint(0, 5, (6,))) for _ in range(8)]
+    result = scan(str(tmp_path / "runs/*/*.pt"), build(), batches, tmp_path / "out", stack=4)
+    assert_like_diagnose(result, models, batches, 2e-5)
+
+
+KILLED = textwrap.dedent(
+    """
+    import sys, torch
+    sys.path[:0] = {path!r}
+    from networks import Branching
+    from test_driver import batches_of
+    from fadiag_fast.scan import scan
+    torch.set_num_threads(1)
+    scan({glob!r}, Branching(), batches_of(), {out!r}, stack=2)
+    """
+)
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_leave_the_same_table(tmp_path):
+    study(tmp_path / "runs", range(200))
+    glob = str(tmp_path / "runs/*/*.pt")
+    undisturbed = scan(glob, Branching(), batches_of(), tmp_path / "calm", stack=2)
+    code = KILLED.format(path=sys.path, glob=glob, out=str(tmp_path / "out"))
+    moments = random.Random(5)
+    for _ in range(10):
+        child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        time.sleep(moments.uniform(2.0, 5.0))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    result = scan(glob, Branching(), batches_of(), tmp_path / "out", stack=2)
+    assert len(result) == len(undisturbed) == 400
+    expected = figures_by_path(undisturbed)
+    for path, (row, figures) in figures_by_path(result).items():
+        assert row["verdict"] == expected[path][0]["verdict"]
+        assert figures.residual_norms == pytest.approx(expected[path][1].residual_norms, rel=1e-6)
+
+
+def test_two_scans_into_one_folder(tmp_path):
+    from fadiag_fast.scan import LockedResults
+
+    study(tmp_path / "runs", range(1))
+    with ScanWriter(tmp_path / "out"), pytest.raises(LockedResults, match="another scan"):
+        scan(str(tmp_path / "runs/*/*.pt"), Branching(), batches_of(), tmp_path / "out")
+
+
+@pytest.fixture
+def command(tmp_path):
+    """A study of small networks on the shipped images, and the command that scans it."""
+    from fadiag_fast.zoo import build_model
+
+    options = {"d_hidden": 8, "num_blocks": 2}
+    for step in range(3):
+        model = build_model("resmlp", input_shape=(1, 28, 28), num_classes=10, seed=step, **options)
+        path = tmp_path / f"runs/bp/step_{step}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), path)
+    arguments = ["scan", str(tmp_path / "runs/**/*.pt"), "--out", str(tmp_path / "out")]
+    arguments += ["--model-option", "d_hidden=8", "--model-option", "num_blocks=2"]
+    return [*arguments, "--batches", "8", "--batch-size", "16", "--device", "cpu"]
+
+
+def test_the_command_scans_and_says_what_it_found(command, tmp_path):
+    from typer.testing import CliRunner
+
+    from fadiag_fast.cli import app
+
+    done = CliRunner().invoke(app, [*command, "--max-stability", "1"])
+    assert done.exit_code == 0, done.output
+    assert "3 of 3 checkpoints audited" in done.output
+    torch.save({"loss": 1.0}, tmp_path / "runs/bp/step_9.pt")
+    again = CliRunner().invoke(app, [*command, "--json", "--max-stability", "-1"])
+    assert again.exit_code == 1, again.output
+    lines = [json.loads(line) for line in again.stdout.splitlines()]
+    assert lines[-2]["done"] == 4
+    assert lines[-2]["reused"] == 3
+    assert lines[-2]["failed"] == 1
+    assert lines[-1]["verdicts"] == {"needs walk-back: (c)": 3}
+
+
+def test_the_command_fails_only_if_nothing_could_be_audited(command, tmp_path):
+    from typer.testing import CliRunner
+
+    from fadiag_fast.cli import app
+
+    (tmp_path / "bad.pt").write_text("text")
+    command[1] = str(tmp_path / "bad.pt")
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 3, done.output
+    assert "unreadable" in done.output
