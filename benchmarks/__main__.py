@@ -12,6 +12,7 @@ from . import (
     demo,
     operator,
     plots,
+    reading,
     registers,
     rows,
     scan_report,
@@ -27,9 +28,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "what",
         nargs="*",
-        help="operator, cpu, sweep, special, capture, demo, registers, scan-report, tables, plots; "
-        "by default what fits the machine: on CUDA operator, sweep and special, else cpu and "
-        "special; then tables and plots",
+        help="operator, cpu, sweep, special, capture, demo, registers, scan-report, reading, "
+        "tables, plots; by default what fits the machine: on CUDA operator, sweep and special, "
+        "else cpu and special; then tables and plots",
     )
     found.add_argument("--device", help="cuda or cpu; by default CUDA where there is one")
     found.add_argument(
@@ -66,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         "demo",
         "registers",
         "scan-report",
+        "reading",
         "tables",
         "plots",
     }
@@ -93,6 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
         written.append(registers.run(device, asked.results, asked.quick))
     if "scan-report" in what:
         written.append(scan_report.run(torch.device("cpu"), asked.results, asked.quick))
+    if "reading" in what:
+        written.append(reading.run(device, asked.results, asked.quick))
 
     code = 0
     if "plots" in what:

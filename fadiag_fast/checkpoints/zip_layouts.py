@@ -1,10 +1,10 @@
 """Find the tensors of a torch.save zip file where they lie, and know the next file at a glance.
 
-The pickle in a new kind of file is read by torch's weights-only reader, with every check that
-load_checkpoint makes, but with tensors that have no data; torch says where each storage lies. From
-that and the zip file's own tables a template is made. The next checkpoint of the study matches it
-if all bytes that decide on the layout are the same: the pickle, the zip file's tables but for
-checksums and the archive's name, and the small records. Then nothing is unpickled at all.
+A file of a new kind is loaded as load_checkpoint does it, with every check. Then torch's
+weights-only reader reads its pickle once more, with tensors that have no data, and says where each
+storage lies. From that and the zip file's own tables a template is made. The next checkpoint of the
+study matches it if all bytes that decide on the layout are the same: the pickle, the tables but for
+dates, checksums and the archive's name, and the small records. Then nothing is unpickled at all.
 
 Most pickles of a study differ, in the epoch or a loss. Where a file differs from a template in such
 values only, the template is widened. It is not reasoned that a value cannot matter but tried: the
@@ -22,8 +22,10 @@ import pickletools
 import struct
 import sys
 import threading
+import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,23 +160,38 @@ _templates: OrderedDict[int, tuple[_Template, ...]] = OrderedDict()
 _lock = threading.Lock()
 
 
-def find_layout(data: _Bytes) -> Found | None:
-    """Return what a torch.save zip file holds; None where load_checkpoint must look into it.
-
-    Args:
-        data: the whole file. Parts are overwritten for a moment where a template is widened.
-    """
+def recognise(data: _Bytes) -> Found | None:
+    """Return what a torch.save zip file holds if it is like one that was learnt, else None."""
     for template in _templates.get(len(data), ()):
         found = template.match(data)
         if found is not None:
             return found
+    return None
+
+
+def learn(data: _Bytes) -> Found | None:
+    """Return what a torch.save zip file of a new kind holds, and recognise the next one.
+
+    The caller has loaded the file in torch's usual way before: what the pickle claims of the
+    storages' sizes is judged only there.
+
+    Args:
+        data: the whole file. Parts are overwritten for a moment.
+
+    Returns None for a file that cannot be used where it lies.
+    """
     tables = _read_tables(data)
     if tables is None:
         return None
     found = _unpickle(data, tables)
     if found is not None:
-        _learn(data, tables, found)
+        _keep_template(data, tables, found)
     return found
+
+
+def stream(data: _Bytes) -> Any:
+    """Return bytes in memory as a file, without a copy."""
+    return _Stream(data)
 
 
 def forget_templates() -> None:
@@ -218,8 +235,11 @@ class _Stream(io.RawIOBase):
 def _read_tables(data: _Bytes) -> _Tables | None:
     """Return a zip file's records if it is as plain as torch.save writes them."""
     try:
-        return _parse_tables(data.data)
-    except (struct.error, ValueError, IndexError):
+        # load_checkpoint looks with Python's zipfile first, which is stricter than torch.
+        with zipfile.ZipFile(_Stream(data)):
+            return _parse_tables(data.data)
+    except Exception:
+        # zipfile raises many types.
         return None
 
 
@@ -274,6 +294,26 @@ def _load(stream: Any, way: str) -> Any:
         return torch.load(stream, weights_only=True)
 
 
+@contextmanager
+def _looked_up(data: _Bytes, records: dict[str, _Record]) -> Iterator[None]:
+    """Make torch look every storage up in the tables, as it does where it reads their data.
+
+    Where a file says that torch may, it calculates the places of storages without data instead,
+    from sizes that the pickle claims.
+    """
+    record = records.get(".format_version")
+    if record is None:
+        yield
+        return
+    place = slice(record.start, record.start + record.size)
+    before = data[place].copy()
+    data[place] = ord("0")
+    try:
+        yield
+    finally:
+        data[place] = before
+
+
 def _unpickle(data: _Bytes, tables: _Tables) -> Found | None:
     records = tables.records
     order = records.get("byteorder")
@@ -285,7 +325,8 @@ def _unpickle(data: _Bytes, tables: _Tables) -> Found | None:
     if "data.pkl" not in records or "constants.pkl" in records or said != sys.byteorder or not way:
         return None
     try:
-        content = _load(_Stream(data), way)
+        with _looked_up(data, records):
+            content = _load(_Stream(data), way)
         state, container, extra = find_state_dict(content, Path(), unsafe_pickle=False)
     except CheckpointError:
         return None
@@ -315,7 +356,7 @@ def _unpickle(data: _Bytes, tables: _Tables) -> Found | None:
 # Templates
 
 
-def _learn(data: _Bytes, tables: _Tables, found: Found) -> None:
+def _keep_template(data: _Bytes, tables: _Tables, found: Found) -> None:
     """Widen a template so that it fits this file, or make a new one."""
     size = len(data)
     known = _templates.get(size, ())
