@@ -426,6 +426,7 @@ WHOLE = zip_file()
 EVERY, FREE = structure(WHOLE)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:TypedStorage")
 @settings(SHARED_FOLDER, max_examples=150)
 @given(data=st.data())
 def test_damaged_structure(tmp_path: Path, data: st.DataObject) -> None:
