@@ -13,6 +13,7 @@ from . import (
     demo,
     operator,
     plots,
+    reading,
     registers,
     rows,
     scan_rate,
@@ -30,8 +31,8 @@ def parser() -> argparse.ArgumentParser:
         "what",
         nargs="*",
         help="operator, cpu, sweep, special, capture, architectures, demo, registers, "
-        "scan-report, tables, plots; by default what fits the machine: on CUDA operator, sweep and "
-        "special, else cpu and special; then tables and plots",
+        "scan-rate, scan-report, reading, tables, plots; by default what fits the machine: on CUDA "
+        "operator, sweep and special, else cpu and special; then tables and plots",
     )
     found.add_argument("--device", help="cuda or cpu; by default CUDA where there is one")
     found.add_argument(
@@ -72,6 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         "registers",
         "scan-report",
         "scan-rate",
+        "reading",
         "tables",
         "plots",
     }
@@ -103,6 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
         written.append(registers.run(device, asked.results, asked.quick))
     if "scan-report" in what:
         written.append(scan_report.run(torch.device("cpu"), asked.results, asked.quick))
+    if "reading" in what:
+        written.append(reading.run(device, asked.results, asked.quick))
 
     code = 0
     if "plots" in what:

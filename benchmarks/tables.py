@@ -316,6 +316,23 @@ def _scan_report(found: Rows) -> str:
     return markdown(["what", "s", "MB", "GB/s", "target"], lines)
 
 
+def _reading(found: Rows) -> str:
+    lines = [
+        [
+            row["case"],
+            row["threads"],
+            _show(number(row, "files_per_s")),
+            _show(number(row, "gb_per_s")),
+            _percent(number(row, "of_cat")),
+            _show(number(row, "cpu_us")),
+            row["verdict"] and f"{row['target']} {row['verdict']}",
+        ]
+        for row in found
+    ]
+    header = ["what", "threads", "files/s", "GB/s", "of one cat", "µs of a CPU", "target"]
+    return markdown(header, lines)
+
+
 # Name between the markers: the CSVs' name, and what makes the table of one of them.
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "operator": ("operator", _operator),
@@ -331,6 +348,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "architectures": ("architectures", _architectures),
     "architectures-in-short": ("architectures", _architectures_in_short),
     "scan-report": ("scan-report", _scan_report),
+    "reading": ("reading", _reading),
 }
 
 

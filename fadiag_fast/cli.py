@@ -381,7 +381,8 @@ def _diagnose_one(
         checkpoint = load_checkpoint(subject, unsafe_pickle=unsafe_pickle)
         saved = checkpoint.extra.get("config")
         model, flat = _build(model_name, dataset, saved if isinstance(saved, dict) else {}, options)
-        load_into(model, checkpoint)
+        for note in load_into(model, checkpoint):
+            errors.print(f"fadiag: {subject}: {note}", markup=False)
         model = model.to(device)
     else:
         model = load_packaged(subject, map_location=device, unsafe_pickle=unsafe_pickle)

@@ -26,16 +26,9 @@ from torch.export import ExportedProgram, UnflattenedModule, unflatten
 from torch.export.passes import move_to_device_pass
 from torch.utils._pytree import tree_leaves
 
-from .checkpoints import (
-    FORCE_SAFE,
-    UnreadableCheckpoint,
-    UnsafeCheckpoint,
-    at,
-    brief,
-    damaged,
-    listed,
-    read_head,
-)
+from .checkpoints import UnreadableCheckpoint, UnsafeCheckpoint
+from .checkpoints.errors import at, brief, damaged, listed
+from .checkpoints.files import FORCE_SAFE, read_head
 from .compiled import PROBE_METADATA
 from .taps import TapError
 from .torchscript import TRAINING_ARGUMENTS, from_torchscript, is_numbered, named_class

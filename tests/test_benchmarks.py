@@ -351,14 +351,14 @@ def test_tiny_workload_end_to_end(measured):
 
 def test_readme_is_filled_then_fresh_then_stale(measured, tmp_path):
     readme = tmp_path / "README.md"
-    text = "# x\n<!-- begin:operator -->\nold\n<!-- end:operator -->\nkept\n"
+    text = "# x\n<!-- begin:operator -->\nto go\n<!-- end:operator -->\nkept\n"
     readme.write_text(text + "<!-- begin:sweep -->\n<!-- end:sweep -->\n")
     assert tables.update(measured, check=True, files=[readme]) == [readme]
-    assert "old" in readme.read_text()
+    assert "to go" in readme.read_text()
     assert tables.update(measured, files=[readme]) == [readme]
     filled = readme.read_text()
     assert "| tiny |" in filled
-    assert "old" not in filled
+    assert "to go" not in filled
     assert "kept" in filled
     assert "Not measured yet." in filled
     assert tables.update(measured, check=True, files=[readme]) == []

@@ -717,11 +717,46 @@ def test_mismatch_lists_ten_of_each_kind() -> None:
 def test_hint_names_the_prefix() -> None:
     model = small_model()
     state = model.state_dict()
-    text = mismatch(model, {f"backbone.{key}": value for key, value in state.items()})
+    # Not removed as load_into would: the prefix is not on every name.
+    others = {f"backbone.{key}": value for key, value in state.items()}
+    text = mismatch(model, {**others, "loss.weight": torch.ones(1)})
     assert "the checkpoint's names have 'backbone.' in front of the model's" in text
 
     inner = mismatch(nn.ModuleDict({"net": small_model()}), dict(state))
     assert "the model's names have 'net.' in front of the checkpoint's" in inner
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "model.net."])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_common_prefix_is_left_out_with_a_note(prefix: str, wrapped: bool) -> None:
+    source, target = nn.Sequential(SeesVersion(2, 2)), nn.Sequential(SeesVersion(2, 2))
+    source[0]._version = 5
+    holder: nn.Module = source
+    for part in reversed(prefix.split(".")[:-1]):
+        holder = nn.ModuleDict({part: holder})
+    notes = load_into(
+        nn.DataParallel(target) if wrapped else target, checkpoint_of(holder.state_dict())
+    )
+    assert notes == (f"left out {prefix!r}, with which every name in the checkpoint starts",)
+    assert_same(target.state_dict(), source.state_dict())
+    assert target[0].seen == 5
+
+
+def test_a_prefix_is_no_note_where_the_names_fit() -> None:
+    model = nn.ModuleDict({"net": small_model()})
+    assert load_into(model, checkpoint_of(dict(model.state_dict()))) == ()
+
+
+def test_a_prefix_without_which_names_are_missing_stays() -> None:
+    state = {f"net.{key}": value for key, value in small_model().state_dict().items()}
+    del state["net.2.bias"]
+    assert "unexpected in the checkpoint (8): net.0.weight" in mismatch(small_model(), state)
+
+
+def test_tied_weights_under_a_prefix() -> None:
+    model = Tied()
+    assert load_into(model, checkpoint_of({"model.head.weight": torch.ones(3, 2)}))
+    assert model.embed.weight.tolist() == [[1.0, 1.0]] * 3
 
 
 def test_hint_names_a_close_spelling() -> None:

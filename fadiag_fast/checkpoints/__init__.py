@@ -1,0 +1,61 @@
+"""Read, apply and write model checkpoints without running code from them.
+
+A checkpoint is untrusted input: a pickle can run any program. Everything here therefore goes
+through torch's weights-only reader; the full unpickler is used only when the caller says so, and
+only for a file the weights-only reader has refused. What kind of file it is is decided from its
+bytes, because extensions lie (and torch.load itself dispatches on ".safetensors").
+
+Every failure is a CheckpointError, grouped by what the user can do about it:
+
+    UnreadableCheckpoint   get the file again, or another file (MissingCheckpoint: fix the path)
+    UnsafeCheckpoint       decide whether to trust the file
+    NoStateDict            point at the file that holds the weights, or save them differently
+    StateDictMismatch      build the model that belongs to the weights
+    MissingSafetensors     install the extra (MissingFsspec: or what fsspec asks for)
+    UnsavableCheckpoint    change what is saved
+    UnwritableCheckpoint   change where it is saved
+    SlabTooSmall           give read_into more memory
+"""
+
+from __future__ import annotations
+
+from .applying import load_into
+from .content import Checkpoint, state_signature
+from .errors import (
+    CheckpointError,
+    MissingCheckpoint,
+    MissingFsspec,
+    MissingSafetensors,
+    NoStateDict,
+    StateDictMismatch,
+    UnreadableCheckpoint,
+    UnsafeCheckpoint,
+    UnsavableCheckpoint,
+    UnwritableCheckpoint,
+)
+from .layouts import TensorPlace
+from .loading import load_checkpoint
+from .saving import save_checkpoint
+from .slabs import SlabCheckpoint, SlabTooSmall, read_into
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "MissingCheckpoint",
+    "MissingFsspec",
+    "MissingSafetensors",
+    "NoStateDict",
+    "SlabCheckpoint",
+    "SlabTooSmall",
+    "StateDictMismatch",
+    "TensorPlace",
+    "UnreadableCheckpoint",
+    "UnsafeCheckpoint",
+    "UnsavableCheckpoint",
+    "UnwritableCheckpoint",
+    "load_checkpoint",
+    "load_into",
+    "read_into",
+    "save_checkpoint",
+    "state_signature",
+]

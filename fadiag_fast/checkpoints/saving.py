@@ -1,0 +1,112 @@
+"""Write checkpoints that are whole, or not at all, and safe to read back."""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import (
+    CheckpointError,
+    UnsavableCheckpoint,
+    UnwritableCheckpoint,
+    at,
+    brief,
+    listed,
+    printable,
+)
+from .files import torch_load_zip
+from .pickles import unsafe_globals_by_torch
+
+
+def save_checkpoint(obj: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a dict so that the file is either whole or untouched, and safe to read back.
+
+    The content goes to a temporary file in the same folder, is read back with torch's weights-only
+    reader, and then takes the path's place in one step.
+
+    Raises:
+        TypeError: obj is not a dict.
+        UnsavableCheckpoint: obj holds something that torch.load(weights_only=True) refuses, or the
+            path ends in '.safetensors', which this is not.
+        UnwritableCheckpoint: the folder does not exist, cannot be written, or is full.
+    """
+    if not isinstance(obj, dict):
+        raise TypeError(f"save_checkpoint: expected a dict, got {type(obj).__name__}")
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        raise UnsavableCheckpoint(
+            at(
+                path,
+                "expected a name such as 'model.pt' for torch's format, got one in '.safetensors', "
+                "which readers would take for the other format",
+                caller="save_checkpoint",
+            )
+        )
+    temporary = None
+    try:
+        # Through a link, the file it points to is replaced, not the link.
+        target = Path(os.path.realpath(path))
+        # Not tempfile: it would give the checkpoint the mode 0600 instead of the user's own.
+        temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
+        with temporary.open("xb") as file:
+            _write(obj, file, path)
+            file.flush()
+            os.fsync(file.fileno())
+        _check_read_back(temporary, path)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte, or without a name
+        raise UnwritableCheckpoint(
+            at(
+                path,
+                f"expected a file that can be written, got {brief(error)}",
+                caller="save_checkpoint",
+            )
+        ) from error
+    finally:
+        # Gone already if all went well, and never made if the folder was the problem.
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _write(obj: dict[str, Any], file: io.BufferedWriter, path: Path) -> None:
+    try:
+        torch.save(obj, file)
+    except OSError:
+        raise
+    except Exception as error:
+        raise UnsavableCheckpoint(
+            at(
+                path,
+                "expected tensors and plain containers, got something that cannot be pickled "
+                f"({brief(error)})",
+                caller="save_checkpoint",
+            )
+        ) from error
+
+
+def _check_read_back(temporary: Path, path: Path) -> None:
+    try:
+        torch_load_zip(temporary, torch.device("cpu"), weights_only=True)
+    except Exception as error:
+        unsafe = sorted(printable(name) for name in unsafe_globals_by_torch(temporary))
+        what = listed(unsafe) or brief(error)
+        raise UnsavableCheckpoint(
+            at(
+                path,
+                "expected tensors and plain containers, got content that "
+                f"torch.load(weights_only=True) could not read back: {what}",
+                caller="save_checkpoint",
+            )
+        ) from error
