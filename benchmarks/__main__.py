@@ -42,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--only", default="", help="operator, architectures: those whose name has this"
     )
-    found.add_argument("--no-compile", action="store_true", help="operator: without torch.compile")
+    found.add_argument(
+        "--no-compile", action="store_true", help="operator and capture: without torch.compile"
+    )
     found.add_argument("--autotune", action="store_true", help="operator: max-autotune mode too")
     found.add_argument("--check", action="store_true", help="tables: fail if a README is stale")
     return found
@@ -96,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "scan-rate" in what:
         written.append(scan_rate.run(device, asked.results, asked.quick))
     if "capture" in what:
-        written.append(capture.run(device, asked.results, asked.quick))
+        written.append(capture.run(device, asked.results, asked.quick, not asked.no_compile))
     if "architectures" in what:
         written.append(architectures.run(device, asked.results, asked.quick, asked.only))
     if "demo" in what:

@@ -69,11 +69,11 @@ def plain(model: nn.Module, first: str, x: torch.Tensor, y: torch.Tensor) -> Cal
     return run
 
 
-def run(device: torch.device, results: Path, quick: bool) -> Path:
+def run(device: torch.device, results: Path, quick: bool, compiled: bool = True) -> Path:
     """Time the captures against the yardstick, interleaved; write the ratios."""
     models = import_torchvision().models
     torch.set_float32_matmul_precision("high")
-    plan = Plan(repetitions=10 if quick else 100, sample_s=0.0, budget_s=20.0, graphs=False)
+    plan = Plan(repetitions=10 if quick else 100, sample_s=0.0, budget_s=8.0, graphs=False)
     written = []
     here = rows.environment(device)
     for network in _networks(device, quick):
@@ -83,7 +83,7 @@ def run(device: torch.device, results: Path, quick: bool) -> Path:
         x = torch.randn(shape, device=device, dtype=network.dtype)
         y = torch.randint(0, 1000, (network.batch,), device=device)
         with untouched(model):
-            variants = _variants(model, x, y, network.inductor)
+            variants = _variants(model, x, y, network.inductor and compiled)
             timings = measure(variants, device, plan)
             baseline = pick(timings, BASELINE).median_us
             for timing in timings:
@@ -96,20 +96,23 @@ def run(device: torch.device, results: Path, quick: bool) -> Path:
                     }
                 )
         del variants, model
-    return rows.write(rows.results_path(results, "capture", device, quick), written)
+    # A run without compilation keeps the rows of an earlier one's compiled variants.
+    path = rows.results_path(results, "capture", device, quick)
+    return rows.write(path, written, replace="variant")
 
 
 def _variants(
     model: nn.Module, x: torch.Tensor, y: torch.Tensor, inductor: bool
 ) -> Mapping[str, Callable[[], Any]]:
     by_func = Probe(model, path="torch.func")
-    by_func.prepare(x)
     by_autograd = Probe(model, path="autograd")
+    for probe in (by_func, by_autograd):
+        probe.prepare(x)
     first = by_func.taps.points[0].module
     variants: dict[str, Callable[[], Any]] = {
         "capture, torch.func": lambda: by_func.capture(x, y),
         "capture, autograd": lambda: by_autograd.capture(x, y),
-        "capture and statistics": lambda: reduce_captured(by_func.capture(x, y)),
+        "capture, autograd, and statistics": lambda: reduce_captured(by_autograd.capture(x, y)),
         "CompiledProbe, traced": _compiled(model, x, y, None, False),
     }
     on_gpu = x.device.type == "cuda"
