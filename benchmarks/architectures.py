@@ -447,19 +447,34 @@ def times(architecture: Architecture, places: Sequence[Place], plan: Plan) -> ro
     }
 
 
-def explanation(model: nn.Module, x: Any, report: DiagnosticReport) -> str:
-    """Say why a network that was never trained is not trustworthy."""
+def _logits(output: Any) -> Tensor:
+    logits = output if isinstance(output, Tensor) else output.logits
+    return logits.reshape(-1, logits.shape[-1])
+
+
+def explanation(
+    model: nn.Module, given: Sequence[Batch], report: DiagnosticReport, options: dict[str, Any]
+) -> str:
+    """Say why a network that was never trained is not trustworthy, by trying it."""
     heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if report["b"].fired and heads and not heads[-1].weight.any():
         return "its head starts at zero, so that no gradient passes"
     if report["c"].fired:
         with torch.no_grad():
-            output = model(**x) if isinstance(x, dict) else model(x)
-        logits = output if isinstance(output, Tensor) else output.logits
-        logits = logits.reshape(-1, logits.shape[-1])
-        inputs, classes = float(logits.std(0).mean()), float(logits.mean(0).std())
-        return f"logits vary by {inputs:.2g} between inputs, by {classes:.2g} between classes"
-    return ""
+            outputs = [model(**x) if isinstance(x, dict) else model(x) for x, _ in given]
+        mean = torch.cat([_logits(output) for output in outputs]).mean(0)
+
+        def stability(change: Callable[[Tensor], Tensor]) -> float:
+            def loss(output: Any, y: Tensor) -> Tensor:
+                return nn.functional.cross_entropy(change(_logits(output)), y.reshape(-1))
+
+            return diagnose(model, given, loss=loss, **options)["c"].value or 0.0
+
+        return (
+            f"the cosine is {stability(lambda z: z - mean):.2f} without the logits' mean over the "
+            f"inputs, {stability(lambda z: 0.1 * z):.2f} with logits of a tenth"
+        )
+    return report["a"].evidence if report["a"].fired else ""
 
 
 def row_of(architecture: Architecture, plan: Plan) -> rows.Row:
@@ -496,7 +511,7 @@ def row_of(architecture: Architecture, plan: Plan) -> rows.Row:
         "credit_gain": report.credit_gains[-1],
         "stability": report["c"].value,
         "verdict": report.verdict,
-        "why": explanation(model, given[0][0], report),
+        "why": explanation(model, given, report, architecture.options),
         **times(architecture, seen.places, plan),
     }
 
