@@ -256,7 +256,7 @@ def _registers(found: Rows) -> str:
 
 def _architectures(found: Rows) -> str:
     lines = []
-    for row in found:
+    for row in sorted(found, key=lambda row: row["library"]):
         name = f"{row['workload']}, {row['input']}"
         if row["error"]:
             lines.append([name, row["error"], *["–"] * 9])
