@@ -241,8 +241,10 @@ class _Scan:
         self.layout: Layout = auditor.layout
         # Each reader needs a model to load into; there are as many as readers.
         self.row_models: SimpleQueue[RowModel] = SimpleQueue()
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        values = {name: tensor.detach().cpu() for name, tensor in tensors}
         for _ in range(self.workers):
-            self.row_models.put(RowModel(model, self.layout))
+            self.row_models.put(RowModel(model, self.layout, values))
         self.started = time.perf_counter()
         self.done = self.failed = self.reused = self.bytes = 0
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

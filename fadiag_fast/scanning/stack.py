@@ -91,15 +91,20 @@ class Slab:
 
 
 class RowModel:
-    """A copy of a model whose tensors lie in a row of a slab: loading into it fills the row."""
+    """A copy of a model whose tensors lie in a row of a slab: loading into it fills the row.
 
-    def __init__(self, model: nn.Module, layout: Layout) -> None:
-        # Values that no checkpoint holds, non-persistent buffers, come from the model.
+    Args:
+        model: the architecture.
+        layout: of its tensors in a row.
+        values: what a row holds before a checkpoint is loaded, by name, on the host. Values that
+            no checkpoint has, non-persistent buffers, stay.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout, values: dict[str, Tensor]) -> None:
         self.model = copy.deepcopy(model).cpu()
-        self._values = {
-            name: tensor.detach().clone()
-            for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers())
-        }
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            tensor.data = tensor.new_empty(0)  # readers hold no weights of their own
+        self._values = values
         self._layout = layout
 
     def at(self, row: Tensor) -> nn.Module:
