@@ -439,6 +439,9 @@ class _Search:
         """Take note of what a full group of the present size cost per checkpoint."""
         if self._settled or count < self.size:
             return
+        if seconds_each > 2 * self._best[0]:
+            self.size, self._settled = self._best[1], True  # no second look at what is this slow
+            return
         if not self._warm:
             self._warm = True  # the first group of a size pays for allocations and autotuning
             return

@@ -225,6 +225,25 @@ def test_an_error_for_want_of_memory_shrinks_the_stack(tmp_path, monkeypatch):
     assert sizes[:3] == [8, 4, 2]
 
 
+def test_the_search_grows_while_it_pays_and_turns_back():
+    from fadiag_fast.scanning.driver import _Search
+
+    def settled(cost, most=64):
+        search = _Search("auto", most)
+        sizes = []
+        for _ in range(20):
+            sizes.append(search.size)
+            search.measured(search.size, cost(search.size))
+        return sizes
+
+    assert settled(lambda size: 1 / size)[-1] == 64
+    assert settled(lambda size: 1.0)[-1] == 1
+    assert settled(lambda size: abs(size - 4) + 1.0)[-1] == 4
+    # What is twice as slow gets one group, not two.
+    assert settled(lambda size: float(size)).count(4) == 1
+    assert settled(lambda size: 1 / size, most=5)[-1] == 5
+
+
 def test_one_row_that_fails_alone_does_not_fail_its_stack(tmp_path):
     class Fragile(Branching):
         def forward(self, x):
