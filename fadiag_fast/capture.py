@@ -307,7 +307,6 @@ class Probe:
         self.loss = loss
         self.output = output
         self.batch_dim = batch_dim
-        self.forced_path = path
         self.path: Path | None = path
         self.path_reason = ""
         self.reordered = False

@@ -2,15 +2,15 @@
 
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import ops
+from .batches import check_batch, check_labels, device_of, sample_counts, to_device
 from .capture import Loss, Output, Probe, classification_loss, untouched
 from .packaged import as_module
 from .protocol import (
@@ -26,9 +26,10 @@ from .statistics import (
     Reduction,
     SampleReduction,
     batch_statistics,
+    direction_figures,
     medians,
 )
-from .taps import Select, TapError, unwrap
+from .taps import Select, unwrap
 
 
 def diagnose(
@@ -102,7 +103,7 @@ def diagnose(
     limits = thresholds or DiagnosticThresholds()
     how = reduction if isinstance(reduction, SampleReduction) else SampleReduction(reduction)
     model = unwrap(as_module(model))
-    device = _device_of(model)
+    device = device_of(model)
     default_loss = loss is None or loss is nn.functional.cross_entropy
     probe = Probe(
         model,
@@ -116,9 +117,9 @@ def diagnose(
     empty = 0
     with untouched(model):
         for index, batch in enumerate(eval_batches):
-            x, y = _check_batch(index, batch, batch_dim)
-            x, y = (tree_map_only(Tensor, lambda t: _moved(t, device), v) for v in (x, y))
-            if 0 in _sample_counts(x, batch_dim):
+            x, y = check_batch(index, batch, batch_dim)
+            x, y = to_device((x, y), device)
+            if 0 in sample_counts(x, batch_dim):
                 empty += 1
                 continue
             if default_loss and isinstance(y, Tensor):
@@ -149,68 +150,6 @@ def diagnose(
     )
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    """Return the device that holds all of a model's parameters, or buffers if it has none."""
-    places: dict[torch.device, str] = {}
-    named: list[tuple[str, Tensor]] = [*model.named_parameters()]
-    for name, tensor in named or model.named_buffers():
-        places.setdefault(tensor.device, name)
-    if len(places) > 1:
-        found = ", ".join(f"{name} on {device}" for device, name in places.items())
-        raise TapError(f"{type(model).__name__}: expected a model on one device, got {found}")
-    return next(iter(places), torch.device("cpu"))
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    tensor = tensor.to(device)
-    if tensor.is_inference():
-        with torch.inference_mode(False):
-            return tensor.clone()
-    return tensor
-
-
-def _sample_counts(x: Any, batch_dim: int) -> list[int]:
-    """Return how many samples a batch's first tensor may hold.
-
-    Its first dimension, and the one that counts samples in the states: an input may be batch-first
-    where the states are not. Empty where it has no dimension.
-    """
-    first = next(leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor))
-    fits = -first.dim() <= batch_dim < first.dim()
-    dimensions = {0, batch_dim % first.dim()} if fits else {0}
-    return [first.shape[dimension] for dimension in sorted(dimensions) if dimension < first.dim()]
-
-
-def _check_batch(index: int, batch: object, batch_dim: int) -> tuple[Any, Any]:
-    if isinstance(batch, Mapping):
-        return dict(batch), None
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise TypeError(
-            f"diagnose: batch {index}: expected a pair (x, y), got {type(batch).__name__}"
-            + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
-        )
-    x, y = batch
-    x = dict(x) if isinstance(x, Mapping) else x
-    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(x)):
-        raise TypeError(
-            f"diagnose: batch {index}: expected x to be a tensor, a tuple or a dict of tensors, "
-            f"got {type(x).__name__}"
-        )
-    counts = _sample_counts(x, batch_dim)
-    if not counts:
-        raise ValueError(f"diagnose: batch {index}: expected x with a batch dimension")
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
-        # One for each sample, or for each position of all samples.
-        fitting = [*counts, x.shape[0] * x.shape[1]] if x.dim() > 1 else counts
-        if y.dim() == 0 or len(y) not in fitting:
-            got = "no batch dimension" if y.dim() == 0 else len(y)
-            raise ValueError(
-                f"diagnose: batch {index}: expected as many labels as samples, "
-                f"{' or '.join(map(str, counts))}, got {got}"
-            )
-    return x, y
-
-
 def _check_shapes(index: int, probe: Probe, batches: Sequence[BatchStatistics]) -> None:
     """Raise ValueError where a batch's gradients cannot be compared with the first one's."""
     pairs = zip(probe.taps.labels, batches[0].grad_mean, batches[-1].grad_mean, strict=True)
@@ -232,16 +171,7 @@ def _checked_cross_entropy(index: int, probe: Probe) -> Loss:
 
     def loss(output: Any, y: Tensor) -> Tensor:
         logits = probe.logits_of(output)
-        if not y.is_floating_point() and logits.dim() > 1 and y.numel():
-            per_token = logits.dim() == 3 and y.shape == logits.shape[:-1]
-            classes = logits.shape[-1 if per_token else 1]
-            counted = y[y != -100]
-            low, high = (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
-            if low < 0 or high >= classes:
-                raise ValueError(
-                    f"diagnose: batch {index}: expected labels from 0 to {classes - 1}, "
-                    f"got labels from {low} to {high}"
-                )
+        check_labels(index, y, logits.shape)
         return classification_loss(logits, y)
 
     return loss
@@ -260,10 +190,7 @@ def _figures(
         )
     first = batches[0]
     cosines = ops.direction_cosines([batch.grad_mean for batch in batches], backend=backend)
-    has_direction = cosines.diagonal(dim1=1, dim2=2) == 1
-    count = len(batches)
-    rows, columns = torch.triu_indices(count, count, offset=1, device=cosines.device)
-    pairs = cosines[:, rows, columns]
+    stabilities, num_directions = direction_figures(cosines)
     return Figures(
         layers=probe.taps.labels,
         residual_norms=medians(first.hidden_norm),
@@ -271,8 +198,8 @@ def _figures(
         credit_gains=medians(first.credit_gain),
         output_grad_norm=medians(first.output_grad_norm[None])[0],
         batch_size=first.batch_size,
-        stabilities=pairs.nanmean(dim=1).tolist(),
-        num_directions=has_direction.sum(dim=1).tolist(),
+        stabilities=stabilities,
+        num_directions=num_directions,
         num_batches=len(batches),
         shapes=first.shapes,
         sizes=first.sizes,

@@ -222,3 +222,17 @@ def medians(values: Tensor) -> list[float]:
         return [float("nan")] * values.shape[0]
     rows: list[float] = torch.nanmedian(values, dim=-1).values.tolist()
     return rows
+
+
+def direction_figures(cosines: Tensor) -> tuple[list[float], list[int]]:
+    """Return per layer the mean cosine over all pairs of batches, and how many have a direction.
+
+    Args:
+        cosines: ``[n, K, K]`` of :func:`fadiag_fast.direction_cosines`. A batch without a direction
+            has NaN; the mean is over the other pairs, NaN where there is none.
+    """
+    count = cosines.shape[-1]
+    rows, columns = torch.triu_indices(count, count, offset=1, device=cosines.device)
+    has_direction = cosines.diagonal(dim1=1, dim2=2) == 1
+    stabilities: list[float] = cosines[:, rows, columns].nanmean(dim=1).tolist()
+    return stabilities, has_direction.sum(dim=1).tolist()

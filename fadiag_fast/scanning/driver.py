@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
+from ..batches import check_batch, device_of, sample_counts, to_device
 from ..capture import Loss, Output, untouched
 from ..checkpoints import (
     CheckpointError,
@@ -27,7 +28,6 @@ from ..checkpoints import (
     load_checkpoint,
     load_into,
 )
-from ..diagnosis import _device_of
 from ..protocol import DiagnosticThresholds
 from ..statistics import Reduction, SampleReduction
 from ..taps import Select, unwrap
@@ -147,14 +147,17 @@ def scan(
     """
     entries = _entries(checkpoints, pattern, manifest)
     model = unwrap(model)
-    device = _device_of(model)
-    batches = [
-        tree_map_only(Tensor, lambda tensor: tensor.to(device), (x, y)) for x, y in eval_batches
-    ]
+    device = device_of(model)
+    batches = []
+    for index, batch in enumerate(eval_batches):
+        x, y = check_batch(index, batch, batch_dim, "scan")
+        if 0 not in sample_counts(x, batch_dim):
+            batches.append(to_device((x, y), device))
     if not batches:
         raise ValueError("scan: expected at least one evaluation batch, got none")
     how = reduction if isinstance(reduction, SampleReduction) else SampleReduction(reduction)
     with untouched(model), ScanWriter(out, thresholds=thresholds) as writer:
+        loss = None if loss is nn.functional.cross_entropy else loss
         options = {"select": taps, "loss": loss, "output": output, "batch_dim": batch_dim}
         auditor = Auditor(model, batches, options, how)
         run = _Scan(model, device, auditor, writer, unsafe_pickle, workers, on_progress)

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from .. import ops
+from ..batches import check_labels
 from ..capture import Probe
 from ..protocol import Figures
-from ..statistics import Reduced, SampleReduction, reduce_captured
+from ..statistics import Reduced, SampleReduction, direction_figures, reduce_captured
 from ..taps import Taps
 
 _ALIGNMENT = 64  # bytes: every dtype, and a cache line
@@ -153,8 +153,10 @@ class Auditor:
         self.reduction = reduction
         self._stacked = Probe(model, path="torch.func", **options)
         self._single = Probe(model, path="autograd", **options)
-        for x, _ in batches:
-            self._single.prepare(x)
+        for index, (x, y) in enumerate(batches):
+            plan = self._single.prepare(x)
+            if options["loss"] is None and isinstance(y, Tensor):
+                check_labels(index, y, plan.spots[plan.output].shape, "scan")
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -201,7 +203,7 @@ class Auditor:
         ]
         rows = torch.cat(columns, dim=1).cpu()
         shapes = tuple(tuple(mean.shape[1:]) for mean in first.grad_mean)
-        return self._on_host(rows, shapes)
+        return self._on_host(rows, shapes, batch_size=first.logits.shape[1])
 
     def _reduced(self, weights: dict[str, Tensor], x: Any, y: Any, stack: int | None) -> Reduced:
         if stack is None:
@@ -236,14 +238,14 @@ class Auditor:
             total += len(y)
         return correct / total
 
-    def _on_host(self, rows: Tensor, shapes: tuple[tuple[int, ...], ...]) -> Measured:
+    def _on_host(
+        self, rows: Tensor, shapes: tuple[tuple[int, ...], ...], batch_size: int
+    ) -> Measured:
         n, k = len(self.labels), len(self.batches)
-        upper, left = torch.triu_indices(k, k, offset=1)
         figures = []
         for row in rows:
             hidden, grad, gain, error, cosines = row[:-2].split([n, n, n, 1, n * k * k])
-            cosine = cosines.view(n, k, k)
-            pairs = cosine[:, upper, left]
+            stabilities, num_directions = direction_figures(cosines.view(n, k, k))
             figures.append(
                 Figures(
                     layers=self.labels,
@@ -251,9 +253,9 @@ class Auditor:
                     bp_grad_norms=tuple(grad.tolist()),
                     credit_gains=tuple(gain.tolist()),
                     output_grad_norm=float(error),
-                    batch_size=_samples(self.batches[0]),
-                    stabilities=tuple(pairs.nanmean(dim=1).tolist()),
-                    num_directions=tuple((cosine.diagonal(dim1=1, dim2=2) == 1).sum(1).tolist()),
+                    batch_size=batch_size,
+                    stabilities=tuple(stabilities),
+                    num_directions=tuple(num_directions),
                     num_batches=k,
                     shapes=shapes,
                     sizes=tuple(math.prod(shape) for shape in shapes),
@@ -261,10 +263,6 @@ class Auditor:
             )
         accuracies = [None if value != value else value for value in rows[:, -1].tolist()]
         return Measured(figures, (rows[:, -2] == 1).tolist(), accuracies)
-
-
-def _samples(batch: tuple[Any, Any]) -> int:
-    return next(len(leaf) for leaf in tree_leaves(batch[0]) if isinstance(leaf, Tensor))
 
 
 def _finite(weights: dict[str, Tensor], stack: int) -> Tensor:

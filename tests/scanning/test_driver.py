@@ -389,3 +389,40 @@ def test_the_command_fails_only_if_nothing_could_be_audited(command, tmp_path):
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 3, done.output
     assert "unreadable" in done.output
+
+
+def test_batches_are_checked_as_diagnose_checks_them(tmp_path):
+    study(tmp_path / "runs", range(2))
+    glob, batches = str(tmp_path / "runs/*/*.pt"), batches_of()
+    x, y = batches[0]
+    with pytest.raises(ValueError, match=r"scan: batch 0: expected labels from 0 to 3, got .* 9"):
+        scan(glob, Branching(), [(x, y + 9 - y.max())], tmp_path / "labels")
+    with pytest.raises(TypeError, match="scan: batch 1: expected a pair"):
+        scan(glob, Branching(), [(x, y), x], tmp_path / "pairs")
+    result = scan(glob, Branching(), [(x[:0], y[:0]), *batches], tmp_path / "empty")
+    assert result.rows[0]["num_batches"] == len(batches)
+
+
+def test_the_batch_size_of_sequence_first_states(tmp_path):
+    class SequenceFirst(Branching):
+        def forward(self, x):  # [T, B, 5]
+            h = self.embed(x)
+            for block in self.blocks:
+                h = h + block(h)
+            return self.out_head(self.out_ln(h).mean(0))
+
+    models = study(tmp_path / "runs", range(1), SequenceFirst)
+    batches = [(x.expand(3, *x.shape).contiguous(), y) for x, y in batches_of()]
+    for stack in (1, 2):
+        result = scan(
+            str(tmp_path / "runs/*/*.pt"),
+            SequenceFirst(),
+            batches,
+            tmp_path / f"out{stack}",
+            batch_dim=1,
+            stack=stack,
+        )
+        for path, (row, figures) in figures_by_path(result).items():
+            expected = diagnose(models[path], batches, batch_dim=1).figures
+            assert row["batch_size"] == expected.batch_size == 6
+            assert figures.residual_norms == pytest.approx(expected.residual_norms, rel=2e-5)
