@@ -174,8 +174,8 @@ class DiagnosticReport:
         if self.notes:
             lines.append(self.notes)
         if rows := self.layer_rows():
-            lines += ["", *_text_table(self.layer_header(), rows)]
-        lines += ["", *_text_table(DIAGNOSTIC_HEADER, self.diagnostic_rows())]
+            lines += ["", *text_table(self.layer_header(), rows)]
+        lines += ["", *text_table(DIAGNOSTIC_HEADER, self.diagnostic_rows())]
         lines += ["", *(f"note: {remark}" for remark in self.remarks)] if self.remarks else []
         lines += ["", f"verdict: {self.verdict}", ""]
         lines += textwrap.wrap("; ".join(self._provenance_lines()), width=100)
@@ -200,7 +200,7 @@ class DiagnosticReport:
 DIAGNOSTIC_HEADER = ["diagnostic", "value", "fires", "label", "evidence"]
 
 
-def _text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Align columns; the last one is left as long as it is."""
     widths = [max(len(row[c]) for row in [header, *rows]) for c in range(len(header))]
     return [
@@ -248,4 +248,4 @@ SUMMARY_HEADER += ["(d) against frozen", "verdict by (a)-(c)"]
 
 def summary_table(rows: Sequence[SummaryRow]) -> str:
     """Return one aligned line per network."""
-    return "\n".join(_text_table(SUMMARY_HEADER, [row.cells() for row in rows]))
+    return "\n".join(text_table(SUMMARY_HEADER, [row.cells() for row in rows]))

@@ -20,7 +20,7 @@ from ..protocol import (
     Figures,
     Status,
 )
-from ..report import _text_table
+from ..report import text_table
 from .extras import arrow, require
 from .records import AUDITED, Row, figures_of, thresholds_of
 from .store import Tables, UnreadableResults, judge, layers_by_record, read_tables
@@ -339,13 +339,13 @@ class ScanResult:
         ]
         counts = [[verdict, f"{count:,}"] for verdict, count in self.verdict_counts().items()]
         if counts:
-            lines += ["", *_text_table(["verdict", "checkpoints"], counts)]
+            lines += ["", *text_table(["verdict", "checkpoints"], counts)]
         failures = [
             [kind, f"{len(rows):,}", _shorten(f"{rows[0]['path']}: {rows[0]['error']}", 100)]
             for kind, rows in self.failures().items()
         ]
         if failures:
-            lines += ["", *_text_table(["failed", "checkpoints", "the first of them"], failures)]
+            lines += ["", *text_table(["failed", "checkpoints", "the first of them"], failures)]
         if audited:
             lines += ["", *self._run_lines(runs)]
         if len(configurations := self.configurations()) > 1:
@@ -372,7 +372,7 @@ class ScanResult:
                     *(str(fired[run][key]) for key in KEYS),
                 ]
             )
-        lines = _text_table(header, table)
+        lines = text_table(header, table)
         if len(runs) > _MOST_RUNS:
             lines.append(f"… and {len(runs) - _MOST_RUNS:,} more runs")
         return lines

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..protocol import DiagnosticThresholds
-from ..report import _number, _strict, _text_table
+from ..report import _number, _strict, text_table
 from .records import AUDITED
 from .results import ScanResult, _in_time
 from .store import layers_by_record
@@ -154,7 +154,7 @@ class ThresholdSweep:
                     ),
                 ]
             )
-        lines += [f"  {line}" for line in _text_table(header, rows)]
+        lines += [f"  {line}" for line in text_table(header, rows)]
         return "\n".join(lines)
 
 

@@ -17,19 +17,13 @@ pytest.importorskip("jinja2", reason="needs the extra 'scan'")
 from studies import CONFIG, figures, record
 
 from benchmarks import study
+from benchmarks.scan_report import CHROMIUM_OPTIONS
 from fadiag_fast.scanning import ScanResult, ScanWriter
 from fadiag_fast.scanning.html import page_data, render, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 OPTIONS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
+    *CHROMIUM_OPTIONS,
     "--enable-logging=stderr",
     "--window-size=1280,1400",
 )
