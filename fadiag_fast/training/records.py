@@ -1,0 +1,126 @@
+"""What the probe says of one training step, as plain numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ..protocol import growth_ratios
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """The figures of one optimiser step; n hidden states are observed.
+
+    Attributes:
+        step: optimiser steps finished before this one: the first is 0.
+        layers: names of the hidden states, ``n``.
+        hidden_norms: median ‖h_l‖ over the step's samples, ``n``.
+        rms_norms: ``hidden_norms`` over the root of the number of features, ``n``.
+        grad_norms: median ‖g_l‖ over the step's samples, ``n``: of the loss as it was trained, with
+            the factor 1/B of a mean; a gradient scaler's factor is removed.
+        credit_gains: median ‖g_l‖ / ‖∂loss/∂logits‖ over the step's samples, ``n``.
+        output_grad_norm: median ‖∂loss/∂logits‖.
+        stabilities: per state the mean cosine of this step's batch-mean gradient with those of the
+            last K recorded steps, ``n``; NaN where none is kept.
+        average_cosines: the same with their exponential average, ``n``.
+        num_directions: how many past directions ``stabilities`` is a mean over.
+        num_samples: samples of the step, over all micro-batches and ranks.
+        micro_batches: forward passes with a backward pass in this step.
+        skipped: whether a gradient scaler skipped the step, for it met an infinity or a NaN.
+        loss_scale: the factor that was removed; 1.0 without a scaler.
+        autocast: the dtype of autocast in the forward pass, such as ``bfloat16``; None without.
+        unreached: observed states that no forward or no gradient reached in this step; their
+            figures are NaN.
+    """
+
+    step: int
+    layers: tuple[str, ...]
+    hidden_norms: tuple[float, ...]
+    rms_norms: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    credit_gains: tuple[float, ...]
+    output_grad_norm: float
+    stabilities: tuple[float, ...]
+    average_cosines: tuple[float, ...]
+    num_directions: int
+    num_samples: int
+    micro_batches: int = 1
+    skipped: bool = False
+    loss_scale: float = 1.0
+    autocast: str | None = None
+    unreached: tuple[str, ...] = ()
+
+    @property
+    def growth(self) -> float:
+        """Largest ‖h_{l+1}‖ / ‖h_l‖ of medians, as diagnostic (a) reads it; 1.0 for one state."""
+        ratios = [ratio for ratio in growth_ratios(self.hidden_norms) if not math.isnan(ratio)]
+        return max(ratios, default=1.0)
+
+    @property
+    def growth_layer(self) -> str:
+        """The state that the largest growth leads to."""
+        ratios = growth_ratios(self.hidden_norms)
+        at = max(
+            range(len(ratios)),
+            key=lambda l: -math.inf if math.isnan(ratios[l]) else ratios[l],
+            default=-1,
+        )
+        return self.layers[at + 1]
+
+    def metrics(self, prefix: str = "fadiag/") -> dict[str, float]:
+        """Return flat names and numbers for a logger: ``fadiag/grad_norm/blocks.3`` and so on."""
+        found = {f"{prefix}growth": self.growth, f"{prefix}output_grad_norm": self.output_grad_norm}
+        for title, values in (
+            ("hidden_norm", self.hidden_norms),
+            ("grad_norm", self.grad_norms),
+            ("credit_gain", self.credit_gains),
+            ("stability", self.stabilities),
+            ("average_cosine", self.average_cosines),
+        ):
+            for layer, value in zip(self.layers, values, strict=True):
+                if not math.isnan(value):
+                    found[f"{prefix}{title}/{layer}"] = value
+        return found
+
+    def to_json(self) -> str:
+        """Return one line of JSON; NaN and infinities stand as null and ``"inf"``, ``"-inf"``."""
+        return json.dumps({name: _to_json(value) for name, value in asdict(self).items()})
+
+    @classmethod
+    def from_json(cls, line: str) -> StepRecord:
+        """Return what :meth:`to_json` wrote; names that this version does not know are left out."""
+        return cls.from_mapping(json.loads(line))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> StepRecord:
+        """Return a record from the values of a JSON line."""
+        known = {field.name: field for field in fields(cls)}
+        return cls(
+            **{
+                name: _from_json(value, text=name in ("layers", "unreached", "autocast"))
+                for name, value in values.items()
+                if name in known
+            }
+        )
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    return value
+
+
+def _from_json(value: Any, text: bool) -> Any:
+    if isinstance(value, list):
+        return tuple(_from_json(item, text) for item in value)
+    if text:
+        return value
+    if value is None:
+        return math.nan
+    return float(value) if isinstance(value, str) else value
