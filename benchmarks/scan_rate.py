@@ -36,6 +36,8 @@ class Study:
     checkpoints: int
     batches: int
     batch_size: int
+    target: float  # times as fast as the loop
+    dtype: torch.dtype = torch.float32
 
 
 def _residual_states(model: Any, x: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -55,6 +57,25 @@ def _cnn_states(model: Any, x: Tensor) -> tuple[list[Tensor], Tensor]:
     return hiddens, model.out_head(x)
 
 
+def _vit_states(model: Any, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    h = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    hiddens = [h]
+    for block in model.blocks:
+        h = block(h)
+        hiddens.append(h)
+    return hiddens, model.forward_head(model.norm(h))
+
+
+def _vit(dtype: torch.dtype) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import timm
+
+        model: nn.Module = timm.create_model("vit_small_patch16_224", num_classes=10)
+        return model.to(dtype)
+
+    return build
+
+
 def studies(device: torch.device, quick: bool) -> list[Study]:
     """Return what is measured on a device."""
     large = device.type == "cuda" and not quick
@@ -67,6 +88,12 @@ def studies(device: torch.device, quick: bool) -> list[Study]:
         return build_model("smallcnn", input_shape=image, num_classes=10)
 
     few = 8 if quick else 128
+    vits = [
+        Study(
+            f"ViT-S/16 {name}, 4×64", _vit(dtype), _vit_states, (3, 224, 224), 64, 4, 64, 4.0, dtype
+        )
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    ]
     return [
         Study(
             "ResidualMLP d256 L4, 10×128",
@@ -76,16 +103,19 @@ def studies(device: torch.device, quick: bool) -> list[Study]:
             1024 if large else few,
             10,
             128,
+            30.0 if large else 2.0,
         ),
         Study(
             "SmallCNN, 8×128",
             smallcnn,
             _cnn_states,
             image,
-            256 if large else max(4, few // 8),
+            256 if large else max(4, few // 4),
             8,
             128,
+            10.0 if large else 1.3,
         ),
+        *(vits if large else []),
     ]
 
 
@@ -124,6 +154,29 @@ def plain_loop(study: Study, paths: list[Path], batches: list[Any], model: nn.Mo
     return found
 
 
+def _busy(paths: list[Path], model: nn.Module, batches: list[Any]) -> float:
+    """Return the share of a scan's wall time in which a kernel ran, from torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with tempfile.TemporaryDirectory() as out:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            began = time.perf_counter()
+            scan(paths, model, batches, out)
+            torch.cuda.synchronize()
+            wall = time.perf_counter() - began
+        spans = sorted(
+            (event.time_range.start, event.time_range.end)
+            for event in profiler.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA
+            and "memcpy" not in event.name.lower()
+        )
+    covered, last = 0.0, 0.0
+    for start, end in spans:
+        covered += max(0.0, end - max(start, last))
+        last = max(last, end)
+    return round(covered / 1e6 / wall, 3)
+
+
 def run(device: torch.device, results: Path, quick: bool) -> Path:
     """Time loop and scan in turns over the same files; write checkpoints per second."""
     written = []
@@ -133,7 +186,7 @@ def run(device: torch.device, results: Path, quick: bool) -> Path:
         template = study.build().to(device)
         batches = [
             (
-                torch.randn(study.batch_size, *study.shape, device=device),
+                torch.randn(study.batch_size, *study.shape, device=device, dtype=study.dtype),
                 torch.randint(0, 10, (study.batch_size,), device=device),
             )
             for _ in range(study.batches)
@@ -154,8 +207,9 @@ def run(device: torch.device, results: Path, quick: bool) -> Path:
                 nonlocal stack
                 stack = progress.stack
 
+            # The loop takes as long for each: of a large study a part tells.
+            some = paths if device.type == "cpu" else paths[:64]
             for _ in range(1 if quick else ROUNDS):
-                some = paths if device.type == "cpu" else paths[:128]
                 began = time.perf_counter()
                 plain_loop(study, some, batches, template)
                 times["plain loop"].append((time.perf_counter() - began) / len(some))
@@ -164,6 +218,7 @@ def run(device: torch.device, results: Path, quick: bool) -> Path:
                     found = scan(paths, template, batches, out, on_progress=note)
                     times["scan"].append((time.perf_counter() - began) / len(paths))
                     assert len(found) == len(paths)
+            busy = _busy(paths, template, batches) if device.type == "cuda" else None
             median = {name: sorted(seconds)[len(seconds) // 2] for name, seconds in times.items()}
             for name, seconds in median.items():
                 written.append(
@@ -174,7 +229,9 @@ def run(device: torch.device, results: Path, quick: bool) -> Path:
                         "megabytes": round(nbytes / 1e6, 1),
                         "ms_each": round(1e3 * seconds, 3),
                         "ratio": round(median["plain loop"] / seconds, 2),
+                        "target": study.target if name == "scan" else "",
                         "stack": stack if name == "scan" else "",
+                        "device_busy": busy if name == "scan" else "",
                         "rounds": len(times[name]),
                         **here,
                     }

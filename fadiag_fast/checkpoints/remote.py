@@ -95,6 +95,19 @@ def local_copy(url: str) -> Iterator[Path]:
             raise
 
 
+def expand_url(pattern: str) -> list[str]:
+    """Return the URLs that a glob matches, sorted.
+
+    Raises:
+        CheckpointError: as :func:`open_filesystem`, or the file system cannot be listed.
+    """
+    filesystem, path = open_filesystem(pattern)
+    try:
+        return sorted(filesystem.unstrip_protocol(found) for found in filesystem.glob(path))
+    except Exception as error:
+        raise unreachable(pattern, error) from error
+
+
 def is_local(filesystem: Any) -> bool:
     protocol = filesystem.protocol
     return "file" in ((protocol,) if isinstance(protocol, str) else protocol)

@@ -124,12 +124,9 @@ def read_into(
     torch.save files that differ in weights, in numbers and truth values beside the weights, and in
     texts of the same length; safetensors files with the same header.
 
-    Hashing takes longer than reading from the page cache: SHA-256 makes 1.8 GB/s of a core with SHA
-    instructions (AMD EPYC), reading 5 to 8. Both leave the interpreter's lock, so where there are
-    cores to spare hashing costs those (three for 1,000 files of 5 MB a second) and little time; on
-    two it decides the rate of reading. It is therefore the caller's choice. A scan wants it: a file
-    that was replaced under its name must be audited again. Checksums in a zip file would be free,
-    but they are what the file says of itself, and may be switched off where it is written.
+    Whether the bytes are hashed is the caller's choice. A scan wants it: a file that was replaced
+    under its name must be audited again. Checksums in a zip file would be free, but they are what
+    the file says of itself, and may be switched off where it is written.
 
     Args:
         path: file, folder or URL, as for `load_checkpoint`.

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Literal
 
 import torch
@@ -19,29 +17,20 @@ from torch.utils._pytree import tree_leaves
 
 from ..batches import check_batch, device_of, sample_counts, to_device
 from ..capture import Loss, Output, untouched
-from ..checkpoints import (
-    CheckpointError,
-    MissingCheckpoint,
-    NoStateDict,
-    StateDictMismatch,
-    UnsafeCheckpoint,
-    load_checkpoint,
-    load_into,
-)
+from ..checkpoints.remote import expand_url, is_url, open_filesystem
 from ..protocol import DiagnosticThresholds
 from ..statistics import Reduction, SampleReduction
 from ..taps import Select, unwrap
-from .hashing import ContentHasher, content_hash
+from .hashing import ContentHasher
+from .passes import Auditor, Measured, Pending, Way
+from .reading import Group, Read, Reader, Rows, kind_of
 from .records import CheckpointRecord
 from .results import ScanResult
+from .search import Search
 from .series import Entry, read_manifest, series
-from .stack import Auditor, Layout, RowModel, Slab
 from .store import ScanWriter
+from .weights import Fit
 
-# Sizes that the search for a stack goes through; a step must pay to be kept.
-_GROWTH = 4
-_WORTHWHILE = 1.10
-_LARGEST_STACK = 256
 # Of the memory that is free, what a stack may be expected to take.
 _MEMORY_SHARE = 0.6
 
@@ -80,18 +69,6 @@ class Progress:
         return (self.total - self.done) / self.rate if self.rate else float("inf")
 
 
-@dataclass
-class _Read:
-    """What a reader thread made of one checkpoint; its weights are in the slab's row."""
-
-    entry: Entry
-    content: str | None = None
-    nbytes: int | None = None
-    reused: bool = False
-    error_kind: str | None = None
-    error: str | None = None
-
-
 def scan(
     checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Sequence[Entry],
     model: nn.Module,
@@ -114,7 +91,8 @@ def scan(
     """Audit every checkpoint of a study and record what was found, as it is found.
 
     Args:
-        checkpoints: paths, a glob (``runs/**/*.pt``) or entries that already have run and step.
+        checkpoints: paths, URLs, globs (``runs/**/*.pt``, ``s3://bucket/runs/*.pt``) or entries
+            that already have run and step.
         model: the architecture that they belong to, on the device that is to compute. Its own
             weights are not used, and it is left as it was.
         eval_batches: (x, y) pairs, as :func:`fadiag_fast.diagnose` takes them; all are kept on the
@@ -160,9 +138,16 @@ def scan(
         loss = None if loss is nn.functional.cross_entropy else loss
         options = {"select": taps, "loss": loss, "output": output, "batch_dim": batch_dim}
         auditor = Auditor(model, batches, options, how)
-        run = _Scan(model, device, auditor, writer, unsafe_pickle, workers, on_progress)
-        run.config = writer.configure(_configuration(model, batches, auditor, loss, how))
-        run.scan(entries, stack)
+        config = writer.configure(_configuration(model, batches, auditor, loss, how))
+        workers = workers or min(8, os.cpu_count() or 1)
+        reader = Reader(model, device, writer, config, unsafe_pickle, workers)
+        try:
+            most = _most(device, reader.row_bytes)
+            search = Search(auditor, stack, most, len(entries))
+            run = _Scan(auditor, reader, search, writer, config, len(entries), on_progress)
+            run.run(entries, min(2 * workers, most))
+        finally:
+            reader.close()
     return ScanResult.load(out)
 
 
@@ -182,21 +167,34 @@ def _entries(checkpoints: Any, pattern: str | Sequence[str] | None, manifest: An
     else:
         paths: list[str] = []
         for item in map(os.fspath, given):
-            matches = sorted(glob.glob(item, recursive=True)) if glob.has_magic(item) else [item]
-            paths += matches or [item]
+            paths += _matches(item) or [item]
         # Run names that do not depend on which files a glob happens to find.
         magic = [item for item in map(os.fspath, given) if glob.has_magic(item)]
         root = _fixed_part(magic[0]) if len(given) == len(magic) == 1 else None
         found = series(paths, pattern, root=root)
-    known = {os.path.abspath(entry.path): entry for entry in listed}
-    found = [known.pop(os.path.abspath(entry.path), entry) for entry in found]
+    known = {_absolute(entry.path): entry for entry in listed}
+    found = [known.pop(_absolute(entry.path), entry) for entry in found]
     if not found:
         raise ValueError("scan: expected at least one checkpoint, got none")
     return found
 
 
+def _matches(item: str) -> list[str]:
+    if not glob.has_magic(item):
+        return [item]
+    return expand_url(item) if is_url(item) else sorted(glob.glob(item, recursive=True))
+
+
+def _absolute(path: str) -> str:
+    return path if is_url(path) else os.path.abspath(path)
+
+
 def _fixed_part(pattern: str) -> str:
     """Return the folder above a glob's first wildcard."""
+    if is_url(pattern):
+        plain = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.split("/"))
+        filesystem, path = open_filesystem("/".join(plain))
+        return str(filesystem.unstrip_protocol(path))  # as the matches are written
     parts = Path(pattern).parts
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     return str(Path(*parts[:fixed])) if fixed else ""
@@ -211,187 +209,164 @@ def _configuration(
         if isinstance(leaf, Tensor):
             raw = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             hasher.update(raw.numpy().tobytes())
+    weights = (*model.named_parameters(), *model.named_buffers())
     return {
         "model": type(model).__name__,
-        "weights": [[p.name, list(p.shape), str(p.dtype)] for p in auditor.layout.places],
+        "weights": [[name, list(t.shape), str(t.dtype)] for name, t in weights],
         "batches": hasher.result(),
         "taps": [tap.where for tap in auditor.taps.points],
-        "loss": "cross-entropy" if loss is None else getattr(loss, "__qualname__", repr(loss)),
+        "loss": "cross-entropy" if loss is None else _loss_name(loss),
         "reduction": how.kind,
         "feature_dim": how.feature_dim,
     }
 
 
+def _loss_name(loss: Any) -> str:
+    """Return a loss's name, with what it does where the name does not say that."""
+    name = getattr(loss, "__qualname__", repr(loss))
+    code = getattr(loss, "__code__", None)
+    if code is None:
+        return str(name)
+    held = [cell.cell_contents for cell in getattr(loss, "__closure__", None) or ()]
+    values = (*_values(held), *_values(loss.__defaults__ or ()))
+    hasher = ContentHasher()
+    hasher.update(repr((_code(code), values)).encode())
+    return f"{name} {hasher.result()}"
+
+
+def _code(code: Any) -> tuple[Any, ...]:
+    """Return what a function does, without where it stands."""
+    consts = (_code(c) if hasattr(c, "co_code") else repr(c) for c in code.co_consts)
+    return (code.co_code.hex(), code.co_names, *consts)
+
+
+def _values(values: Iterable[Any]) -> tuple[str, ...]:
+    """Return plain values as text, and of others the type: an address says nothing."""
+    plain = (str, bytes, int, float, bool, type(None))
+    return tuple(repr(v) if isinstance(v, plain) else type(v).__qualname__ for v in values)
+
+
 class _Scan:
     """One scan under way."""
 
-    config = ""
-
     def __init__(
         self,
-        model: nn.Module,
-        device: torch.device,
         auditor: Auditor,
+        reader: Reader,
+        search: Search,
         writer: ScanWriter,
-        unsafe_pickle: bool,
-        workers: int | None,
+        config: str,
+        total: int,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
-        self.model, self.device, self.auditor, self.writer = model, device, auditor, writer
-        self.unsafe_pickle = unsafe_pickle
-        self.workers = workers or min(8, os.cpu_count() or 1)
+        self.auditor, self.reader, self.search = auditor, reader, search
+        self.writer, self.config, self.total = writer, config, total
         self.on_progress = on_progress
-        self.layout: Layout = auditor.layout
-        # Each reader needs a model to load into; there are as many as readers.
-        self.row_models: SimpleQueue[RowModel] = SimpleQueue()
-        tensors = (*model.named_parameters(), *model.named_buffers())
-        values = {name: tensor.detach().cpu() for name, tensor in tensors}
-        for _ in range(self.workers):
-            self.row_models.put(RowModel(model, self.layout, values))
         self.started = time.perf_counter()
         self.done = self.failed = self.reused = self.bytes = 0
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self.device_name = name
+        cuda = auditor.device.type == "cuda"
+        self.device_name = torch.cuda.get_device_name(auditor.device) if cuda else "cpu"
 
-    # ---- reading
+    def run(self, entries: Sequence[Entry], fewest: int) -> None:
+        """Read one group while another is computed and a third is written down.
 
-    def _read(self, entry: Entry, row: Tensor) -> _Read:
-        """Read one checkpoint into a row. Runs in a reader thread; raises nothing."""
-        found = _Read(entry)
-        model = self.row_models.get()
+        Args:
+            fewest: checkpoints that are read together at least, so that all readers are at work.
+        """
+        at = 0
+
+        def begin() -> Group | None:
+            nonlocal at
+            stack = self.search.way.stack
+            chunk = entries[at : at + -(-fewest // stack) * stack]
+            at += len(chunk)
+            return self.reader.begin(chunk) if chunk else None
+
+        previous: _Launched | None = None
+        group = begin()
+        while group is not None:
+            launched = self._launch(group)
+            if previous is not None:
+                previous.wait()
+            # Its rows are free now: the next group is read into them.
+            following = begin()
+            if previous is not None:
+                self._finish(previous)
+            previous, group = launched, following
+        if previous is not None:
+            previous.wait()
+            self._finish(previous)
+
+    def _launch(self, group: Group) -> _Launched:
+        """Wait for a group to be read, and begin to compute it."""
+        reads = [future.result() for future in group.reads]
+        launched = _Launched(reads)
+        by_fit: dict[int, tuple[Fit, list[int]]] = {}
+        for i, read in enumerate(reads):
+            if read.fit is not None:
+                by_fit.setdefault(id(read.fit), (read.fit, []))[1].append(i)
+        for fit, indices in by_fit.values():
+            waiting = list(indices)
+            while waiting:
+                part = waiting[: self.search.way.stack]
+                if self._measure(group.rows, fit, part, launched):
+                    waiting = waiting[len(part) :]
+        return launched
+
+    def _measure(self, rows: Rows, fit: Fit, part: list[int], launched: _Launched) -> bool:
+        """Begin to compute a stack; return whether it is dealt with, or must be tried again."""
+        way = self.search.way
         try:
-            with suppress(OSError):
-                found.nbytes = _size(Path(entry.path))
-            found.content = content_hash(entry.path)
-            if self.writer.done(found.content, self.config):
-                found.reused = True
-                return found
-            checkpoint = load_checkpoint(entry.path, unsafe_pickle=self.unsafe_pickle)
-            with torch.no_grad():
-                load_into(model.at(row), checkpoint)
-        except Exception as error:  # whatever a file holds, the others go on
-            found.error_kind, found.error = _kind(error), str(error) or repr(error)
-        finally:
-            self.row_models.put(model)
-        return found
+            launched.parts.append((part, self.search.measure(rows.of(fit, part), fit)))
+        except torch.OutOfMemoryError as error:
+            if len(part) > 1 or way != Way():
+                self.search.shrink(len(part))
+                return False
+            launched.failed[part[0]] = error
+        except Exception as error:  # a model's forward may raise anything
+            if way.stack > 1:
+                # A model that cannot be mapped over; or one bad row: alone they are told apart.
+                self.search.refuse(error)
+                return False
+            launched.failed[part[0]] = error
+        return True
 
-    # ---- computing
-
-    def scan(self, entries: Sequence[Entry], stack: int | Literal["auto"]) -> None:
-        most = self._most()
-        search = _Search(stack, most)
-        search.total = len(entries)
-        waiting = _chunks(entries, search, min(2 * self.workers, most))
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="fadiag-read") as pool:
-            slabs: list[Slab | None] = [None, None]
-            turn = 0
-            pending = self._begin(pool, next(waiting, []), slabs, turn)
-            while pending is not None:
-                chunk, slab, reads = pending
-                # The next group is read while this one is computed.
-                turn = 1 - turn
-                following = self._begin(pool, next(waiting, []), slabs, turn)
-                self._finish(chunk, slab, [read.result() for read in reads], search)
-                pending = following
-
-    def _most(self) -> int:
-        """Return how many checkpoints' weights fit, twice on the host and once on the device."""
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-        else:
-            free = _free_host_bytes()
-        # Activations are not known yet; an error for want of memory shrinks the stack.
-        return max(1, int(_MEMORY_SHARE * free / (4 * self.layout.row_bytes)))
-
-    def _begin(
-        self,
-        pool: ThreadPoolExecutor,
-        chunk: list[Entry],
-        slabs: list[Slab | None],
-        turn: int,
-    ) -> tuple[list[Entry], Slab, list[Future[_Read]]] | None:
-        if not chunk:
-            return None
-        slab = slabs[turn]
-        if slab is None or len(slab) < len(chunk):
-            slab = slabs[turn] = Slab(self.layout, len(chunk), self.device)
-        reads = [pool.submit(self._read, entry, slab.on_host[i]) for i, entry in enumerate(chunk)]
-        return chunk, slab, reads
-
-    def _finish(self, chunk: list[Entry], slab: Slab, reads: list[_Read], search: _Search) -> None:
-        began = time.perf_counter()
-        good = [i for i, read in enumerate(reads) if read.error_kind is None and not read.reused]
-        records: list[CheckpointRecord] = []
-        if good:
-            rows = slab.to_device(len(chunk))
-            rows = rows if len(good) == len(chunk) else rows[good]
-            outcome = self._measure(rows, search)
-            seconds = (time.perf_counter() - began) / len(good)
-            search.measured(len(good), seconds)
-            for position, i in enumerate(good):
-                records.append(self._record(reads[i], outcome[position], seconds))
-        for read in reads:
+    def _finish(self, launched: _Launched) -> None:
+        """Write down what was computed."""
+        outcomes: dict[int, Any] = dict(launched.failed)
+        for part, measured in launched.measured:
+            rows = zip(measured.figures, measured.finite, measured.accuracies, strict=True)
+            outcomes.update(zip(part, rows, strict=True))
+        records = []
+        for i, read in enumerate(launched.reads):
             if read.reused and read.content is not None:
                 self.writer.reuse(read.entry, read.content, self.config)
                 self.reused += 1
-            elif read.error_kind is not None:
-                records.append(self._record(read, None, 0.0))
+            else:
+                records.append(self._record(read, outcomes.get(i), launched.seconds_each))
         self.writer.add(*records)
         self.failed += sum(record.figures is None for record in records)
-        self.done += len(chunk)
-        self.bytes += sum(read.nbytes or 0 for read in reads)
+        self.done += len(launched.reads)
+        self.bytes += sum(read.nbytes or 0 for read in launched.reads)
         if self.on_progress is not None:
-            seconds = time.perf_counter() - self.started
             self.on_progress(
                 Progress(
                     self.done,
                     self.failed,
                     self.reused,
-                    search.total,
+                    self.total,
                     self.bytes,
-                    seconds,
-                    search.size,
-                    chunk[-1].path,
+                    time.perf_counter() - self.started,
+                    self.search.way.stack,
+                    launched.reads[-1].entry.path,
                 )
             )
 
-    def _measure(self, rows: Tensor, search: _Search) -> list[Any]:
-        """Return per row (figures, finite, accuracy), or the exception that it met."""
-        found: list[Any] = []
-        at = 0
-        while at < len(rows):
-            count = min(search.size, len(rows) - at)
-            part = rows[at : at + count]
-            try:
-                stacked = count > 1 and search.can_stack
-                if stacked:
-                    self.auditor.prepare_stacks()
-                measured = self.auditor.measure(part, stacked)
-            except torch.OutOfMemoryError as error:
-                _release(self.device)
-                if count > 1:
-                    search.shrink(count)
-                    continue
-                found.append(error)
-            except Exception as error:  # a model's forward may raise anything
-                if count > 1 and search.can_stack:
-                    # A model that cannot be mapped over; or one bad row: alone they are told apart.
-                    search.refuse(error)
-                    continue
-                if count > 1:
-                    search.size = 1
-                    continue
-                found.append(error)
-            else:
-                found += zip(measured.figures, measured.finite, measured.accuracies, strict=True)
-            at += count
-        return found
-
-    def _record(self, read: _Read, outcome: Any, seconds: float) -> CheckpointRecord:
+    def _record(self, read: Read, outcome: Any, seconds: float) -> CheckpointRecord:
         entry = read.entry
         kind, error, figures, accuracy = read.error_kind, read.error, None, None
         if isinstance(outcome, BaseException):
-            kind, error = _kind(outcome), str(outcome)
+            kind, error = kind_of(outcome), str(outcome) or repr(outcome)
         elif outcome is not None:
             figures, finite, accuracy = outcome
             if not finite:
@@ -418,92 +393,33 @@ class _Scan:
             sample_shapes=None if figures is None else figures.shapes,
             bytes=read.nbytes,
             device=self.device_name,
-            seconds=seconds,
+            seconds=seconds if figures is not None else 0.0,
         )
 
 
-class _Search:
-    """Find the stack size: grow while that is faster, shrink for want of memory."""
+class _Launched:
+    """A group whose figures are being computed."""
 
-    def __init__(self, asked: int | Literal["auto"], most: int) -> None:
-        if asked != "auto" and (not isinstance(asked, int) or asked < 1):
-            raise ValueError(f"scan: stack: expected 'auto' or at least 1, got {asked!r}")
-        self.automatic = asked == "auto"
-        self.size = 1 if asked == "auto" else int(asked)
-        self.most = max(1, min(most, _LARGEST_STACK)) if self.automatic else self.size
-        self.can_stack = True
-        self.reason = ""
-        self.total = 0
-        self._best: tuple[float, int] = (float("inf"), 1)
-        self._settled = not self.automatic
-        self._warm = False
+    def __init__(self, reads: list[Read]) -> None:
+        self.reads = reads
+        self.parts: list[tuple[list[int], Pending]] = []
+        self.failed: dict[int, BaseException] = {}
+        self.measured: list[tuple[list[int], Measured]] = []
+        self.seconds_each = 0.0
+        self._began = time.perf_counter()
 
-    def measured(self, count: int, seconds_each: float) -> None:
-        """Take note of what a full group of the present size cost per checkpoint."""
-        if self._settled or count < self.size:
-            return
-        if seconds_each > 2 * self._best[0]:
-            self.size, self._settled = self._best[1], True  # no second look at what is this slow
-            return
-        if not self._warm:
-            self._warm = True  # the first group of a size pays for allocations and autotuning
-            return
-        if seconds_each * _WORTHWHILE < self._best[0]:
-            self._best = (seconds_each, self.size)
-            larger = min(self.size * _GROWTH, self.most)
-            self._settled = larger == self.size
-            self.size, self._warm = larger, False
-        else:
-            self.size, self._settled = self._best[1], True
-
-    def shrink(self, count: int) -> None:
-        """Halve the stack after an error for want of memory."""
-        self.size = self.most = max(1, count // 2)
-        self._settled = True
-
-    def refuse(self, error: BaseException) -> None:
-        """Give up stacking."""
-        self.can_stack, self.reason = False, str(error).splitlines()[0] if str(error) else ""
-        self.size, self._settled = 1, True
+    def wait(self) -> None:
+        """Wait until the figures are there, and the rows may be written to."""
+        self.measured = [(part, pending.result()) for part, pending in self.parts]
+        count = sum(len(part) for part, _ in self.parts)
+        self.seconds_each = (time.perf_counter() - self._began) / max(1, count)
 
 
-def _chunks(entries: Sequence[Entry], search: _Search, fewest: int) -> Iterator[list[Entry]]:
-    """Cut the entries into groups that are read together: of a stack, and enough for all readers.
-
-    The size is asked for anew for each group.
-    """
-    at = 0
-    while at < len(entries):
-        size = max(search.size, fewest)
-        size -= size % search.size
-        yield list(entries[at : at + size])
-        at += size
-
-
-def _kind(error: BaseException) -> str:
-    """Return the word for an error that a row has."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, PermissionError):
-            return "permission"
-        cause = cause.__cause__ or cause.__context__
-    for kind, types in (
-        ("missing", (MissingCheckpoint, FileNotFoundError)),
-        ("unsafe", (UnsafeCheckpoint,)),
-        ("no weights", (NoStateDict,)),
-        ("wrong model", (StateDictMismatch,)),
-        ("unreadable", (CheckpointError, OSError)),
-        ("out of memory", (torch.OutOfMemoryError, MemoryError)),
-    ):
-        if isinstance(error, types):
-            return kind
-    return "error"
-
-
-def _size(path: Path) -> int:
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return path.stat().st_size
+def _most(device: torch.device, row_bytes: int) -> int:
+    """Return how many checkpoints' weights fit, in two groups of rows and a graph's own."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
+    # Activations are not known yet; an error for want of memory shrinks the stack.
+    return max(1, int(_MEMORY_SHARE * free / (4 * row_bytes)))
 
 
 def _free_host_bytes() -> int:
@@ -515,8 +431,3 @@ def _free_host_bytes() -> int:
     except OSError:
         pass
     return 4 << 30
-
-
-def _release(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -311,7 +311,7 @@ def page_data(result: ScanResult, most_states: int = MOST_STATES) -> dict[str, A
             words.place("\n".join(row["remarks"] or [])) if not row["error"] else row["error"]
             for row in rows
         ],
-        "hash": [(row["content_hash"] or "").removeprefix("sha256:") for row in rows],
+        "hash": [(row["content_hash"] or "").partition(":")[2] for row in rows],
         "device": [words.place(row["device"]) for row in rows],
         "seconds": _figures(row["seconds"] for row in rows),
         "bytes": [row["bytes"] for row in rows],

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from fadiag_fast.capture import Probe
 from fadiag_fast.scanning import ScanResult, ScanWriter, scan
 
 pytest.importorskip("pyarrow")
+
+from fadiag_fast.scanning.passes import Way
 
 
 @pytest.fixture(autouse=True)
@@ -206,17 +210,17 @@ def test_other_thresholds_judge_again_without_measuring(tmp_path):
 
 
 def test_an_error_for_want_of_memory_shrinks_the_stack(tmp_path, monkeypatch):
-    from fadiag_fast.scanning.stack import Auditor
+    from fadiag_fast.scanning.passes import Auditor
 
     models = study(tmp_path / "runs", range(4))
     sizes = []
     original = Auditor.measure
 
-    def scarce(self, rows, stacked):
+    def scarce(self, rows, fit, way):
         sizes.append(len(rows))
         if len(rows) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(self, rows, stacked)
+        return original(self, rows, fit, way)
 
     monkeypatch.setattr(Auditor, "measure", scarce)
     batches = batches_of()
@@ -225,23 +229,129 @@ def test_an_error_for_want_of_memory_shrinks_the_stack(tmp_path, monkeypatch):
     assert sizes[:3] == [8, 4, 2]
 
 
-def test_the_search_grows_while_it_pays_and_turns_back():
-    from fadiag_fast.scanning.driver import _Search
+class Costs:
+    """An auditor's outside: what ways there are, and what each would take."""
 
-    def settled(cost, most=64):
-        search = _Search("auto", most)
-        sizes = []
+    device = torch.device("cpu")
+
+    def __init__(self, cost, ways=(), wrong=(), layouts=False):
+        self.cost, self.ways, self.wrong, self.layouts = cost, list(ways), set(wrong), layouts
+        self.measured = []
+
+    def candidates(self):
+        return self.ways
+
+    def with_other_layout(self, way):
+        return replace(way, channels_last=True) if self.layouts else None
+
+    def alike(self, columns, others):
+        return columns == others
+
+    def forget_graphs(self):
+        pass
+
+    def measure(self, rows, fit, way):
+        self.measured.append((len(rows), way))
+        finite = [True] * len(rows)
+        return SimpleNamespace(
+            columns=way in self.wrong, result=lambda: SimpleNamespace(finite=finite)
+        )
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """Run a search whose measurements take what a function says; return the auditor and the way."""
+    from fadiag_fast.scanning import search
+
+    def run(auditor, stack="auto", most=64, total=10_000):
+        def seconds_of(call, device):
+            pending = call()
+            count, way = auditor.measured[-1]
+            return pending, count * auditor.cost(way)
+
+        monkeypatch.setattr(search, "seconds_of", seconds_of)
+        found = search.Search(auditor, stack, most, total)
         for _ in range(20):
-            sizes.append(search.size)
-            search.measured(search.size, cost(search.size))
-        return sizes
+            found.measure(torch.zeros(found.way.stack, 1), None)
+        return found.way
 
-    assert settled(lambda size: 1 / size)[-1] == 64
-    assert settled(lambda size: 1.0)[-1] == 1
-    assert settled(lambda size: abs(size - 4) + 1.0)[-1] == 4
-    # What is twice as slow gets one group, not two.
-    assert settled(lambda size: float(size)).count(4) == 1
-    assert settled(lambda size: 1 / size, most=5)[-1] == 5
+    return run
+
+
+def test_the_search_grows_while_it_pays_and_turns_back(settled):
+    assert settled(Costs(lambda way: 0.01 / way.stack)).stack == 64
+    assert settled(Costs(lambda way: 0.01)).stack == 1
+    assert settled(Costs(lambda way: 0.001 * (abs(way.stack - 4) + 1.0))).stack == 4
+    assert settled(Costs(lambda way: 0.01 / way.stack), most=5).stack == 5
+    assert settled(Costs(lambda way: 0.01 / way.stack), total=40).stack == 10
+    # What takes long alone gains nothing from company on a CPU.
+    assert settled(Costs(lambda way: 1 / way.stack)).stack == 1
+    # What is twice as slow is not measured a second time.
+    auditor = Costs(lambda way: 0.01 * way.stack)
+    assert settled(auditor).stack == 1
+    assert [count for count, _ in auditor.measured].count(4) == 1
+
+
+def test_the_search_takes_the_quickest_way_whose_figures_are_right(settled):
+    together, small = Way(samples=1280), Way(samples=32)
+    seconds = {Way(): 0.4, together: 0.1, small: 0.2, replace(small, channels_last=True): 0.15}
+
+    def cost(way):
+        return seconds[way]
+
+    auditor = Costs(cost, [small, together], layouts=True)
+    assert settled(auditor, stack=1) == replace(small, channels_last=True)
+    assert (1, together) not in auditor.measured  # smaller passes are quicker already
+    assert settled(Costs(cost, [small, together], wrong=[small]), stack=1) == together
+    assert settled(Costs(cost, [small, together], wrong=[small, together]), stack=1) == Way()
+    # Few checkpoints are not worth a trial.
+    assert settled(Costs(cost, [together, small]), stack=1, total=8) == Way()
+
+
+@pytest.mark.parametrize("samples", [0, 3, 6, 18, 54])
+@pytest.mark.parametrize("stack", [1, 3])
+def test_passes_may_be_shared_without_changing_figures(samples, stack, tmp_path):
+    from fadiag_fast.scanning.passes import Auditor
+    from fadiag_fast.scanning.weights import Fitter
+    from fadiag_fast.statistics import SampleReduction
+
+    models = [Branching().double() for _ in range(stack)]
+    fitter = Fitter(models[0])
+    rows = torch.zeros(stack, fitter.canonical.stop, dtype=torch.uint8)
+    for row, model in zip(rows, models, strict=True):
+        for name, view in fitter.canonical.views(row).items():
+            view.copy_(model.state_dict()[name])
+    batches = batches_of(dtype=torch.float64)
+    options = {"select": None, "loss": None, "output": None, "batch_dim": 0}
+    auditor = Auditor(models[0].eval(), batches, options, SampleReduction())
+    found = auditor.measure(rows, fitter.canonical, Way(stack, samples)).result()
+    for model, figures, accuracy in zip(models, found.figures, found.accuracies, strict=True):
+        report = diagnose(model, batches)
+        for name in ("residual_norms", "bp_grad_norms", "credit_gains", "stabilities"):
+            assert getattr(figures, name) == pytest.approx(getattr(report.figures, name), rel=1e-10)
+        assert accuracy == pytest.approx(report.provenance["accuracy_on_batches"], abs=1e-6)
+
+
+def test_samples_that_see_each_other_do_not_share_passes(tmp_path):
+    class Centred(Branching):
+        def forward(self, x):
+            return super().forward(x - x.mean(0))
+
+    models = study(tmp_path / "runs", range(12), Centred)
+    batches = batches_of()
+    result = scan(str(tmp_path / "runs/*/*.pt"), Centred(), batches, tmp_path / "out")
+    assert_like_diagnose(result, models, batches, 2e-5)
+
+
+def test_losses_without_a_name_of_their_own_are_told_apart():
+    from fadiag_fast.scanning.driver import _loss_name
+
+    def scaled(by):
+        return lambda logits, y: by * nn.functional.cross_entropy(logits, y)
+
+    assert _loss_name(scaled(1.0)) == _loss_name(scaled(1.0))
+    assert _loss_name(scaled(1.0)) != _loss_name(scaled(2.0))
+    assert _loss_name(lambda a, b: a.sum()) != _loss_name(lambda a, b: a.mean())
 
 
 def test_one_row_that_fails_alone_does_not_fail_its_stack(tmp_path):
@@ -276,6 +386,62 @@ def test_progress_counts_everything(tmp_path):
     last = seen[-1]
     assert (last.done, last.total, last.failed, last.reused) == (6 + len(bad), 6 + len(bad), 7, 0)
     assert last.bytes > 0
+
+
+def test_checkpoints_behind_a_url(tmp_path):
+    """fsspec's memory file system: what is no local file, with a glob and one that is missing."""
+    fsspec = pytest.importorskip("fsspec")
+    models = study(tmp_path / "runs", range(3))
+    memory = fsspec.filesystem("memory")
+    urls = {}
+    for path, model in models.items():
+        url = f"memory://study/{path.split('/runs/')[1]}"
+        with memory.open(url, "wb") as file, open(path, "rb") as local:
+            file.write(local.read())
+        urls[url] = model
+    batches = batches_of()
+    try:
+        glob = "memory://study/*/*.pt"
+        result = scan([glob, "memory://study/a/none.pt"], Branching(), batches, tmp_path / "out")
+        alone = scan(glob, Branching(), batches, tmp_path / "alone")
+        local = scan(str(tmp_path / "runs/*/*.pt"), Branching(), batches, tmp_path / "local")
+    finally:
+        memory.rm("/study", recursive=True)
+    assert result.failures().keys() == {"missing"}
+    assert {row["verdict"] for row in alone.rows} <= {r["verdict"] for r in local.rows}
+    assert [(r["run"], r["step"], r["content_hash"], r["bytes"]) for r in alone.rows] == [
+        (r["run"], r["step"], r["content_hash"], r["bytes"]) for r in local.rows
+    ]
+
+
+def test_files_that_are_laid_out_otherwise_are_measured_beside_the_others(tmp_path):
+    """Another dtype, tied names in one place, a prefix, an optimizer in front: loaded or fitted."""
+    from safetensors.torch import save_file
+
+    models = study(tmp_path / "runs", range(2))
+    torch.manual_seed(3)
+    for name, change in (
+        ("double", lambda state: {k: v.double() for k, v in state.items()}),
+        ("prefix", lambda state: {f"net.{k}": v for k, v in state.items()}),
+        ("reversed", lambda state: dict(reversed(state.items()))),
+        ("optimizer", lambda state: {"optimizer": torch.zeros(9999), "model": state}),
+    ):
+        model = Branching()
+        path = tmp_path / f"runs/{name}.pt"
+        torch.save(change(model.state_dict()), path)
+        models[str(path)] = model
+    legacy = Branching()
+    torch.save(
+        legacy.state_dict(), tmp_path / "runs/legacy.pt", _use_new_zipfile_serialization=False
+    )
+    models[str(tmp_path / "runs/legacy.pt")] = legacy
+    safe = Branching()
+    save_file(safe.state_dict(), tmp_path / "runs/safe.safetensors")
+    models[str(tmp_path / "runs/safe.safetensors")] = safe
+    for stack in (1, 4):
+        out = tmp_path / f"out{stack}"
+        result = scan(list(models), Branching(), batches := batches_of(), out, stack=stack)
+        assert_like_diagnose(result, models, batches, 2e-5)
 
 
 def test_nothing_to_scan(tmp_path):
@@ -426,3 +592,44 @@ def test_the_batch_size_of_sequence_first_states(tmp_path):
             expected = diagnose(models[path], batches, batch_dim=1).figures
             assert row["batch_size"] == expected.batch_size == 6
             assert figures.residual_norms == pytest.approx(expected.residual_norms, rel=2e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("stack", [1, 4, "auto"])
+@pytest.mark.parametrize("build", [Branching, Stateful], ids=["graphed", "without a graph"])
+def test_a_scan_on_a_gpu(stack, build, tmp_path):
+    """Stateful counts its calls on the host, which no graph does; its figures do not depend on it.
+
+    The GPU's figures are held to those of the CPU: float64 leaves rounding of some 1e-12.
+    """
+    models = study(tmp_path / "runs", range(20), lambda: build().double())
+    bad = faulty(tmp_path / "bad")
+    batches = batches_of(dtype=torch.float64)
+    model = build().double().cuda()
+    paths = [*models, *bad]
+    result = scan(paths, model, batches, tmp_path / "out", stack=stack)
+    rows = {row["path"]: row for row in result.rows}
+    assert {path: rows[path]["error_kind"] for path in bad} == bad
+    found = figures_by_path(result)
+    for path, reference in models.items():
+        report = diagnose(reference, batches)
+        assert found[path][0]["verdict"] == report.verdict
+        for name in ("residual_norms", "bp_grad_norms", "credit_gains", "stabilities"):
+            expected = getattr(report.figures, name)
+            assert getattr(found[path][1], name) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.cuda
+def test_a_scan_of_images_on_a_gpu(tmp_path):
+    def build():
+        stage = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)]
+        return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), stage, *head).double().eval()
+
+    models = study(tmp_path / "runs", range(20), build)
+    torch.manual_seed(2)
+    batches = [
+        (torch.randn(6, 1, 6, 6, dtype=torch.float64), torch.randint(0, 5, (6,))) for _ in range(8)
+    ]
+    result = scan(str(tmp_path / "runs/*/*.pt"), build().cuda(), batches, tmp_path / "out")
+    assert_like_diagnose(result, models, batches, 1e-9)

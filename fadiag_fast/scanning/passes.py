@@ -1,0 +1,487 @@
+"""From rows of weights to figures: how checkpoints and batches share forward passes.
+
+Samples do not see each other in eval mode, so that several evaluation batches may share a pass, or
+a batch be cut to what the cache holds; checkpoints of one architecture may lie side by side
+(torch.vmap). None of this changes a figure beyond rounding, and that is not assumed: the first
+checkpoint is measured batch by batch, and a way of sharing whose figures differ is not taken.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .. import ops
+from ..batches import check_labels
+from ..capture import Captured, Path, Probe, choose_output, classification_loss
+from ..protocol import Figures
+from ..statistics import SampleReduction, direction_figures, reduce_captured
+from ..taps import TapError, Taps
+from .weights import Fit
+
+# Of two ways that share passes differently, figures may differ by this much in 16 bits, and by a
+# tenth of it in others: rounding (also of TF32) in a network that is not chaotic. Where it is, or
+# where samples see each other, passes are not shared.
+_TOLERANCE = 1e-2
+
+# Samples of a pass whose states stay in a core's cache, for images of CIFAR's size.
+_CACHED_SAMPLES = 32
+
+# Each holds its own memory.
+_MOST_GRAPHS = 4
+
+
+@dataclass(frozen=True)
+class Way:
+    """How checkpoints and batches share forward passes.
+
+    Attributes:
+        stack: checkpoints side by side.
+        samples: of one pass, from batches laid end to end; 0 for batch by batch.
+        channels_last: whether images are laid out that way.
+    """
+
+    stack: int = 1
+    samples: int = 0
+    channels_last: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a stack of S checkpoints says, on the host.
+
+    Attributes:
+        figures: one per checkpoint, without a judged accuracy.
+        finite: per checkpoint whether all its weights are.
+        accuracies: per checkpoint over the evaluation batches; None where labels are no classes.
+    """
+
+    figures: list[Figures]
+    finite: list[bool]
+    accuracies: list[float | None]
+
+
+class _Unit:
+    """Samples of one batch in one pass, of S checkpoints: what is kept of them."""
+
+    def __init__(self, batch: int, reduced: Sequence[Any], index: int, y: Any) -> None:
+        self.batch = batch
+        hidden, grad, error, gain, means, logits, _ = reduced
+        self.norms = (hidden[:, index], grad[:, index], gain[:, index], error[:, index])
+        self.means = [mean[:, index] for mean in means]
+        self.logits = logits[:, index]
+        self.y = y
+
+
+class _UnitLoss:
+    """Sum a loss over the units of a pass, so that each sample's gradient is its batch's.
+
+    Args:
+        loss: the scan's; None for classification.
+        output: which part of a structured output counts as the logits.
+        units: of the pass.
+        batch_size: of the batches; given where plain labels allow one sum over all.
+    """
+
+    def __init__(self, loss: Any, output: Any, units: int, batch_size: int | None) -> None:
+        self.loss, self.output, self.units, self.batch_size = loss, output, units, batch_size
+
+    def __call__(self, output: Any, y: Any) -> Tensor:
+        if self.loss is None:
+            logits = output if isinstance(output, Tensor) else choose_output(output, self.output)
+            if self.batch_size is not None:
+                total = nn.functional.cross_entropy(logits, y, reduction="sum")
+                return total / self.batch_size
+            output, loss = logits, classification_loss
+        else:
+            loss = self.loss
+            if not isinstance(output, Tensor):
+                raise TapError("scan: expected a tensor to share between batches")
+        parts = zip(output.chunk(self.units), y.chunk(self.units), strict=True)
+        return torch.stack([loss(*part) for part in parts]).sum()
+
+
+class Auditor:
+    """Turn rows of weights into figures.
+
+    Args:
+        model: the architecture, on its device and in eval mode.
+        batches: (x, y) on that device.
+        options: what :class:`~fadiag_fast.capture.Probe` takes: select, loss, output, batch_dim.
+        reduction: see :class:`~fadiag_fast.statistics.SampleReduction`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[tuple[Any, Any]],
+        options: dict[str, Any],
+        reduction: SampleReduction,
+    ) -> None:
+        self.model = model
+        self.batches = batches
+        self.reduction = reduction
+        self._options = options
+        self._probes: dict[tuple[bool, int], Probe] = {}
+        self._end_to_end: dict[bool, tuple[Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[Way, int, int], _Graph] = {}
+        self._can_graph = True
+        alone = self._probe(False, 0)
+        for index, (x, y) in enumerate(batches):
+            plan = alone.prepare(x)
+            if options["loss"] is None and isinstance(y, Tensor):
+                check_labels(index, y, plan.spots[plan.output].shape, "scan")
+        self.device = plan.spots[plan.output].device
+        self._shareable = self._batches_alike()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.taps.labels
+
+    @property
+    def taps(self) -> Taps:
+        return self._probe(False, 0).taps
+
+    # ---- ways
+
+    def _batches_alike(self) -> bool:
+        """Say whether the batches can be laid end to end."""
+        first = self.batches[0]
+        for batch in self.batches:
+            for given, other in zip(batch, first, strict=True):
+                if not isinstance(given, Tensor) or not isinstance(other, Tensor):
+                    return False
+                if given.shape != other.shape or given.dtype != other.dtype or given.dim() == 0:
+                    return False
+        sizes = {len(tensor) for tensor in first}
+        return self._options["batch_dim"] == 0 and len(sizes) == 1
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of the first batch where batches are alike."""
+        return len(self.batches[0][0])
+
+    def _plain_labels(self) -> bool:
+        """Say whether a batch's loss is a mean over all its samples of terms of their own."""
+        return self._options["loss"] is None and all(
+            y.dim() == 1 and not y.is_floating_point() and bool((y >= 0).all())
+            for _, y in self.batches
+        )
+
+    def candidates(self) -> list[Way]:
+        """Return the ways of sharing passes that are worth a trial, smaller passes first."""
+        found = []
+        if self._shareable:
+            divisors = [d for d in range(2, _CACHED_SAMPLES + 1) if self.batch_size % d == 0]
+            smaller = max(divisors, default=self.batch_size)
+            # A GPU wants more at once, never less.
+            if self.device.type == "cpu" and smaller < self.batch_size and self._plain_labels():
+                found.append(Way(samples=smaller))
+            if len(self.batches) > 1:
+                found.append(Way(samples=len(self.batches) * self.batch_size))
+        return found
+
+    def with_other_layout(self, way: Way) -> Way | None:
+        """Return the same way with images laid out channels last; None where there are none."""
+        images = self._shareable and self.batches[0][0].dim() == 4
+        return replace(way, channels_last=True) if images and way.samples else None
+
+    def _probe(self, stacked: bool, samples: int) -> Probe:
+        key = (stacked, samples)
+        if key not in self._probes:
+            options = dict(self._options)
+            if samples:
+                units = max(1, samples // self.batch_size)
+                size = self.batch_size if self._plain_labels() else None
+                options["loss"] = _UnitLoss(options["loss"], options["output"], units, size)
+            path: Path = "torch.func" if stacked else "autograd"
+            self._probes[key] = Probe(self.model, path=path, **options)
+        return self._probes[key]
+
+    def _passes(self, way: Way) -> Iterator[tuple[Any, Any, list[tuple[int, Any]]]]:
+        """Yield (x, y, units) of each pass; a unit is (index of its batch, its labels)."""
+        if not way.samples:
+            for index, (x, y) in enumerate(self.batches):
+                yield x, y, [(index, y)]
+            return
+        if way.channels_last not in self._end_to_end:
+            x = torch.cat([x for x, _ in self.batches])
+            if way.channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            self._end_to_end[way.channels_last] = (x, torch.cat([y for _, y in self.batches]))
+        unit = min(way.samples, self.batch_size)
+        at = 0
+        for x, y in zip(
+            *(t.split(way.samples) for t in self._end_to_end[way.channels_last]), strict=True
+        ):
+            labels = y.split(unit)
+            yield x, y, [((at + i * unit) // self.batch_size, l) for i, l in enumerate(labels)]
+            at += len(y)
+
+    # ---- measuring
+
+    def measure(self, rows: Tensor, fit: Fit, way: Way) -> Pending:
+        """Compute the figures of the checkpoints in ``rows``, uint8 ``[S, bytes]``.
+
+        On a GPU this only begins the work.
+
+        Args:
+            rows: at most ``way.stack``; they may be written to once the result is there.
+            fit: where the tensors lie in each.
+            way: how passes are shared.
+        """
+        if self.device.type == "cuda" and self._can_graph:
+            try:
+                return self._by_graph(rows, fit, way)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
+                # Whatever a model does that no graph can hold: it still runs as it is.
+                self._can_graph = False
+                self._graphs.clear()
+                torch.cuda.synchronize(self.device)
+        return self._pending(self._columns(rows, fit, way), len(rows))
+
+    def _by_graph(self, rows: Tensor, fit: Fit, way: Way) -> Pending:
+        key = (way, id(fit), rows.shape[1])
+        if key not in self._graphs:
+            if len(self._graphs) >= _MOST_GRAPHS:
+                self._graphs.clear()
+            self._graphs[key] = _Graph(
+                rows, way.stack, fit, lambda rows: self._columns(rows, fit, way)
+            )
+        return self._pending(self._graphs[key].replay(rows), len(rows))
+
+    def forget_graphs(self) -> None:
+        """Let go of the memory that recorded graphs hold."""
+        self._graphs.clear()
+
+    def _pending(self, columns: Tensor, count: int) -> Pending:
+        return Pending(self, columns[:count])
+
+    def _columns(self, rows: Tensor, fit: Fit, way: Way) -> Tensor:
+        """Return all figures of S checkpoints on the device, ``[S, figures]`` float64."""
+        stacked = way.stack > 1
+        if not stacked and len(rows) > 1:
+            return torch.cat([self._columns(row[None], fit, way) for row in rows])
+        weights = fit.views(rows if stacked else rows[0])
+        units = [
+            unit
+            for found in self._passes(way)
+            for unit in self._units(weights, *found, way, len(rows))
+        ]
+        first = [unit for unit in units if unit.batch == 0]
+        hidden, grad, gain, error = (
+            torch.cat([unit.norms[i] for unit in first], dim=-1) for i in range(4)
+        )
+        self._shapes = tuple(tuple(mean.shape[1:]) for mean in first[0].means)
+        cosines = ops.direction_cosines(self._directions(units), stacked=True)
+        columns = [
+            torch.nanmedian(hidden, dim=-1).values,
+            torch.nanmedian(grad, dim=-1).values,
+            torch.nanmedian(gain, dim=-1).values,
+            torch.nanmedian(error, dim=-1).values[:, None],
+            cosines.flatten(1),
+            _finite(weights, len(rows))[:, None],
+            _accuracy(units)[:, None],
+        ]
+        return torch.cat(columns, dim=1)
+
+    def _units(
+        self,
+        weights: dict[str, Tensor],
+        x: Any,
+        y: Any,
+        parts: Sequence[tuple[int, Any]],
+        way: Way,
+        count: int,
+    ) -> list[_Unit]:
+        """Run one pass and reduce its units, all of them in one call of the operator."""
+        probe = self._probe(way.stack > 1, way.samples)
+        if probe.prepare(x) and probe.taps.labels != self.labels:
+            raise TapError(f"scan: expected taps {self.labels}, got {probe.taps.labels}")
+        captured: Any
+        if way.stack > 1:
+            captured = torch.vmap(
+                lambda given: tuple(probe.capture(x, y, constants=given)), randomness="same"
+            )(weights)
+        else:
+            captured = tree_map(lambda t: t[None], tuple(probe.capture(x, y, constants=weights)))
+        hiddens, grads, logits, logit_grads, loss = captured
+        n = len(parts)
+
+        def by_unit(state: Tensor) -> Tensor:
+            return state.unflatten(1, (n, -1)).flatten(0, 1) if n > 1 else state
+
+        together = Captured(
+            [by_unit(h) for h in hiddens],
+            [by_unit(g) for g in grads],
+            by_unit(logits),
+            by_unit(logit_grads),
+            loss.repeat_interleave(n),
+        )
+        if count * n == 1:
+            alone = Captured(*tree_map(lambda t: t[0], tuple(together)))
+            reduced = tree_map(lambda t: t[None], tuple(reduce_captured(alone, self.reduction)))
+        else:
+            reduced = torch.vmap(lambda *c: tuple(reduce_captured(Captured(*c), self.reduction)))(
+                *together
+            )
+        reduced = tree_map(lambda t: t.unflatten(0, (count, n)), reduced)
+        return [_Unit(batch, reduced, i, labels) for i, (batch, labels) in enumerate(parts)]
+
+    def _directions(self, units: Sequence[_Unit]) -> list[list[Tensor]]:
+        """Return per batch the mean gradients of all states."""
+        found: list[list[Tensor]] = []
+        for batch in range(len(self.batches)):
+            of_batch = [unit.means for unit in units if unit.batch == batch]
+            if len(of_batch) == 1:
+                found.append(of_batch[0])
+            else:  # equal parts, so that the mean of means is the mean
+                found.append([torch.stack(parts).mean(0) for parts in zip(*of_batch, strict=True)])
+        return found
+
+    def on_host(self, rows: Tensor) -> Measured:
+        """Read what :meth:`measure` computed, ``[S, figures]`` on the host."""
+        n, k = len(self.labels), len(self.batches)
+        x = self.batches[0][0]
+        figures = []
+        batch_size = self._first_batch_size(x)
+        for row in rows:
+            hidden, grad, gain, error, cosines = row[:-2].split([n, n, n, 1, n * k * k])
+            stabilities, num_directions = direction_figures(cosines.view(n, k, k))
+            figures.append(
+                Figures(
+                    layers=self.labels,
+                    residual_norms=tuple(hidden.tolist()),
+                    bp_grad_norms=tuple(grad.tolist()),
+                    credit_gains=tuple(gain.tolist()),
+                    output_grad_norm=float(error),
+                    batch_size=batch_size,
+                    stabilities=tuple(stabilities),
+                    num_directions=tuple(num_directions),
+                    num_batches=k,
+                    shapes=self._shapes,
+                    sizes=tuple(math.prod(shape) for shape in self._shapes),
+                )
+            )
+        accuracies = [None if value != value else value for value in rows[:, -1].tolist()]
+        return Measured(figures, (rows[:, -2] == 1).tolist(), accuracies)
+
+    def alike(self, columns: Tensor, others: Tensor) -> bool:
+        """Say whether two ways of sharing passes give the same figures but for rounding."""
+        norms = 3 * len(self.labels) + 1
+        states = self._probe(False, 0).prepare(self.batches[0][0]).spots
+        narrow = any(spot.dtype.itemsize < 4 for spot in states)
+        rtol = _TOLERANCE if narrow else _TOLERANCE / 10
+        same_norms = torch.allclose(
+            columns[:, :norms], others[:, :norms], rtol=rtol, atol=0.0, equal_nan=True
+        )
+        # Cosines of directions, a truth value, and an accuracy in which a tie may fall otherwise.
+        return same_norms and torch.allclose(
+            columns[:, norms:], others[:, norms:], rtol=0.0, atol=_TOLERANCE, equal_nan=True
+        )
+
+    def _first_batch_size(self, x: Any) -> int:
+        plan = self._probe(False, 0).prepare(x)
+        return int(plan.spots[plan.output].shape[0])
+
+
+class Pending:
+    """Figures on their way to the host.
+
+    Attributes:
+        columns: on the device, ``[S, figures]``.
+    """
+
+    def __init__(self, auditor: Auditor, columns: Tensor) -> None:
+        self._auditor = auditor
+        self.columns = columns
+        self._event: torch.cuda.Event | None = None
+        if columns.is_cuda:
+            self._host = torch.empty(columns.shape, dtype=columns.dtype, pin_memory=True)
+            self._host.copy_(columns, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = columns
+
+    def result(self) -> Measured:
+        """Wait for the figures and return them."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._auditor.on_host(self._host)
+
+
+class _Graph:
+    """The measuring of a stack as one CUDA graph, over rows of its own."""
+
+    def __init__(self, rows: Tensor, stack: int, fit: Fit, run: Callable[[Tensor], Tensor]) -> None:
+        self._rows = rows.new_zeros((stack, rows.shape[1]))
+        self._fit = fit  # its id names this graph
+        self._rows[: len(rows)].copy_(rows)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run(self._rows)  # libraries choose their kernels and take their workspaces
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        # Readers copy on streams of their own meanwhile, which is no part of the graph.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._columns = run(self._rows)
+
+    def replay(self, rows: Tensor) -> Tensor:
+        """Return the figures of ``rows``; the graph's other rows hold what they held before."""
+        self._rows[: len(rows), : rows.shape[1]].copy_(rows)
+        self._graph.replay()
+        return self._columns[: len(rows)].clone()
+
+
+def seconds_of(run: Callable[[], Pending], device: torch.device) -> tuple[Pending, float]:
+    """Return what ``run`` returns, and how long its work took."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        pending = run()
+        return pending, time.perf_counter() - began
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    pending = run()
+    after.record()
+    after.synchronize()
+    return pending, before.elapsed_time(after) / 1e3
+
+
+def _finite(weights: dict[str, Tensor], stack: int) -> Tensor:
+    """Return per checkpoint whether all floating weights are finite, ``[S]`` float64."""
+    largest: list[Tensor] = []
+    for tensor in weights.values():
+        if tensor.is_floating_point() and tensor.numel():
+            flat = tensor.reshape(stack, -1)
+            # One pass without a copy; a NaN passes through a maximum.
+            largest.append(torch.linalg.vector_norm(flat, torch.inf, dim=1).double())
+    if not largest:
+        device = next(iter(weights.values())).device if weights else None
+        return torch.ones(stack, dtype=torch.float64, device=device)
+    return torch.stack(largest).isfinite().all(0).double()
+
+
+def _accuracy(units: Sequence[_Unit]) -> Tensor:
+    """Return the accuracy per checkpoint, NaN where labels are no classes."""
+    logits = units[0].logits
+    correct = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+    total = 0
+    for unit in units:
+        y = unit.y
+        classes = isinstance(y, Tensor) and y.dim() == 1 and not y.is_floating_point()
+        if not classes or unit.logits.dim() != 3:
+            return torch.full_like(correct, torch.nan)
+        correct += (unit.logits.argmax(-1) == y).sum(-1)
+        total += len(y)
+    return correct / total

@@ -1,0 +1,239 @@
+"""Read a study's checkpoints on threads, ahead of what computes: each into a row of bytes."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints import (
+    CheckpointError,
+    MissingCheckpoint,
+    NoStateDict,
+    SlabTooSmall,
+    StateDictMismatch,
+    UnsafeCheckpoint,
+    read_into,
+)
+from ..checkpoints.layouts import aligned
+from ..checkpoints.remote import is_url
+from .hashing import ContentHasher, content_hash
+from .series import Entry
+from .store import ScanWriter
+from .weights import Fit, Fitter
+
+# What a file has between two tensors: a zip entry's header, a name, and the way to a boundary.
+_BETWEEN_TENSORS = 512
+
+
+@dataclass
+class Read:
+    """What became of one checkpoint; its weights are in its row.
+
+    Attributes:
+        entry: which.
+        fit: where its tensors lie; None if it is not to be measured.
+        content: hash of its bytes; None where they could not be read.
+        nbytes: its size.
+        reused: whether an earlier scan has its figures.
+        error_kind: what is wrong with it, in the words of a record, and
+        error: in a sentence.
+    """
+
+    entry: Entry
+    fit: Fit | None = None
+    content: str | None = None
+    nbytes: int | None = None
+    reused: bool = False
+    error_kind: str | None = None
+    error: str | None = None
+
+
+class Rows:
+    """Rows of memory on the device that computes, for a group of checkpoints."""
+
+    def __init__(self, count: int, width: int, device: torch.device) -> None:
+        self._bytes = torch.empty((count, width), dtype=torch.uint8, device=device)
+
+    def hold(self, count: int, width: int) -> bool:
+        """Say whether so many rows of so many bytes are here."""
+        return self._bytes.shape[0] >= count and self._bytes.shape[1] >= width
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._bytes[index]
+
+    def of(self, fit: Fit, indices: Sequence[int]) -> Tensor:
+        """Return the bytes that a fit's places count from, ``[len(indices), ...]``."""
+        first, count = indices[0], len(indices)
+        if list(indices) == list(range(first, first + count)):
+            rows = self._bytes[first : first + count]
+        else:
+            rows = self._bytes[list(indices)]
+        return rows if self._bytes.is_cuda else rows[:, fit.start :]
+
+
+@dataclass
+class Group:
+    """Checkpoints that are read together."""
+
+    entries: list[Entry]
+    rows: Rows
+    reads: list[Future[Read]]
+
+
+class Reader:
+    """Read groups of checkpoints on threads.
+
+    For the CPU a file is read into the row where it is computed. For a GPU each thread has one
+    pinned buffer, reads into that, and copies what is weights to the row on a stream of its own.
+
+    Args:
+        model: the architecture.
+        device: where it is computed.
+        writer: knows what is done.
+        config: hash of the scan's configuration.
+        unsafe_pickle: run code from files that need it to load.
+        workers: threads.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        writer: ScanWriter,
+        config: str,
+        unsafe_pickle: bool,
+        workers: int,
+    ) -> None:
+        self._fitter = Fitter(model)
+        self._device = device
+        self._writer = writer
+        self._config = config
+        self._unsafe_pickle = unsafe_pickle
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fadiag-read")
+        self._local = threading.local()
+        self._lock = threading.Lock()  # a fitter looks at one layout at a time
+        self._rows: list[Rows | None] = [None, None]
+        self._turn = 0
+        tensors = len(self._fitter.canonical.places)
+        self.row_bytes = aligned(self._fitter.canonical.stop + tensors * _BETWEEN_TENSORS)
+
+    def close(self) -> None:
+        """Wait for what is being read, and drop the rest."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def begin(self, entries: Sequence[Entry]) -> Group:
+        """Begin to read a group, into the rows of the last but one: those must be done with."""
+        self._turn = 1 - self._turn
+        width = self.row_bytes
+        if self._device.type == "cpu":
+            sizes = [size for entry in entries if (size := _size(entry.path)) is not None]
+            width = max([width, *map(aligned, sizes)])
+        rows = self._rows[self._turn]
+        if rows is None or not rows.hold(len(entries), width):
+            self._rows[self._turn] = None  # before the new ones are there
+            rows = self._rows[self._turn] = Rows(len(entries), width, self._device)
+        reads = [self._pool.submit(self._read, entry, rows[i]) for i, entry in enumerate(entries)]
+        return Group(list(entries), rows, reads)
+
+    def _read(self, entry: Entry, row: Tensor) -> Read:
+        """Read one checkpoint into a row; raises nothing."""
+        found = Read(entry)
+        try:
+            found.nbytes = _size(entry.path)
+            self._read_into(found, row)
+        except Exception as error:  # whatever a file holds, the others go on
+            found.error_kind, found.error = kind_of(error), str(error) or repr(error)
+            if found.content is None and not is_url(entry.path):
+                with suppress(OSError):
+                    found.content = content_hash(entry.path)
+        return found
+
+    def _read_into(self, found: Read, row: Tensor) -> None:
+        path, on_cpu = found.entry.path, self._device.type == "cpu"
+        hasher = ContentHasher()
+        buffer = row if on_cpu else self._pinned(found.nbytes or self.row_bytes)
+        try:
+            read = read_into(path, buffer, hasher=hasher, unsafe_pickle=self._unsafe_pickle)
+        except SlabTooSmall as error:
+            hasher = ContentHasher()
+            buffer = torch.empty(error.needed, dtype=torch.uint8)
+            read = read_into(path, buffer, hasher=hasher, unsafe_pickle=self._unsafe_pickle)
+        found.content = hasher.result()
+        if found.nbytes is None:
+            found.nbytes = hasher.count
+        if self._writer.done(found.content, self._config):
+            found.reused = True
+            return
+        with self._lock:
+            fit = self._fitter.fit(read)
+        in_place = on_cpu and buffer is row
+        if fit is None or (not in_place and fit.stop - fit.start > len(row)):
+            target = row if on_cpu else torch.empty(self.row_bytes, dtype=torch.uint8)
+            fit = self._fitter.load(read, buffer, target)
+            buffer, in_place = target, on_cpu
+        if not in_place:
+            self._copy(buffer[fit.start : fit.stop], row)
+        found.fit = fit
+
+    def _pinned(self, needed: int) -> Tensor:
+        """Return this thread's buffer, larger if need be."""
+        buffer: Tensor | None = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < needed:
+            self._local.buffer = None
+            # A little more: the next file may be a little larger, and pinning is slow.
+            buffer = torch.empty(aligned(needed + needed // 8), dtype=torch.uint8, pin_memory=True)
+            self._local.buffer = buffer
+        return buffer
+
+    def _copy(self, source: Tensor, row: Tensor) -> None:
+        if self._device.type == "cpu":
+            row[: len(source)] = source
+            return
+        if not hasattr(self._local, "stream"):
+            self._local.stream = torch.cuda.Stream(self._device)
+            self._local.event = torch.cuda.Event(blocking=True)
+        with torch.cuda.stream(self._local.stream):
+            row[: len(source)].copy_(source, non_blocking=True)
+            self._local.event.record()
+        self._local.event.synchronize()  # waits without the interpreter's lock
+
+
+def kind_of(error: BaseException) -> str:
+    """Return the word for an error that a row has."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, PermissionError):
+            return "permission"
+        cause = cause.__cause__ or cause.__context__
+    for kind, types in (
+        ("missing", (MissingCheckpoint, FileNotFoundError)),
+        ("unsafe", (UnsafeCheckpoint,)),
+        ("no weights", (NoStateDict,)),
+        ("wrong model", (StateDictMismatch,)),
+        ("unreadable", (CheckpointError, OSError)),
+        ("out of memory", (torch.OutOfMemoryError, MemoryError)),
+    ):
+        if isinstance(error, types):
+            return kind
+    return "error"
+
+
+def _size(path: str) -> int | None:
+    """Return the bytes of a file or folder; None of a URL, or where it cannot be seen."""
+    if is_url(path):
+        return None
+    try:
+        place = Path(path)
+        if place.is_dir():
+            return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+        return os.stat(place).st_size
+    except OSError:
+        return None

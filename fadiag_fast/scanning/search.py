@@ -1,0 +1,155 @@
+"""Find, while a scan runs, how its checkpoints and batches best share forward passes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .passes import Auditor, Pending, Way, seconds_of
+from .weights import Fit
+
+# Stacks grow by this; one must pay to be kept.
+_GROWTH = 4
+_WORTHWHILE = 1.10
+_LARGEST_STACK = 256
+# On a CPU a first run pays for little: one that takes this many seconds is not repeated, and one
+# that is this much slower than the best neither.
+_LONG = 0.5
+_HOPELESS = 2.0
+# What a stack saves on a CPU is the interpreter's time, some milliseconds a checkpoint.
+_WORTH_STACKING_ON_CPU = 0.02
+# Trials take the time of some ten checkpoints.
+_FEWEST_FOR_TRIALS = 16
+
+
+class Search:
+    """Measure stacks of checkpoints, and go over to another way where that is faster.
+
+    Ways of sharing passes between batches are tried on the first checkpoint, then stacks on the
+    groups that come. What a trial measures counts: no checkpoint is measured for a trial alone.
+
+    Args:
+        auditor: measures.
+        stack: checkpoints side by side, or ``"auto"``.
+        most: how many memory may be expected to hold.
+        total: checkpoints of the scan.
+    """
+
+    def __init__(
+        self, auditor: Auditor, stack: int | Literal["auto"], most: int, total: int
+    ) -> None:
+        if stack != "auto" and (not isinstance(stack, int) or stack < 1):
+            raise ValueError(f"scan: stack: expected 'auto' or at least 1, got {stack!r}")
+        self._auditor = auditor
+        self._growing = stack == "auto"
+        self.way = Way(stack=1 if stack == "auto" else stack)
+        self.most = self.way.stack
+        if self._growing:
+            # A stack of a fourth of all leaves something to gain after it was tried.
+            self.most = max(1, min(most, _LARGEST_STACK, total // _GROWTH))
+        self._tried = total < _FEWEST_FOR_TRIALS
+        self._growing = self._growing and not self._tried and self.most > 1
+        self._best: tuple[float, Way] = (float("inf"), self.way)
+        self.reason = ""  # why checkpoints take turns although a stack was asked for
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing more will be tried."""
+        return self._tried and not self._growing
+
+    def measure(self, rows: Tensor, fit: Fit) -> Pending:
+        """Compute the figures of at most ``way.stack`` checkpoints.
+
+        Raises what the model raises.
+        """
+        if not self._tried:
+            found = self._try_ways(rows[:1], fit)
+            if found is not None and len(rows) == 1:
+                return found
+        if self._growing and len(rows) == self.way.stack > 1:
+            return self._grow(rows, fit)
+        return self._auditor.measure(rows, fit, self.way)
+
+    def _try_ways(self, row: Tensor, fit: Fit) -> Pending | None:
+        """Choose how batches share passes; return the figures of the quickest way."""
+        reference, seconds = self._timed(row, fit, Way())
+        if not reference.result().finite[0]:
+            return None  # says nothing; the next one may
+        self._tried = True
+        best = (seconds, Way(), reference)
+
+        def attempt(way: Way) -> bool:
+            nonlocal best
+            try:
+                found, seconds = self._timed(row, fit, way, best[0])
+            except Exception:  # a trial: what fails is not taken
+                _release(self._auditor)
+                return False
+            if seconds < best[0] and self._auditor.alike(found.columns, reference.columns):
+                best = (seconds, way, found)
+                return True
+            return False
+
+        # Larger passes are not tried where smaller ones are quicker.
+        any(attempt(way) for way in self._auditor.candidates())
+        other = self._auditor.with_other_layout(best[1])
+        if other is not None:
+            attempt(other)
+        self._best = best[:2]
+        if self._auditor.device.type == "cpu" and best[0] > _WORTH_STACKING_ON_CPU:
+            self._growing = False
+        stack = min(_GROWTH, self.most) if self._growing else self.way.stack
+        self.way = replace(best[1], stack=stack)
+        return best[2]
+
+    def _grow(self, rows: Tensor, fit: Fit) -> Pending:
+        """Measure a stack and decide whether the next is larger."""
+        pending, seconds = self._timed(rows, fit, self.way, self._best[0])
+        if seconds * _WORTHWHILE <= self._best[0]:
+            self._best = (seconds, self.way)
+            larger = min(self.way.stack * _GROWTH, self.most)
+            self._growing = larger > self.way.stack
+            self.way = replace(self.way, stack=larger)
+        else:
+            self.way, self._growing = self._best[1], False
+        return pending
+
+    def _timed(
+        self, rows: Tensor, fit: Fit, way: Way, best: float = float("inf")
+    ) -> tuple[Pending, float]:
+        """Return figures and seconds per checkpoint of the second run, or of a hopeless first."""
+
+        def run() -> Pending:
+            return self._auditor.measure(rows, fit, way)
+
+        pending, seconds = seconds_of(run, self._auditor.device)
+        # A GPU's first run records a graph, which says nothing of the second.
+        on_cpu = self._auditor.device.type == "cpu"
+        if not on_cpu or seconds < min(_LONG, _HOPELESS * best * len(rows)):
+            pending, seconds = seconds_of(run, self._auditor.device)
+        return pending, seconds / len(rows)
+
+    def shrink(self, count: int) -> None:
+        """Halve the stack after an error for want of memory."""
+        _release(self._auditor)
+        if count == 1:  # even one: batches go through alone
+            self.way = Way()
+        else:
+            self.way = replace(self.way, stack=max(1, count // 2))
+        self.most = self.way.stack
+        self._growing = False
+
+    def refuse(self, error: BaseException) -> None:
+        """Give up stacking."""
+        self.reason = str(error).splitlines()[0] if str(error) else repr(error)
+        self.way = replace(self.way, stack=1)
+        self._growing = False
+
+
+def _release(auditor: Auditor) -> None:
+    auditor.forget_graphs()
+    if auditor.device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,156 @@
+"""The weights of many checkpoints in rows of bytes, as files have them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints import SlabCheckpoint, TensorPlace, load_into
+from ..checkpoints.content import Checkpoint
+from ..checkpoints.layouts import ALIGNMENT, aligned
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Where a model's tensors lie in a row of bytes.
+
+    Attributes:
+        places: by the names of the model's parameters and buffers, counted from ``start``; tied
+            weights have one, and what no checkpoint holds (non-persistent buffers) has none.
+        start: the first byte of the row that is used, a multiple of 64, and
+        stop: the one after the last.
+    """
+
+    places: Mapping[str, TensorPlace]
+    start: int
+    stop: int
+
+    def views(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return the tensors as views of bytes.
+
+        Args:
+            rows: uint8 ``[S, bytes]`` or ``[bytes]``, beginning at the fit's ``start``.
+        """
+        lead, ahead = tuple(rows.shape[:-1]), rows.stride()[:-1]
+        found = {}
+        for name, place in self.places.items():
+            size = place.dtype.itemsize
+            # Any stretch of the row of this dtype's length: as_strided counts from its beginning.
+            typed = rows[..., place.offset : place.offset + size].view(place.dtype)
+            found[name] = typed.as_strided(
+                (*lead, *place.shape), (*(step // size for step in ahead), *place.stride)
+            )
+        return found
+
+
+def canonical(model: nn.Module) -> Fit:
+    """Return a fit in which a model's persistent tensors lie one behind the other."""
+    places = {}
+    end = 0
+    for name, tensor in _persistent(model).items():
+        stride = torch.empty(tensor.shape, device="meta").stride()
+        places[name] = TensorPlace(end, tensor.dtype, tuple(tensor.shape), stride)
+        end = aligned(end + tensor.numel() * tensor.element_size())
+    return Fit(places, 0, max(end, ALIGNMENT))
+
+
+def _persistent(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers that checkpoints hold, each under one name."""
+    held = model.state_dict(keep_vars=True)
+    every = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor for name, tensor in every.items() if name in held}
+
+
+class Fitter:
+    """Tell where a model's tensors lie in checkpoints that were read into rows.
+
+    Args:
+        model: the architecture.
+
+    Attributes:
+        canonical: where they lie once a checkpoint that does not fit as it is was loaded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.canonical = canonical(model)
+        self._expected = _persistent(model)
+        self._model = model
+        self._plain = not any(map(_loads_in_its_own_way, model.modules()))
+        state = model.state_dict(keep_vars=True)
+        # Every name of a state dict, with the name under which its tensor is expected.
+        by_tensor = {id(tensor): name for name, tensor in self._expected.items()}
+        self._names = {name: by_tensor.get(id(tensor)) for name, tensor in state.items()}
+        self._fits: dict[int, tuple[object, Fit | None]] = {}
+
+    def fit(self, found: SlabCheckpoint) -> Fit | None:
+        """Return where the model's tensors lie in what was read, None if it must be loaded.
+
+        That is asked of each layout once: checkpoints of one study share it.
+        """
+        key = id(found.layout)
+        if key not in self._fits:
+            # The layout is kept, so that no other gets its id.
+            self._fits[key] = (found.layout, self._look(found))
+        return self._fits[key][1]
+
+    def _look(self, found: SlabCheckpoint) -> Fit | None:
+        if not self._plain or found.layout.keys() != self._names.keys():
+            return None
+        places: dict[str, TensorPlace] = {}
+        for stored, name in self._names.items():
+            if name is None:
+                return None
+            place, expected = found.layout[stored], self._expected[name]
+            if place.dtype != expected.dtype or place.shape != tuple(expected.shape):
+                return None
+            # Tied weights that lie apart may differ, which loading finds out.
+            place = place._replace(offset=place.offset - found.start)
+            if places.setdefault(name, place) != place:
+                return None
+        known = [fit for _, fit in self._fits.values() if fit is not None]
+        fit = Fit(places, found.start, found.stop)
+        return next((other for other in known if other == fit), fit)
+
+    def load(self, found: SlabCheckpoint, buffer: Tensor, row: Tensor) -> Fit:
+        """Load what was read into ``buffer``, with all checks, and lay it out in ``row``.
+
+        Both may be the same.
+
+        Raises:
+            StateDictMismatch: it is not of this model.
+        """
+        model = copy.deepcopy(self._model).cpu()
+        load_into(
+            model,
+            Checkpoint(
+                path=found.path,
+                state_dict=found.tensors(buffer),
+                format=found.format,
+                container=found.container,
+                removed_prefix=found.removed_prefix,
+                extra=dict(found.extra),
+            ),
+        )
+        with torch.no_grad():
+            loaded = _persistent(model)  # a copy: what is read no longer needs the row
+            for name, view in self.canonical.views(row).items():
+                view.copy_(loaded[name])
+        return self.canonical
+
+
+def _loads_in_its_own_way(module: nn.Module) -> bool:
+    """Say whether loading does more than copying values of like names."""
+    own = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+    # torch's own modules only rewrite state dicts that lack names, which do not fit anyway.
+    foreign = own and not type(module)._load_from_state_dict.__module__.startswith("torch.nn.")
+    return (
+        foreign
+        or type(module).load_state_dict is not nn.Module.load_state_dict
+        or bool(module._load_state_dict_pre_hooks)
+        or bool(module._load_state_dict_post_hooks)
+        or type(module).set_extra_state is not nn.Module.set_extra_state
+    )
