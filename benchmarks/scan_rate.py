@@ -90,7 +90,7 @@ def studies(device: torch.device, quick: bool) -> list[Study]:
     few = 8 if quick else 128
     vits = [
         Study(
-            f"ViT-S/16 {name}, 4×64", _vit(dtype), _vit_states, (3, 224, 224), 64, 4, 64, 4.0, dtype
+            f"ViT-S/16 {name}, 4×64", _vit(dtype), _vit_states, (3, 224, 224), 64, 4, 64, 1.5, dtype
         )
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     ]
