@@ -98,6 +98,8 @@ class _Hook:
         self.taps: tuple[tuple[int, int], ...] = ()  # (which call, which state)
         self.several = False
         self.jobs: tuple[Job, ...] = ()
+        # States of a module that is compiled on its own, seen where they are made: eagerly.
+        self.stand_ins: tuple[int, ...] = ()
 
     def __call__(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError
@@ -143,6 +145,11 @@ class _OutputHook(_Hook):
                 return None
             passed = probe._through(self.jobs, state)
             return _replaced(result, state, passed)
+        if self.stand_ins and self.probe._current is not None:
+            for l in self.stand_ins:
+                state = state_in(result)
+                if l in (self.probe._in_compiled or ()) and state is not None:
+                    self.probe._current.see(l, state)
         if self.taps and self.probe._looking():
             if self.taps[0][1] == self.probe._n:
                 self._see(self._logits(result))
@@ -392,6 +399,7 @@ class StepProbe:
         self._exchange: Exchange | None = None
         self._pending: tuple[Pending, _Meta, Tensor | None, int] | None = None
         self._graphed: _Meta | None = None
+        self._in_compiled: frozenset[int] | None = None
         self._handles: list[Any] = []
         self._preparing: list[Any] = []
         _alive.add(self)
@@ -480,6 +488,9 @@ class StepProbe:
             hook.taps += ((point.call, l),)
         for (name, at), more in jobs.items():
             hook_at(name, at).jobs += tuple(more)
+            if at == "output":
+                own = [job.slot for job in more if job.state and points[job.slot].at == "input"]
+                hook_at(name, at).stand_ins += tuple(own)
         logits_hook = _OutputHook(self, len(hooks))
         logits_hook.taps, logits_hook.jobs = ((0, n),), (Job(n, False, True),)
         calls: dict[str, int] = {}
@@ -650,6 +661,8 @@ class StepProbe:
         if not self._prepared:
             self._prepare_from_call(args, kwargs)
         assert self._settings is not None
+        if self._in_compiled is None:
+            self._in_compiled = self._find_compiled()
         self._reduce_finished()
         autocast = None
         for device in ("cuda", "cpu"):
@@ -657,6 +670,21 @@ class StepProbe:
                 autocast = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
                 break
         self._current = Pass(self._settings, self._opened, autocast)
+
+    def _find_compiled(self) -> frozenset[int]:
+        """Return the states whose module, or one around it, is compiled on its own."""
+        compiled = [
+            clean_name(name)
+            for name, module in self.model.named_modules()
+            if getattr(module, "_compiled_call_impl", None) is not None
+            or hasattr(module, "_orig_mod")
+        ]
+        return frozenset(
+            l
+            for l, point in enumerate(self.taps.points)
+            for name in compiled
+            if point.module == name or point.module.startswith(f"{name}.")
+        )
 
     def _opened(self, observation: Observation) -> None:
         self._observations.append(observation)

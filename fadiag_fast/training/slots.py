@@ -44,9 +44,18 @@ class Job:
     grad: bool
 
 
-def _squares(samples: Tensor, scale: float) -> Tensor:
-    scaled = samples.float() * scale
-    return scaled.square().flatten(1).sum(1) if samples.dim() > 1 else scaled.square()
+# The factors stand here as literals: with dynamic=True a number from anywhere else becomes an input
+# of the graph, which the backward of an autograd function cannot have.
+def _state_squares(samples: Tensor) -> Tensor:
+    return _summed((samples.float() * 2.0**-32).square())
+
+
+def _grad_squares(samples: Tensor) -> Tensor:
+    return _summed((samples.float() * 2.0**32).square())
+
+
+def _summed(squares: Tensor) -> Tensor:
+    return squares.flatten(1).sum(1) if squares.dim() > 1 else squares
 
 
 class _Slot(torch.autograd.Function):
@@ -71,7 +80,7 @@ class _Slot(torch.autograd.Function):
         if take_state:
             how = SampleReduction(kind, feature_dim)  # type: ignore[arg-type]
             with torch.no_grad():
-                rows = _squares(how.of_hidden(by_sample(tensor, batch_dim)), _STATE_SCALE)
+                rows = _state_squares(how.of_hidden(by_sample(tensor, batch_dim)))
             ctx.save_for_backward(rows)
         else:
             ctx.save_for_backward()
@@ -85,7 +94,7 @@ class _Slot(torch.autograd.Function):
         else:
             reduced = how.of_grad(by_sample(grad, ctx.batch_dim))
         if ctx.take_grad:
-            squares = _squares(reduced, _GRAD_SCALE)
+            squares = _grad_squares(reduced)
             count = torch.ones_like(squares)
         else:
             squares = count = torch.zeros_like(ctx.saved_tensors[0])
