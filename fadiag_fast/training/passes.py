@@ -39,6 +39,7 @@ class Settings:
         batch_dim: the dimension of the states that counts samples.
         direction_layers: indices of the states whose direction is kept.
         kept_bytes: a state of at most so many bytes is kept until the step ends.
+        complex: whether a state may be of complex numbers.
         passing: states that must be reduced as they pass: something writes into them later.
     """
 
@@ -48,7 +49,13 @@ class Settings:
     batch_dim: int
     direction_layers: tuple[int, ...]
     kept_bytes: int
+    complex: bool = False
     passing: set[int] = field(default_factory=set)
+
+    @property
+    def plain(self) -> bool:
+        """Whether a state is a sample's as it stands."""
+        return self.batch_dim == 0 and self.reduction.kind == "flatten" and not self.complex
 
 
 def sample_norms(samples: Tensor) -> Tensor:
@@ -71,23 +78,34 @@ class Figures:
     """What one or more micro-batches say; N samples, n states.
 
     Attributes:
-        hidden, grad: norms ``[n, N]`` float64; NaN where nothing arrived.
-        error: ‖∂loss/∂logits‖, ``[N]`` float64.
-        sums: per kept direction the sum of the samples' gradients; None where none arrived.
+        norms: ``[2, n + 1, N]`` float64: of the states, then of their gradients. Row n of the
+            gradients is ‖∂loss/∂logits‖, that of the states has no meaning. NaN where nothing
+            arrived.
+        means: per kept direction the mean of the samples' gradients; None where none arrived.
         missing: indices of states of which something did not arrive.
         samples: N; None where some of the columns are empty, and ``count`` says how many are not.
         count: on the device.
         micro_batches: how many.
     """
 
-    hidden: Tensor
-    grad: Tensor
-    error: Tensor
-    sums: list[Tensor | None]
+    norms: Tensor
+    means: list[Tensor | None]
     missing: set[int]
     samples: int | None
     count: Tensor | None = None
     micro_batches: int = 1
+
+    @property
+    def weight(self) -> Tensor | float:
+        """How many samples there are, on the device where the host does not know."""
+        if self.samples is not None or self.count is None:
+            return float(self.samples or 0)
+        return self.count
+
+
+def norms_of(hidden: Tensor, grad: Tensor, error: Tensor) -> Tensor:
+    """Return :attr:`Figures.norms` of ``[n, N]``, ``[n, N]`` and ``[N]``."""
+    return torch.stack([torch.cat([hidden, error[None]]), torch.cat([grad, error[None]])])
 
 
 class Observation:
@@ -97,14 +115,14 @@ class Observation:
         finished: whether the backward pass came to its end.
     """
 
-    __slots__ = ("finished", "grad_norms", "grads", "of", "sums")
+    __slots__ = ("finished", "grad_norms", "grads", "means", "of")
 
     def __init__(self, of: Pass) -> None:
         size = len(of.settings.labels) + 1
         self.of = of
         self.grads: list[Tensor | None] = [None] * size
         self.grad_norms: list[Tensor | None] = [None] * size
-        self.sums: dict[int, Tensor] = {}
+        self.means: dict[int, Tensor] = {}
         self.finished = False
 
     def has(self, l: int) -> bool:
@@ -119,89 +137,115 @@ class Observation:
         self.grads = [None] * len(self.grads)
         self.of.drop(self)
 
+    def _kept(self) -> tuple[list[int], list[Tensor], list[Tensor]]:
+        """Return which states were kept with their gradients, and both."""
+        states, versions, grads = self.of.states, self.of.versions, self.grads
+        layers: list[int] = []
+        hiddens: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for l, state in enumerate(states):
+            grad = grads[l]
+            if state is None or grad is None:
+                continue
+            layers.append(l)
+            hiddens.append(self._as_seen(l, state, versions[l]))
+            gradients.append(grad)
+        settings = self.of.settings
+        if not settings.plain:
+            how, dim = settings.reduction, settings.batch_dim
+            hiddens = [how.of_hidden(by_sample(h, dim)) for h in hiddens]
+            gradients = [how.of_grad(by_sample(g, dim)) for g in gradients]
+        return layers, hiddens, gradients
+
+    def _as_seen(self, l: int, state: Tensor, version: int) -> Tensor:
+        if state._version == version:
+            return state
+        # Written into after it was seen; from now on it is reduced before that.
+        self.of.settings.passing.add(l)
+        return torch.full_like(state, torch.nan)
+
     def figures(self) -> Figures | None:
         """Reduce what was kept, and let go of it; None if no state was reached at all."""
         settings, of = self.of.settings, self.of
         n = len(settings.labels)
-        how = settings.reduction
-        hidden: list[Tensor | None] = list(of.hidden_norms)
-        grad: list[Tensor | None] = list(self.grad_norms[:n])
-        error = self.grad_norms[n]
-        pairs: list[tuple[Tensor, Tensor]] = []
-        layers: list[int] = []
-        for l in range(n):
-            state, gradient = of.states[l], self.grads[l]
-            if state is None:
-                continue
-            if state._version != of.versions[l]:
-                # Written into after it was seen; from now on it is reduced before that.
-                settings.passing.add(l)
-                state = torch.full_like(state, torch.nan)
-            reduced = how.of_hidden(by_sample(state, settings.batch_dim))
-            if gradient is None:
-                hidden[l] = sample_norms(reduced)
-                continue
-            layers.append(l)
-            pairs.append((reduced, how.of_grad(by_sample(gradient, settings.batch_dim))))
-        rows = {len(h) for h, _ in pairs} | {
-            len(norms) for norms in (*hidden, *grad) if norms is not None
-        }
-        if len(rows) > 1:
-            raise ValueError(
-                f"StepProbe: reduction {how.kind}: expected the same number of samples in every "
-                f"state, got {', '.join(map(str, sorted(rows)))}; name taps of one shape"
-            )
-        if not rows:
-            return None
-        samples = rows.pop()
-        logits = self.grads[n]
+        layers, hiddens, gradients = self._kept()
+        means = dict(self.means)
+        error, logits = self.grad_norms[n], self.grads[n]
+        self.forget()
         if logits is not None:
             logits = sample_rows(logits, of.samples, settings.batch_dim, settings.name)
             if logits.is_complex():
                 logits = torch.view_as_real(logits)
             # One more layer in the same launch: its gradient's norm is the output error.
-            if len(logits) == samples and pairs and logits.dtype == pairs[0][1].dtype:
-                pairs.append((logits, logits))
+            first = gradients[0] if gradients else None
+            alike = first is not None and first.dtype == logits.dtype
+            if first is not None and alike and first.shape[0] == logits.shape[0]:
+                hiddens.append(logits)
+                gradients.append(logits)
             else:
                 error, logits = sample_norms(logits), None
-        if error is not None and len(error) != samples:
-            error = error.repeat_interleave(samples // len(error))
-        sums: dict[int, Tensor] = dict(self.sums)
-        matrices: tuple[Tensor, Tensor] | None = None
-        if pairs:
-            found = ops.layer_statistics([h for h, _ in pairs], [g for _, g in pairs])
-            hidden_norm, grad_norm = found.hidden_norm, found.grad_norm
-            if logits is not None:
-                error = grad_norm[-1]
-            if layers == list(range(n)):
-                matrices = (hidden_norm[:n], grad_norm[:n])
-            else:
-                for position, l in enumerate(layers):
-                    hidden[l], grad[l] = hidden_norm[position], grad_norm[position]
+        norms: Tensor | None = None
+        if hiddens:
+            self._check_rows([h.shape[0] for h in hiddens])
+            found = ops.layer_statistics(hiddens, gradients)
+            norms = (
+                found.norms
+                if isinstance(found, ops.PackedStatistics)
+                else torch.stack([found.hidden_norm, found.grad_norm])
+            )
             if settings.direction_layers:
-                means = found.grad_mean
+                kept = found.grad_mean
                 for l in settings.direction_layers:
                     if l in layers:
-                        sums[l] = means[layers.index(l)] * samples
-        self.forget()
-        if matrices is not None:
-            missing: set[int] = set()
-        else:
-            missing = {l for l in range(n) if hidden[l] is None or grad[l] is None}
-            empty = _empty_row(samples, [*hidden, *grad, error])
-            matrices = (
-                torch.stack([empty if row is None else row for row in hidden]),
-                torch.stack([empty if row is None else row for row in grad]),
+                        means[l] = kept[layers.index(l)]
+        missing: set[int] = set()
+        if norms is None or norms.shape[1] != n + 1:
+            rows = self._rows(layers, norms, error if logits is None else None)
+            if rows is None:
+                return None
+            norms, missing = rows
+        return Figures(
+            norms, [means.get(l) for l in settings.direction_layers], missing, norms.shape[2]
+        )
+
+    def _check_rows(self, counts: list[int]) -> None:
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"StepProbe: reduction {self.of.settings.reduction.kind}: expected the same number "
+                f"of samples in every state, got {', '.join(map(str, sorted(set(counts))))}; name "
+                f"taps of one shape"
             )
+
+    def _rows(
+        self, layers: list[int], norms: Tensor | None, error: Tensor | None
+    ) -> tuple[Tensor, set[int]] | None:
+        """Put norms that were taken together and as they passed into one matrix."""
+        settings, of = self.of.settings, self.of
+        n = len(settings.labels)
+        hidden: list[Tensor | None] = list(of.hidden_norms)
+        grad: list[Tensor | None] = list(self.grad_norms[:n])
+        if norms is not None:
+            for position, l in enumerate(layers):
+                hidden[l], grad[l] = norms[0, position], norms[1, position]
+            if norms.shape[1] > len(layers):
+                error = norms[1, -1]
+        for l, state in enumerate(of.states):
+            if hidden[l] is None and state is not None:
+                seen = by_sample(self._as_seen(l, state, of.versions[l]), settings.batch_dim)
+                hidden[l] = sample_norms(settings.reduction.of_hidden(seen))
+        there = [row for row in (*hidden, *grad) if row is not None]
+        if not there:
+            return None
+        self._check_rows([len(row) for row in there])
+        empty = torch.full_like(there[0], torch.nan)
         if error is None:
-            error = torch.full_like(matrices[0][0], torch.nan)
-        kept = [sums.get(l) for l in settings.direction_layers]
-        return Figures(*matrices, error, kept, missing, samples)
-
-
-def _empty_row(samples: int, rows: list[Tensor | None]) -> Tensor:
-    like = next(row for row in rows if row is not None)
-    return like.new_full((samples,), torch.nan)
+            error = empty
+        elif len(error) != len(empty):
+            error = error.repeat_interleave(len(empty) // len(error))
+        rows = [*hidden, error, *grad, error]
+        matrix = torch.stack([empty if row is None else row for row in rows])
+        missing = {l for l in range(n) if hidden[l] is None or grad[l] is None}
+        return matrix.view(2, n + 1, len(empty)), missing
 
 
 class Pass:
@@ -288,43 +332,33 @@ class Pass:
         observation.grad_norms[l] = sample_norms(reduced)
         if l in settings.direction_layers:
             wide = torch.float64 if reduced.dtype == torch.float64 else torch.float32
-            observation.sums[l] = reduced.sum(0, dtype=wide)
+            observation.means[l] = reduced.mean(0, dtype=wide)
 
 
 def merged(parts: list[Figures]) -> Figures:
-    """Put the samples of micro-batches together; their directions are summed."""
+    """Put the samples of micro-batches together; their directions are averaged over samples."""
     if len(parts) == 1:
         return parts[0]
-    sums: list[Tensor | None] = []
-    for of_layer in zip(*(part.sums for part in parts), strict=True):
-        present = [s for s in of_layer if s is not None]
-        same = {s.shape for s in present}
+    weights = [part.weight for part in parts]
+    total = sum(weights)
+    means: list[Tensor | None] = []
+    for of_layer in zip(*(part.means for part in parts), strict=True):
+        known = [(m, w) for m, w in zip(of_layer, weights, strict=True) if m is not None]
         # Micro-batches padded to different lengths have no common direction.
-        sums.append(_total(present) if len(same) == 1 else None)
-    samples: int | None = None
-    count: Tensor | None = None
-    if all(part.samples is not None for part in parts):
-        samples = sum(part.samples or 0 for part in parts)
-    else:
-        counts = [
-            part.error.new_tensor(float(part.samples or 0)) if part.count is None else part.count
-            for part in parts
-        ]
-        count = _total(counts)
+        if len({m.shape for m, _ in known}) != 1:
+            means.append(None)
+            continue
+        first, weight = known[0]
+        summed = first * weight
+        for other, weight in known[1:]:
+            summed = summed + other * weight
+        means.append(summed / total)
+    counted = all(part.samples is not None for part in parts)
     return Figures(
-        torch.cat([part.hidden for part in parts], 1),
-        torch.cat([part.grad for part in parts], 1),
-        torch.cat([part.error for part in parts]),
-        sums,
+        torch.cat([part.norms for part in parts], 2),
+        means,
         set.intersection(*(part.missing for part in parts)),
-        samples,
-        count,
+        sum(part.samples or 0 for part in parts) if counted else None,
+        total if isinstance(total, Tensor) else None,
         sum(part.micro_batches for part in parts),
     )
-
-
-def _total(tensors: list[Tensor]) -> Tensor:
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total

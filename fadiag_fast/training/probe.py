@@ -397,7 +397,7 @@ class StepProbe:
         self._directions: Directions | None = None
         self._ring: Ring | None = None
         self._exchange: Exchange | None = None
-        self._pending: tuple[Pending, _Meta, Tensor | None, int] | None = None
+        self._pending: tuple[Pending, _Meta, Tensor | None] | None = None
         self._graphed: _Meta | None = None
         self._in_compiled: frozenset[int] | None = None
         self._handles: list[Any] = []
@@ -464,6 +464,7 @@ class StepProbe:
             self.batch_dim,
             layers,
             limits[self.mode],
+            any(s is not None and s.tensor.is_complex() for s in sightings),
             {l for l, s in enumerate(sightings) if s is not None and s.overwritten},
         )
         if layers:
@@ -788,7 +789,7 @@ class StepProbe:
         )
 
     def _finish(self, figures: Figures, step: int) -> None:
-        device = figures.hidden.device
+        device = figures.norms.device
         self._make_ring(device)
         found_group = default_group(self.group)
         meta = self._meta(figures, step)
@@ -799,33 +800,31 @@ class StepProbe:
         self._settle()
         if self._exchange is None:
             self._exchange = Exchange(found_group, self.max_samples)
-        sums = figures.sums
-        if any(s is None for s in sums):
+        if any(mean is None for mean in figures.means):
             raise RuntimeError(
                 "StepProbe: expected the gradient of every kept direction on every rank, got none "
                 "on this one; keep none (directions='none') or other taps"
             )
-        samples = torch.cat([figures.hidden, figures.grad, figures.error[None]])
-        pending = self._exchange.start(samples, [s for s in sums if s is not None])
-        self._pending = (pending, meta, scaling, len(figures.hidden))
+        sums = [mean * figures.weight for mean in figures.means if mean is not None]
+        pending = self._exchange.start(figures.norms.flatten(0, 1), sums)
+        self._pending = (pending, meta, scaling)
 
     def _settle(self) -> None:
         """Finish the step whose collective is under way."""
         if self._pending is None:
             return
-        (pending, meta, scaling, n), self._pending = self._pending, None
+        (pending, meta, scaling), self._pending = self._pending, None
         found = pending.wait()
         world = len(found.counts)
+        samples = found.counts.double().sum()
+        norms = found.samples.view(2, self._n + 1, -1)
         # The optimiser sees the average of the ranks' gradients, each of its own samples only.
-        figures = Figures(
-            found.samples[:n],
-            found.samples[n : 2 * n] / world,
-            found.samples[2 * n] / world,
-            list(found.directions),
-            set(meta.missing),
-            None,
-            found.counts.double().sum(),
-        )
+        norms[1].div_(world)
+        means: list[Tensor | None] = [s / samples.to(s.dtype) for s in found.directions]
+        figures = Figures(norms, means, set(meta.missing), None, samples)
+        if scaling is not None:  # what one rank met, all of them skip
+            bad = torch.maximum(scaling[1], self._overflowed(figures).double())
+            scaling = torch.stack([scaling[0], bad])
         self._send(self._row(figures, scaling), replace(meta, samples=None, world_size=world))
 
     def _meta(self, figures: Figures, step: int) -> _Meta:
@@ -844,24 +843,35 @@ class StepProbe:
         """Return the scaler's factor and whether it met something that is not finite, ``[2]``."""
         if self.scaler is None:
             return None
-        like = figures.hidden
+        like = figures.norms
         scale = getattr(self.scaler, "_scale", None)
         one = like.new_ones(()) if scale is None else scale.detach().double().reshape(())
-        bad = ~(torch.isfinite(figures.grad) | torch.isnan(figures.hidden)).all()
+        bad = self._overflowed(figures)
         for state in getattr(self.scaler, "_per_optimizer_states", {}).values():
             for flag in state.get("found_inf_per_device", {}).values():
                 bad = bad | (flag.to(bad.device, non_blocking=True) != 0).reshape(())
         return torch.stack([one.to(like.device), bad.double()])
 
+    def _overflowed(self, figures: Figures) -> Tensor:
+        """Say on the device whether a gradient that arrived is not finite."""
+        norms, n = figures.norms, self._n
+        if not figures.missing and figures.samples is not None:
+            return ~torch.isfinite(norms[1, :n]).all()
+        there = [l for l in range(n) if l not in figures.missing]
+        hidden, grad = (torch.stack([norms[i, l] for l in there]) for i in (0, 1))
+        # A place without a sample holds NaN in both.
+        return (torch.isinf(grad) | (torch.isnan(grad) & ~torch.isnan(hidden))).any()
+
     def _row(self, figures: Figures, scaling: Tensor | None, captured: bool = False) -> Tensor:
         """Return all figures of a step, ``[C]`` float64; see :meth:`_record` for their places."""
-        hidden, grad, error = figures.hidden, figures.grad, figures.error
-        values = torch.cat([hidden, grad, grad / error, error[None]])
+        norms = figures.norms
+        gains = norms[1, :-1] / norms[1, -1]
+        values = torch.cat([norms.flatten(0, 1), gains])
         parts = [torch.nanmedian(values, dim=1).values]
         if self._directions is not None:
-            cosines = self._directions.compare(figures.sums, captured)
+            cosines = self._directions.compare(figures.means, captured)
             if cosines is None:
-                cosines = hidden.new_full(
+                cosines = norms.new_full(
                     (self._directions.num_layers, self._directions.width), torch.nan
                 )
             parts.append(cosines.reshape(-1))
@@ -879,7 +889,7 @@ class StepProbe:
         kept = 0
         if self._directions is not None:
             kept = self._directions.num_layers * self._directions.width
-        self._ring = Ring(self._ring_rows, 3 * self._n + 1 + kept + 3, device)
+        self._ring = Ring(self._ring_rows, 3 * self._n + 2 + kept + 3, device)
 
     def _send(self, row: Tensor, meta: _Meta) -> None:
         assert self._ring is not None
@@ -890,7 +900,7 @@ class StepProbe:
         if not parts:
             raise RuntimeError(self._nothing_arrived(self._step))
         figures = merged(parts)
-        if self._ring is None or self._ring.device != figures.hidden.device:
+        if self._ring is None or self._ring.device != figures.norms.device:
             raise RuntimeError(
                 "StepProbe: expected at least one step outside of the CUDA graph first; run one "
                 "before capturing"
@@ -907,9 +917,9 @@ class StepProbe:
 
     def _record(self, meta: _Meta, row: Sequence[float]) -> StepRecord:
         n = self._n
-        hidden, grad = row[:n], row[n : 2 * n]
-        gain, error = row[2 * n : 3 * n], row[3 * n]
-        at = 3 * n + 1
+        hidden, grad = row[:n], row[n + 1 : 2 * n + 1]  # row n of the states means nothing
+        error, gain = row[2 * n + 1], row[2 * n + 2 : 3 * n + 2]
+        at = 3 * n + 2
         stabilities, averages = [math.nan] * n, [math.nan] * n
         num_directions = 0
         directions, settings = self._directions, self._settings
@@ -1012,16 +1022,10 @@ def _with_step(meta: _Meta, step: int) -> _Meta:
 
 def _joined(eager: Figures, compiled: Figures) -> Figures:
     """Return one micro-batch that was seen in part by hooks, in part by slots."""
-    samples = eager.hidden.shape[1]
-
-    def filled(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(torch.isnan(a), b[..., :samples], a)
-
+    seen = eager.norms
     return Figures(
-        filled(eager.hidden, compiled.hidden),
-        filled(eager.grad, compiled.grad),
-        filled(eager.error, compiled.error),
-        [a if a is not None else b for a, b in zip(eager.sums, compiled.sums, strict=True)],
+        torch.where(torch.isnan(seen), compiled.norms[..., : seen.shape[2]], seen),
+        [a if a is not None else b for a, b in zip(eager.means, compiled.means, strict=True)],
         eager.missing & compiled.missing,
         eager.samples,
     )

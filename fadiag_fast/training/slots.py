@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..capture import sample_rows
 from ..statistics import SampleReduction
-from .passes import Figures, by_sample
+from .passes import Figures, by_sample, norms_of
 
 _STATE_SCALE = 2.0**-32
 _GRAD_SCALE = 2.0**32
@@ -238,19 +238,11 @@ class Slots:
                 error = error.repeat_interleave(hidden.shape[1] // len(error))
         else:
             error = torch.full_like(hidden[0], torch.nan)
-        kept: list[Tensor | None] = [
-            sums[l].clone() if l in sums else None
+        samples = count.amax(0).sum()
+        kept = [
+            sums[l] / samples.to(sums[l].dtype) if l in sums else None
             for l, total in enumerate(self.totals)
             if total is not None
         ]
-        self._arrived(
-            Figures(
-                hidden,
-                grad,
-                error,
-                kept,
-                {l for l in range(n) if l not in got},
-                None,
-                count.amax(0).sum(),
-            )
-        )
+        missing = {l for l in range(n) if l not in got}
+        self._arrived(Figures(norms_of(hidden, grad, error), kept, missing, None, samples))
