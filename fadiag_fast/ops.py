@@ -214,6 +214,14 @@ class PackedStatistics:
             for mean, sizes, strides in zip(means, samples, self.strides, strict=True)
         )
 
+    def mean_of(self, layer: int) -> Tensor:
+        """Return one element of ``grad_mean``, at the cost of one view."""
+        if self.strides is not None:
+            return self.grad_mean[layer]
+        widths = [shape[self.batch_dims] for shape in self.shapes]
+        start = self._norms_width() + sum(widths[:layer])
+        return self.packed.narrow(-1, start, widths[layer])
+
     def __iter__(self) -> Iterator[Any]:
         return iter((self.hidden_norm, self.grad_norm, self.grad_mean))
 

@@ -12,6 +12,7 @@ from networks import Branching
 from torch import nn
 
 from fadiag_fast import StepProbe
+from fadiag_fast.training.distributed import Exchange
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"
@@ -66,15 +67,35 @@ def on_rank(rank, world, port, how, sizes, options, queue):
     dist.destroy_process_group()
 
 
+def exchange_on_rank(rank, world, port, queue):
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
+    exchange = Exchange(dist.group.WORLD)
+    found = []
+    for sizes in ((4, 4), (4, 3), (4, None), (4, 4)):
+        size = sizes[rank]
+        direction = None if size is None else torch.ones(size)
+        merged = exchange.start(torch.full((2, 3 + rank), float(rank)), [direction]).wait()
+        found.append((merged.counts.tolist(), merged.samples.tolist(), merged.directions))
+    queue.put((rank, found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def run(how, sizes, **options):
     """Every rank's records; ``sizes`` holds for each step each rank's number of samples."""
     world = len(sizes[0])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    return spawned(on_rank, world, world, port, how, sizes, options)
+
+
+def spawned(function, ranks, *args):
     queue = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(on_rank, (world, port, how, sizes, options, queue), nprocs=world, join=False)
-    found = dict(queue.get() for _ in range(world))
+    context = mp.spawn(function, (*args, queue), nprocs=ranks, join=False)
+    found = dict(queue.get() for _ in range(ranks))
     context.join(timeout=60)
     return found
 
@@ -120,6 +141,22 @@ def test_unequal_batches_are_weighted_as_they_are_trained():
     # Each sample of the smaller batch pulls harder, and the record says so.
     plain = alone(sizes, directions="all")
     assert found[0][1]["grad_norms"] != pytest.approx(plain[1]["grad_norms"], rel=1e-3)
+
+
+def test_directions_that_do_not_fit_enter_as_nan_and_hang_nobody():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = spawned(exchange_on_rank, 2, 2, port)
+    for rank in (0, 1):
+        for counts, samples, directions in found[rank]:
+            assert counts == [3.0, 4.0]
+            assert samples[0][:3] + samples[0][4:] == [0.0] * 3 + [1.0] * 4
+            assert samples[0][3] != samples[0][3]  # the place that rank 0 does not fill
+            assert len(directions[0]) == 4
+        sums = [directions[0].tolist() for *_, directions in found[rank]]
+        assert sums[0] == sums[3] == [2.0] * 4
+        assert all(value != value for value in sums[1] + sums[2])
 
 
 def test_one_rank_that_is_told_to_stay_alone():

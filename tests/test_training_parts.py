@@ -67,11 +67,12 @@ def test_rows_of_replayed_graphs_keep_their_steps():
     found = []
     for number in range(21):
         ring.push_captured(row_of(number))  # what a replay does on the device
-        found += ring.replayed(number)
+        found += ring.replayed(number if number % 5 else None)
         found += ring.ready()
     found += ring.drain()
-    assert [meta for meta, _ in found] == list(range(21))
-    assert [row for _, row in found] == [row_of(number).tolist() for number in range(21)]
+    wanted = [number for number in range(21) if number % 5]
+    assert [meta for meta, _ in found] == wanted
+    assert [row for _, row in found] == [row_of(number).tolist() for number in wanted]
 
 
 @pytest.mark.parametrize("cosine", [0.0, 0.5, 0.95])

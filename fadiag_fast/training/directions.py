@@ -68,6 +68,7 @@ class Directions:
         self.decay = decay
         self.sketch = sketch
         self._past: list[list[Tensor]] = []  # K rows of one tensor for each layer
+        self._kept: list[list[Tensor]] = []  # the same by row, then the averages
         self._past_of: list[Tensor] = []
         self._average: list[Tensor] = []
         self._kept_like: tuple[object, ...] = ()
@@ -86,7 +87,7 @@ class Directions:
         return sum(t.nbytes for t in (*self._past_of, *self._average))
 
     def _sketched(self, direction: Tensor) -> Tensor:
-        flat = direction.reshape(-1)
+        flat = direction if direction.dim() == 1 else direction.reshape(-1)
         if self.sketch is None or len(flat) <= self.sketch:
             return flat
         key = (len(flat), flat.device)
@@ -98,6 +99,7 @@ class Directions:
         self._past_of = [d.new_zeros((self.window, len(d))) for d in directions]
         self._past = [list(past.unbind(0)) for past in self._past_of]
         self._average = [torch.zeros_like(d) for d in directions]
+        self._kept = [list(row) for row in zip(*self._past, strict=True)] + [self._average]
         self._next = 0
         self._device_next = torch.zeros(1, dtype=torch.int64, device=directions[0].device)
 
@@ -121,7 +123,7 @@ class Directions:
             torch.full_like(self._average[l], torch.nan) if mean is None else self._sketched(mean)
             for l, mean in enumerate(means)
         ]
-        like = tuple((len(d), d.dtype, d.device) for d in directions)
+        like = tuple([(d.shape, d.dtype, d.device) for d in directions])
         if like != self._kept_like:
             if captured:
                 raise RuntimeError(
@@ -130,11 +132,9 @@ class Directions:
                 )
             self._start(directions)
             self._kept_like = like
-        batches = [directions]
-        batches += [[past[k] for past in self._past] for k in range(self.window)]
-        batches.append(self._average)
+        batches = [directions, *self._kept]
         # One call may serve all layers of one dtype; others need one each.
-        if len({d.dtype for d in directions}) == 1:
+        if len(directions) == 1 or len({d.dtype for d in directions}) == 1:
             cosines = ops.direction_cosines(batches)
         else:
             cosines = torch.cat(

@@ -17,12 +17,12 @@ class Merged(NamedTuple):
     Attributes:
         samples: ``[figures, W · capacity]``; NaN where a rank had fewer samples.
         counts: ``[W]``, samples of each rank.
-        directions: sums over all ranks, flat.
+        directions: sums over all ranks; None where their sizes differ.
     """
 
     samples: Tensor
     counts: Tensor
-    directions: list[Tensor]
+    directions: list[Tensor | None]
 
 
 def default_group(group: Any) -> Any:
@@ -47,31 +47,53 @@ class Exchange:
         capacity: samples that one rank may send in one step; None agrees on the largest of the
             ranks' first step, which waits for the device once. What a rank has beyond that is left
             out, with one warning: the other ranks could not know of it.
+        wide: exchange in float64; else in float32.
     """
 
-    def __init__(self, group: Any, capacity: int | None = None) -> None:
+    def __init__(self, group: Any, capacity: int | None = None, wide: bool = False) -> None:
         self.group = group
         self.world = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.capacity = capacity
+        self.wide = wide
+        self._sizes: list[int] | None = None
         self._warned = False
 
-    def _agree(self, samples: int, device: torch.device) -> int:
+    def _agree(self, samples: int, sizes: Sequence[int], device: torch.device) -> None:
+        """Settle, once and waiting for the device, how large everybody's buffer is."""
         on_gpu = "nccl" in str(dist.get_backend(self.group))
-        largest = torch.tensor([samples], device=device if on_gpu else "cpu")
+        largest = torch.tensor(
+            [samples, *sizes, *(-size for size in sizes)], device=device if on_gpu else "cpu"
+        )
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
-        return int(largest)
+        samples, *bounds = largest.tolist()
+        if self.capacity is None:
+            self.capacity = samples
+        highest, lowest = bounds[: len(sizes)], [-b for b in bounds[len(sizes) :]]
+        self._sizes = [a if a == b else 0 for a, b in zip(highest, lowest, strict=True)]
+        if 0 in self._sizes:
+            warnings.warn(
+                f"StepProbe: expected directions of the same size on all ranks, got {lowest} to "
+                f"{highest}: those that differ are left out; pad the batches to one length, or "
+                f"compare the positions' averages with reduction='mean'",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
-    def start(self, samples: Tensor, directions: Sequence[Tensor]) -> Pending:
+    def start(self, samples: Tensor, directions: Sequence[Tensor | None]) -> Pending:
         """Begin to merge.
 
         Args:
             samples: ``[figures, N]`` of this rank.
-            directions: sums over this rank's samples, the same shapes on all ranks.
+            directions: sums over this rank's samples. One that is missing, or of another size than
+                in the first step, enters as NaN: buffers of different sizes would never meet.
         """
         figures, count = samples.shape
-        if self.capacity is None:
-            self.capacity = self._agree(count, samples.device)
+        sizes = [0 if d is None else d.numel() for d in directions]
+        if self._sizes is None:
+            self._agree(count, sizes, samples.device)
+        assert self._sizes is not None
+        assert self.capacity is not None
         if count > self.capacity and not self._warned:
             self._warned = True
             warnings.warn(
@@ -81,29 +103,36 @@ class Exchange:
                 stacklevel=4,
             )
         kept = min(count, self.capacity)
-        flat = [direction.reshape(-1) for direction in directions]
-        wide = any(d.dtype == torch.float64 for d in flat)
+        wide = samples.dtype == torch.float64 and self.wide
         dtype = torch.float64 if wide else torch.float32
         own = figures * self.capacity
-        buffer = samples.new_zeros(self.world * (own + 1) + sum(len(d) for d in flat), dtype=dtype)
+        buffer = samples.new_zeros(self.world * (own + 1) + sum(self._sizes), dtype=dtype)
         places = buffer[: self.world * own].view(self.world, figures, self.capacity)
         mine = places[self.rank]
         mine[:, :kept] = samples[:, :kept]
         mine[:, kept:] = torch.nan
         buffer[self.world * own + self.rank].fill_(float(count))
         at = self.world * (own + 1)
-        for direction in flat:
-            buffer[at : at + len(direction)] = direction
-            at += len(direction)
+        shapes: list[torch.Size | None] = []
+        for direction, size in zip(directions, self._sizes, strict=True):
+            place = buffer[at : at + size]
+            fits = direction is not None and direction.numel() == size
+            if direction is not None and fits:
+                place.copy_(direction.reshape(-1))
+            else:
+                place.fill_(torch.nan)
+            whole = direction.shape if direction is not None and fits else torch.Size([size])
+            shapes.append(whole if size else None)
+            at += size
         work = dist.all_reduce(buffer, group=self.group, async_op=True)
-        return Pending(work, buffer, places, [d.shape for d in directions])
+        return Pending(work, buffer, places, shapes)
 
 
 class Pending:
     """A merge under way."""
 
     def __init__(
-        self, work: Any, buffer: Tensor, places: Tensor, shapes: Sequence[torch.Size]
+        self, work: Any, buffer: Tensor, places: Tensor, shapes: Sequence[torch.Size | None]
     ) -> None:
         self._work = work
         self._buffer = buffer
@@ -117,8 +146,11 @@ class Pending:
         at = world * figures * capacity
         counts = self._buffer[at : at + world]
         at += world
-        directions = []
+        directions: list[Tensor | None] = []
         for shape in self._shapes:
+            if shape is None:
+                directions.append(None)
+                continue
             directions.append(self._buffer[at : at + shape.numel()].view(shape))
             at += shape.numel()
         samples = self._places.transpose(0, 1).reshape(figures, world * capacity)

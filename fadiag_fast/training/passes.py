@@ -193,11 +193,14 @@ class Observation:
                 if isinstance(found, ops.PackedStatistics)
                 else torch.stack([found.hidden_norm, found.grad_norm])
             )
-            if settings.direction_layers:
-                kept = found.grad_mean
-                for l in settings.direction_layers:
-                    if l in layers:
-                        means[l] = kept[layers.index(l)]
+            for l in settings.direction_layers:
+                if l in layers:
+                    at = layers.index(l)
+                    means[l] = (
+                        found.mean_of(at)
+                        if isinstance(found, ops.PackedStatistics)
+                        else found.grad_mean[at]
+                    )
         missing: set[int] = set()
         if norms is None or norms.shape[1] != n + 1:
             rows = self._rows(layers, norms, error if logits is None else None)

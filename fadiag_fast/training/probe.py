@@ -399,6 +399,7 @@ class StepProbe:
         self._exchange: Exchange | None = None
         self._pending: tuple[Pending, _Meta, Tensor | None] | None = None
         self._graphed: _Meta | None = None
+        self._has_gpu = torch.cuda.is_available()
         self._in_compiled: frozenset[int] | None = None
         self._handles: list[Any] = []
         self._preparing: list[Any] = []
@@ -725,7 +726,7 @@ class StepProbe:
         """
         began = time.perf_counter()
         step = self._step
-        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        captured = self._has_gpu and torch.cuda.is_current_stream_capturing()
         self._current = None
         parts: list[Figures] = []
         try:
@@ -741,9 +742,9 @@ class StepProbe:
             return
         if not parts and self._graphed is not None and self._ring is not None:
             meta = self._graphed
-            if self.schedule.wants(step):
-                self._emit(self._ring.replayed(_with_step(meta, step)))
-                self._emit(self._ring.ready())
+            wanted = self._step_was_wanted
+            self._emit(self._ring.replayed(replace(meta, step=step) if wanted else None))
+            self._emit(self._ring.ready())
             return
         if not parts and self._step_was_wanted:
             raise RuntimeError(self._nothing_arrived(step))
@@ -799,13 +800,10 @@ class StepProbe:
             return
         self._settle()
         if self._exchange is None:
-            self._exchange = Exchange(found_group, self.max_samples)
-        if any(mean is None for mean in figures.means):
-            raise RuntimeError(
-                "StepProbe: expected the gradient of every kept direction on every rank, got none "
-                "on this one; keep none (directions='none') or other taps"
-            )
-        sums = [mean * figures.weight for mean in figures.means if mean is not None]
+            # Every rank must decide alike: by the parameters, not by what a step happened to see.
+            wide = any(p.dtype == torch.float64 for p in self.model.parameters())
+            self._exchange = Exchange(found_group, self.max_samples, wide)
+        sums = [None if mean is None else mean * figures.weight for mean in figures.means]
         pending = self._exchange.start(figures.norms.flatten(0, 1), sums)
         self._pending = (pending, meta, scaling)
 
@@ -820,7 +818,9 @@ class StepProbe:
         norms = found.samples.view(2, self._n + 1, -1)
         # The optimiser sees the average of the ranks' gradients, each of its own samples only.
         norms[1].div_(world)
-        means: list[Tensor | None] = [s / samples.to(s.dtype) for s in found.directions]
+        means: list[Tensor | None] = [
+            None if s is None else s / samples.to(s.dtype) for s in found.directions
+        ]
         figures = Figures(norms, means, set(meta.missing), None, samples)
         if scaling is not None:  # what one rank met, all of them skip
             bad = torch.maximum(scaling[1], self._overflowed(figures).double())
@@ -1014,10 +1014,6 @@ class StepProbe:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
-
-
-def _with_step(meta: _Meta, step: int) -> _Meta:
-    return replace(meta, step=step)
 
 
 def _joined(eager: Figures, compiled: Figures) -> Figures:

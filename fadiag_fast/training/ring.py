@@ -101,7 +101,7 @@ class Ring:
         self._device_next.add_(1).remainder_(self.rows)
 
     def replayed(self, meta: Any) -> list[tuple[Any, list[float]]]:
-        """Say that a graph wrote a row; every R/4 of them are sent off together."""
+        """Say that a graph wrote a row, None for one that nobody wants; R/4 of them go together."""
         self._replayed.append(meta)
         if len(self._replayed) >= max(1, self.rows // 4):
             return self.send_replayed()
@@ -113,6 +113,7 @@ class Ring:
         for meta in self._replayed:
             row = self._device_rows[self._read_from]
             self._read_from = (self._read_from + 1) % self.rows
-            waited += self.push(row, meta)
+            if meta is not None:
+                waited += self.push(row, meta)
         self._replayed = []
         return waited
