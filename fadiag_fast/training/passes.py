@@ -274,7 +274,6 @@ class Pass:
         self.hidden_norms: list[Tensor | None] = [None] * n
         self.counts: dict[int, int] = {}
         self.seconds = 0.0
-        self.ended = False
         self._hooked = [False] * (n + 1)
         self._last: Observation | None = None
         self._opened = opened
