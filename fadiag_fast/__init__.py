@@ -11,6 +11,7 @@ from .reference import LayerStatistics
 from .report import DiagnosticReport
 from .scanning import ScanResult, scan
 from .taps import TapError
+from .training import StepProbe, StepRecord
 
 __all__ = [
     "CompiledProbe",
@@ -19,6 +20,8 @@ __all__ = [
     "LayerStatistics",
     "LoadedProbe",
     "ScanResult",
+    "StepProbe",
+    "StepRecord",
     "TapError",
     "diagnose",
     "direction_cosines",

@@ -272,6 +272,36 @@ def choose_output(output: Any, choose: Output | None) -> Tensor:
     return found
 
 
+def sample_rows(logits: Tensor, samples: int, batch_dim: int, name: str) -> Tensor:
+    """Return logits or their gradients with a row for each sample.
+
+    Args:
+        logits: as the model returns them.
+        samples: how many samples the states count along ``batch_dim``.
+        batch_dim: the dimension of the states that counts samples.
+        name: of the model, for the message.
+
+    Raises:
+        TapError: no dimension counts the samples.
+    """
+    shape = logits.shape
+    # Logits [B, C] of states [T, B, D] are by sample already; [T, B, C] are not.
+    fits = -len(shape) <= batch_dim < len(shape) and shape[batch_dim] == samples
+    if fits and (len(shape) > 2 or shape[0] != samples):
+        return logits.movedim(batch_dim, 0)
+    if shape and shape[0] == samples:
+        return logits
+    if shape and samples and shape[0] % samples == 0 and batch_dim in (0, 1):
+        positions = shape[0] // samples  # [B·T, C], or [T·B, C] of states [T, B, D]
+        order = (positions, samples) if batch_dim else (samples, positions)
+        return logits.reshape(*order, *shape[1:]).movedim(batch_dim, 0)
+    raise TapError(
+        f"{name}: output: expected logits with a row for each of {samples} samples, got shape "
+        f"{list(shape)}; choose them by output=, or say batch_dim= if the states count samples "
+        f"elsewhere than in dimension {batch_dim}"
+    )
+
+
 class Probe:
     """Capture batch after batch of one model.
 
@@ -301,7 +331,7 @@ class Probe:
         batch_dim: int = 0,
         path: Path | None = None,
     ) -> None:
-        _check_model(model)
+        check_model(model)
         self.model = model
         self.select = select
         self.loss = loss
@@ -310,7 +340,7 @@ class Probe:
         self.path: Path | None = path
         self.path_reason = ""
         self.reordered = False
-        if path is None and _is_sharded(model):
+        if path is None and is_sharded(model):
             self.path = "autograd"
         self._captured_once = False
         self._taps: Taps | None = None
@@ -342,7 +372,7 @@ class Probe:
             x = tree_map_only(Tensor, torch.clone, x)  # some models write into their input
         if self._taps is None:
             self._taps, seen = find_taps(
-                self.model, x, self.select, lambda state: self._counts_samples(x, state)
+                self.model, x, self.select, lambda state: self.counts_samples(x, state)
             )
         else:
             options = {"return_hidden": True} if self.taps.hands_out else {}
@@ -407,7 +437,7 @@ class Probe:
             if -leaf.dim() <= self.batch_dim < leaf.dim()
         }
 
-    def _counts_samples(self, x: Any, state: Tensor) -> bool:
+    def counts_samples(self, x: Any, state: Tensor) -> bool:
         """Say whether a state's batch dimension is as long as one of the input's."""
         counts = self._sample_counts(x)
         fits = -state.dim() <= self.batch_dim < state.dim()
@@ -417,7 +447,7 @@ class Probe:
         name = type(self.model).__name__
         if state.layout is not torch.strided:
             raise TapError(f"{name}: {tap.where}: expected a dense state, got {state.layout}")
-        if self._counts_samples(x, state):
+        if self.counts_samples(x, state):
             return
         counts = self._sample_counts(x)
         others = [i for i, size in enumerate(state.shape) if size in counts]
@@ -632,7 +662,7 @@ class Probe:
         leads to the first state. Their gradients are still never asked for, but what a backward
         pass through them would need is kept for nothing, and may not be overwritten.
         """
-        if None not in plan.of_tap and not _is_sharded(self.model):
+        if None not in plan.of_tap and not is_sharded(self.model):
             try:
                 return self._autograd_pass(plan, x, y, constants, "states")
             except _Mismatch:
@@ -727,7 +757,7 @@ class Probe:
             )
 
         with torch.inference_mode(False), torch.enable_grad(), eager():
-            if constants is None and _is_sharded(self.model):
+            if constants is None and is_sharded(self.model):
                 return run()
             constants = constants_of(self.model) if constants is None else constants
             if start == "parameters":
@@ -775,7 +805,7 @@ class Probe:
         lost = [tap.where for tap, yes in zip(self.taps.points, reached, strict=True) if not yes]
         parameters = list(self.model.parameters())
         frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
-        if lost and frozen and _is_sharded(self.model):
+        if lost and frozen and is_sharded(self.model):
             raise _Unreached(
                 f"{type(self.model).__name__}: {', '.join(lost)}: expected a state that autograd "
                 f"can reach, got one behind sharded parameters that are all frozen; unfreeze one "
@@ -801,32 +831,16 @@ class Probe:
 
         if hiddens:
             samples = by_sample(hiddens[0]).shape[0]
-            logits, logit_grads = (self._rows(t, samples) for t in (logits, logit_grads))
+            name = type(self.model).__name__
+            logits, logit_grads = (
+                sample_rows(t, samples, self.batch_dim, name) for t in (logits, logit_grads)
+            )
         return Captured(
             [by_sample(h) for h in hiddens],
             [by_sample(g) for g in grads],
             logits,
             logit_grads,
             loss,
-        )
-
-    def _rows(self, logits: Tensor, samples: int) -> Tensor:
-        """Return logits or their gradients with a row for each sample."""
-        shape, by_sample = logits.shape, self.batch_dim
-        # Logits [B, C] of states [T, B, D] are by sample already; [T, B, C] are not.
-        fits = -len(shape) <= by_sample < len(shape) and shape[by_sample] == samples
-        if fits and (len(shape) > 2 or shape[0] != samples):
-            return logits.movedim(by_sample, 0)
-        if shape and shape[0] == samples:
-            return logits
-        if shape and samples and shape[0] % samples == 0 and by_sample in (0, 1):
-            positions = shape[0] // samples  # [B·T, C], or [T·B, C] of states [T, B, D]
-            order = (positions, samples) if by_sample else (samples, positions)
-            return logits.reshape(*order, *shape[1:]).movedim(by_sample, 0)
-        raise TapError(
-            f"{type(self.model).__name__}: output: expected logits with a row for each of "
-            f"{samples} samples, got shape {list(shape)}; choose them by output=, or say "
-            f"batch_dim= if the states count samples elsewhere than in dimension {by_sample}"
         )
 
 
@@ -841,7 +855,7 @@ class _Held(nn.Module):
         return do()
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
     """Raise TapError for a model that no path can differentiate."""
     name = type(model).__name__
     for path, module in model.named_modules():
@@ -869,7 +883,7 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Say whether parameters are spread over processes: only the model itself can gather them."""
     # Nothing can be a DTensor where its module, which takes a while to import, is not.
     distributed = sys.modules.get("torch.distributed.tensor")

@@ -177,7 +177,9 @@ class PackedStatistics:
         words = 2 if self.packed.dtype == torch.float64 else 4
         return words * len(self.shapes) * self.shapes[0][self.batch_dims - 1]
 
-    def _norms(self, which: int) -> Tensor:
+    @property
+    def norms(self) -> Tensor:
+        """Norms of hidden states, then of gradients, ``[2, L, B]`` float64."""
         rows = self.shapes[0][self.batch_dims - 1]
         words = self.packed[..., : self._norms_width()]
         try:
@@ -186,17 +188,17 @@ class PackedStatistics:
             # Under vmap, before torch had a batching rule for this view.
             both = torch.ops.fadiag.reinterpret_as_double.default(words)
         norms: Tensor = both.unflatten(-1, (2, len(self.shapes), rows))
-        return norms.select(-3, which)
+        return norms
 
     @property
     def hidden_norm(self) -> Tensor:
         """L2 norm of each sample's hidden state, ``[L, B]`` float64."""
-        return self._norms(0)
+        return self.norms.select(-3, 0)
 
     @property
     def grad_norm(self) -> Tensor:
         """L2 norm of each sample's gradient, ``[L, B]`` float64."""
-        return self._norms(1)
+        return self.norms.select(-3, 1)
 
     @property
     def grad_mean(self) -> tuple[Tensor, ...]:
@@ -211,6 +213,14 @@ class PackedStatistics:
             _shape_mean(mean, sizes, strides[self.batch_dims :])
             for mean, sizes, strides in zip(means, samples, self.strides, strict=True)
         )
+
+    def mean_of(self, layer: int) -> Tensor:
+        """Return one element of ``grad_mean``, at the cost of one view."""
+        if self.strides is not None:
+            return self.grad_mean[layer]
+        widths = [shape[self.batch_dims] for shape in self.shapes]
+        start = self._norms_width() + sum(widths[:layer])
+        return self.packed.narrow(-1, start, widths[layer])
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.hidden_norm, self.grad_norm, self.grad_mean))

@@ -40,7 +40,8 @@ class SampleReduction:
         if self.kind not in REDUCTIONS:
             raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {self.kind}")
 
-    def _feature_dim(self, state: Tensor) -> int:
+    def feature_index(self, state: Tensor) -> int:
+        """Return the dimension that holds the features of a state ``[B, ...]``."""
         if self.feature_dim is None:
             return state.dim() - 1 if state.dim() == 3 else 1
         fits = -state.dim() < self.feature_dim < state.dim() and self.feature_dim != 0
@@ -58,28 +59,39 @@ class SampleReduction:
             ValueError: ``cls`` of a state with four and more dimensions, or a ``feature_dim`` that
                 the state does not have.
         """
-        hidden, grad = self._reduced(hidden, grad)
-        if hidden.is_complex():
-            hidden, grad = torch.view_as_real(hidden), torch.view_as_real(grad)
-        return hidden, grad
+        return self.of_hidden(hidden), self.of_grad(grad)
 
-    def _reduced(self, hidden: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        if self.kind == "flatten" or hidden.dim() < 3:
-            return hidden, grad
+    def of_hidden(self, hidden: Tensor) -> Tensor:
+        """Return a state alone as :meth:`apply` does."""
+        return self._reduced(hidden, averaged=True)
+
+    def of_grad(self, grad: Tensor) -> Tensor:
+        """Return a state's gradient alone as :meth:`apply` does."""
+        return self._reduced(grad, averaged=False)
+
+    def _reduced(self, state: Tensor, averaged: bool) -> Tensor:
+        if state.is_complex():
+            return torch.view_as_real(self._positions(state, averaged))
+        return self._positions(state, averaged)
+
+    def _positions(self, state: Tensor, averaged: bool) -> Tensor:
+        if self.kind == "flatten" or state.dim() < 3:
+            return state
         if self.kind == "cls":
-            if hidden.dim() != 3:
+            if state.dim() != 3:
                 raise ValueError(
-                    f"reduction cls: expected states of shape [B, T, D], got {list(hidden.shape)}"
+                    f"reduction cls: expected states of shape [B, T, D], got {list(state.shape)}"
                 )
-            return hidden[:, 0], grad[:, 0]
-        features = self._feature_dim(hidden)
+            return state[:, 0]
+        features = self.feature_index(state)
         if self.kind == "mean":
-            positions = [d for d in range(1, hidden.dim()) if d != features]
+            positions = [d for d in range(1, state.dim()) if d != features]
             # A sum of many small terms leaves the precision and the range of 16 bits.
-            wide = torch.float32 if hidden.dtype in (torch.float16, torch.bfloat16) else None
-            return hidden.mean(positions, dtype=wide), grad.sum(positions, dtype=wide)
-        hidden, grad = hidden.movedim(features, -1), grad.movedim(features, -1)
-        return hidden.flatten(0, -2), grad.flatten(0, -2)
+            wide = torch.float32 if state.dtype in (torch.float16, torch.bfloat16) else None
+            merge = state.mean if averaged else state.sum
+            merged: Tensor = merge(positions, dtype=wide)
+            return merged
+        return state.movedim(features, -1).flatten(0, -2)
 
 
 class Reduced(NamedTuple):

@@ -216,7 +216,8 @@ def split_hidden(output: object, where: str) -> tuple[Tensor, list[Tensor]]:
 # ---- chains of blocks
 
 
-def _is_sum(state: Tensor, before: Tensor, branch: Tensor) -> bool:
+def is_sum(state: Tensor, before: Tensor, branch: Tensor) -> bool:
+    """Say whether a state is the sum of two tensors, but for rounding."""
     if state.shape != before.shape or state.shape != branch.shape:
         return False
     if any(t.layout is not torch.strided for t in (state, before, branch)):
@@ -234,7 +235,7 @@ def _link(block: ModuleCall, state: Sighting | None) -> Literal["state", "branch
         return "state"
     if state.tensor is block.input.tensor and state.version != block.input.version:
         return "branch"  # h += block(h)
-    if _is_sum(state.tensor, block.input.tensor, block.output.tensor):
+    if is_sum(state.tensor, block.input.tensor, block.output.tensor):
         return "branch"
     return None
 

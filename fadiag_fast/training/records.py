@@ -10,6 +10,8 @@ from typing import Any
 
 from ..protocol import growth_ratios
 
+_TEXTS = ("layers", "unreached", "autocast", "loss_reduction")
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -33,8 +35,10 @@ class StepRecord:
         skipped: whether a gradient scaler skipped the step, for it met an infinity or a NaN.
         loss_scale: the factor that was removed; 1.0 without a scaler.
         autocast: the dtype of autocast in the forward pass, such as ``bfloat16``; None without.
-        unreached: observed states that no forward or no gradient reached in this step; their
-            figures are NaN.
+        unreached: observed states that no forward or no gradient reached in this step; what did
+            not arrive is NaN.
+        loss_reduction: how the user says that the loss is reduced: it scales ``grad_norms``.
+        world_size: ranks whose samples are in the figures.
     """
 
     step: int
@@ -53,6 +57,8 @@ class StepRecord:
     loss_scale: float = 1.0
     autocast: str | None = None
     unreached: tuple[str, ...] = ()
+    loss_reduction: str = "mean"
+    world_size: int = 1
 
     @property
     def growth(self) -> float:
@@ -101,7 +107,7 @@ class StepRecord:
         known = {field.name: field for field in fields(cls)}
         return cls(
             **{
-                name: _from_json(value, text=name in ("layers", "unreached", "autocast"))
+                name: _from_json(value, text=name in _TEXTS)
                 for name, value in values.items()
                 if name in known
             }

@@ -1,0 +1,366 @@
+"""What one forward pass of the training and the backward passes through it show.
+
+The hooks replace nothing. A state whose bytes are few is kept, detached, until the step ends, and
+all layers are reduced together by one launch of the operator. A larger one is reduced as it passes:
+its norm in the forward, its gradient's in the backward, and nothing of it is kept.
+
+A pass is held by the hooks in its graph and by nothing else until a gradient arrives: a forward
+that is never differentiated is gone with its graph.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..capture import sample_rows
+from ..reference import sample_norm
+from ..statistics import SampleReduction
+
+_queue_callback: Callable[[Callable[[], None]], None] = (
+    torch.autograd.Variable._execution_engine.queue_callback
+)
+
+
+@dataclass
+class Settings:
+    """What the hooks need to know.
+
+    Attributes:
+        name: of the model, for messages.
+        labels: of the n states.
+        reduction: what a sample is.
+        batch_dim: the dimension of the states that counts samples.
+        direction_layers: indices of the states whose direction is kept.
+        kept_bytes: a state of at most so many bytes is kept until the step ends.
+        complex: whether a state may be of complex numbers.
+        passing: states that must be reduced as they pass: something writes into them later.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    reduction: SampleReduction
+    batch_dim: int
+    direction_layers: tuple[int, ...]
+    kept_bytes: int
+    complex: bool = False
+    passing: set[int] = field(default_factory=set)
+
+    @property
+    def plain(self) -> bool:
+        """Whether a state is a sample's as it stands."""
+        return self.batch_dim == 0 and self.reduction.kind == "flatten" and not self.complex
+
+
+def sample_norms(samples: Tensor) -> Tensor:
+    """Return the norm of each sample of ``[N, ...]``, ``[N]`` float64, without a wider copy."""
+    if samples.dtype == torch.float64:  # squares may leave the range
+        return sample_norm(samples)
+    if samples.dim() == 1:
+        return samples.double().abs()
+    dims = list(range(1, samples.dim()))
+    norms: Tensor = torch.linalg.vector_norm(samples, dim=dims, dtype=torch.float64)
+    return norms
+
+
+def by_sample(state: Tensor, batch_dim: int) -> Tensor:
+    return state if batch_dim == 0 else state.movedim(batch_dim, 0)
+
+
+@dataclass
+class Figures:
+    """What one or more micro-batches say; N samples, n states.
+
+    Attributes:
+        norms: ``[2, n + 1, N]`` float64: of the states, then of their gradients. Row n of the
+            gradients is ‖∂loss/∂logits‖, that of the states has no meaning. NaN where nothing
+            arrived.
+        means: per kept direction the mean of the samples' gradients; None where none arrived.
+        missing: indices of states of which something did not arrive.
+        samples: N; None where some of the columns are empty, and ``count`` says how many are not.
+        count: on the device.
+        micro_batches: how many.
+    """
+
+    norms: Tensor
+    means: list[Tensor | None]
+    missing: set[int]
+    samples: int | None
+    count: Tensor | None = None
+    micro_batches: int = 1
+
+    @property
+    def weight(self) -> Tensor | float:
+        """How many samples there are, on the device where the host does not know."""
+        if self.samples is not None or self.count is None:
+            return float(self.samples or 0)
+        return self.count
+
+
+def norms_of(hidden: Tensor, grad: Tensor, error: Tensor) -> Tensor:
+    """Return :attr:`Figures.norms` of ``[n, N]``, ``[n, N]`` and ``[N]``."""
+    return torch.stack([torch.cat([hidden, error[None]]), torch.cat([grad, error[None]])])
+
+
+class Observation:
+    """The gradients that one backward pass brought to one forward pass.
+
+    Attributes:
+        finished: whether the backward pass came to its end.
+    """
+
+    __slots__ = ("finished", "grad_norms", "grads", "means", "of")
+
+    def __init__(self, of: Pass) -> None:
+        size = len(of.settings.labels) + 1
+        self.of = of
+        self.grads: list[Tensor | None] = [None] * size
+        self.grad_norms: list[Tensor | None] = [None] * size
+        self.means: dict[int, Tensor] = {}
+        self.finished = False
+
+    def has(self, l: int) -> bool:
+        return self.grads[l] is not None or self.grad_norms[l] is not None
+
+    def finish(self) -> None:
+        """Note that the backward pass ended: torch does not call this after an error."""
+        self.finished = True
+
+    def forget(self) -> None:
+        """Let go of the gradients, and of the circle of references."""
+        self.grads = [None] * len(self.grads)
+        self.of.drop(self)
+
+    def _kept(self) -> tuple[list[int], list[Tensor], list[Tensor]]:
+        """Return which states were kept with their gradients, and both."""
+        states, versions, grads = self.of.states, self.of.versions, self.grads
+        layers: list[int] = []
+        hiddens: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for l, state in enumerate(states):
+            grad = grads[l]
+            if state is None or grad is None:
+                continue
+            layers.append(l)
+            hiddens.append(self._as_seen(l, state, versions[l]))
+            gradients.append(grad)
+        settings = self.of.settings
+        if not settings.plain:
+            how, dim = settings.reduction, settings.batch_dim
+            hiddens = [how.of_hidden(by_sample(h, dim)) for h in hiddens]
+            gradients = [how.of_grad(by_sample(g, dim)) for g in gradients]
+        return layers, hiddens, gradients
+
+    def _as_seen(self, l: int, state: Tensor, version: int) -> Tensor:
+        if state._version == version:
+            return state
+        # Written into after it was seen; from now on it is reduced before that.
+        self.of.settings.passing.add(l)
+        return torch.full_like(state, torch.nan)
+
+    def figures(self) -> Figures | None:
+        """Reduce what was kept, and let go of it; None if no state was reached at all."""
+        settings, of = self.of.settings, self.of
+        n = len(settings.labels)
+        layers, hiddens, gradients = self._kept()
+        means = dict(self.means)
+        error, logits = self.grad_norms[n], self.grads[n]
+        self.forget()
+        if logits is not None:
+            logits = sample_rows(logits, of.samples, settings.batch_dim, settings.name)
+            if logits.is_complex():
+                logits = torch.view_as_real(logits)
+            # One more layer in the same launch: its gradient's norm is the output error.
+            first = gradients[0] if gradients else None
+            alike = first is not None and first.dtype == logits.dtype
+            if first is not None and alike and first.shape[0] == logits.shape[0]:
+                hiddens.append(logits)
+                gradients.append(logits)
+            else:
+                error, logits = sample_norms(logits), None
+        norms: Tensor | None = None
+        if hiddens:
+            self._check_rows([h.shape[0] for h in hiddens])
+            found = ops.layer_statistics(hiddens, gradients)
+            norms = (
+                found.norms
+                if isinstance(found, ops.PackedStatistics)
+                else torch.stack([found.hidden_norm, found.grad_norm])
+            )
+            for l in settings.direction_layers:
+                if l in layers:
+                    at = layers.index(l)
+                    means[l] = (
+                        found.mean_of(at)
+                        if isinstance(found, ops.PackedStatistics)
+                        else found.grad_mean[at]
+                    )
+        missing: set[int] = set()
+        if norms is None or norms.shape[1] != n + 1:
+            rows = self._rows(layers, norms, error if logits is None else None)
+            if rows is None:
+                return None
+            norms, missing = rows
+        return Figures(
+            norms, [means.get(l) for l in settings.direction_layers], missing, norms.shape[2]
+        )
+
+    def _check_rows(self, counts: list[int]) -> None:
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"StepProbe: reduction {self.of.settings.reduction.kind}: expected the same number "
+                f"of samples in every state, got {', '.join(map(str, sorted(set(counts))))}; name "
+                f"taps of one shape"
+            )
+
+    def _rows(
+        self, layers: list[int], norms: Tensor | None, error: Tensor | None
+    ) -> tuple[Tensor, set[int]] | None:
+        """Put norms that were taken together and as they passed into one matrix."""
+        settings, of = self.of.settings, self.of
+        n = len(settings.labels)
+        hidden: list[Tensor | None] = list(of.hidden_norms)
+        grad: list[Tensor | None] = list(self.grad_norms[:n])
+        if norms is not None:
+            for position, l in enumerate(layers):
+                hidden[l], grad[l] = norms[0, position], norms[1, position]
+            if norms.shape[1] > len(layers):
+                error = norms[1, -1]
+        for l, state in enumerate(of.states):
+            if hidden[l] is None and state is not None:
+                seen = by_sample(self._as_seen(l, state, of.versions[l]), settings.batch_dim)
+                hidden[l] = sample_norms(settings.reduction.of_hidden(seen))
+        there = [row for row in (*hidden, *grad) if row is not None]
+        if not there:
+            return None
+        self._check_rows([len(row) for row in there])
+        empty = torch.full_like(there[0], torch.nan)
+        if error is None:
+            error = empty
+        elif len(error) != len(empty):
+            error = error.repeat_interleave(len(empty) // len(error))
+        rows = [*hidden, error, *grad, error]
+        matrix = torch.stack([empty if row is None else row for row in rows])
+        missing = {l for l in range(n) if hidden[l] is None or grad[l] is None}
+        return matrix.view(2, n + 1, len(empty)), missing
+
+
+class Pass:
+    """One forward pass.
+
+    Args:
+        settings: see there.
+        opened: is told of every new observation.
+
+    Attributes:
+        seconds: host time spent in the hooks.
+    """
+
+    def __init__(
+        self, settings: Settings, opened: Callable[[Observation], None], autocast: str | None
+    ) -> None:
+        n = len(settings.labels)
+        self.settings = settings
+        self.autocast = autocast
+        self.samples = 0
+        self.states: list[Tensor | None] = [None] * n
+        self.versions: list[int] = [0] * n
+        self.hidden_norms: list[Tensor | None] = [None] * n
+        self.counts: dict[int, int] = {}
+        self.seconds = 0.0
+        self._hooked = [False] * (n + 1)
+        self._last: Observation | None = None
+        self._opened = opened
+
+    def see(self, l: int, state: Tensor) -> None:
+        """Take note of a state; index n is the logits."""
+        if self._hooked[l]:
+            return
+        started = time.perf_counter()
+        settings = self.settings
+        if l < len(settings.labels):
+            if not self.samples:
+                self.samples = state.shape[settings.batch_dim]
+            if state.nbytes <= settings.kept_bytes and l not in settings.passing:
+                kept = state.detach()
+                self.states[l], self.versions[l] = kept, kept._version
+            else:
+                with torch.no_grad():
+                    reduced = settings.reduction.of_hidden(by_sample(state, settings.batch_dim))
+                    self.hidden_norms[l] = sample_norms(reduced)
+        if state.requires_grad:
+            # The closure must not hold the state: it would be kept alive by its own graph.
+            state.register_hook(partial(self._arrived, l))
+            self._hooked[l] = True
+        self.seconds += time.perf_counter() - started
+
+    def _arrived(self, l: int, grad: Tensor) -> None:
+        started = time.perf_counter()
+        last = self._last
+        if last is None or last.has(l):
+            # A gradient that came before: another backward through the same graph.
+            last = self._last = Observation(self)
+            _queue_callback(last.finish)
+            self._opened(last)
+        settings = self.settings
+        n = len(settings.labels)
+        small = self.states[l] is not None if l < n else grad.nbytes <= settings.kept_bytes
+        if small:
+            last.grads[l] = grad.detach() if grad.requires_grad else grad
+        else:
+            with torch.no_grad():
+                self._reduce(last, l, grad)
+        self.seconds += time.perf_counter() - started
+
+    def drop(self, observation: Observation) -> None:
+        if self._last is observation:
+            self._last = None
+
+    def _reduce(self, observation: Observation, l: int, grad: Tensor) -> None:
+        settings = self.settings
+        if l == len(settings.labels):
+            rows = sample_rows(grad, self.samples, settings.batch_dim, settings.name)
+            observation.grad_norms[l] = sample_norms(
+                torch.view_as_real(rows) if rows.is_complex() else rows
+            )
+            return
+        reduced = settings.reduction.of_grad(by_sample(grad, settings.batch_dim))
+        observation.grad_norms[l] = sample_norms(reduced)
+        if l in settings.direction_layers:
+            wide = torch.float64 if reduced.dtype == torch.float64 else torch.float32
+            observation.means[l] = reduced.mean(0, dtype=wide)
+
+
+def merged(parts: list[Figures]) -> Figures:
+    """Put the samples of micro-batches together; their directions are averaged over samples."""
+    if len(parts) == 1:
+        return parts[0]
+    weights = [part.weight for part in parts]
+    total = sum(weights)
+    means: list[Tensor | None] = []
+    for of_layer in zip(*(part.means for part in parts), strict=True):
+        known = [(m, w) for m, w in zip(of_layer, weights, strict=True) if m is not None]
+        # Micro-batches padded to different lengths have no common direction.
+        if len({m.shape for m, _ in known}) != 1:
+            means.append(None)
+            continue
+        first, weight = known[0]
+        summed = first * weight
+        for other, weight in known[1:]:
+            summed = summed + other * weight
+        means.append(summed / total)
+    counted = all(part.samples is not None for part in parts)
+    return Figures(
+        torch.cat([part.norms for part in parts], 2),
+        means,
+        set.intersection(*(part.missing for part in parts)),
+        sum(part.samples or 0 for part in parts) if counted else None,
+        total if isinstance(total, Tensor) else None,
+        sum(part.micro_batches for part in parts),
+    )

@@ -1,0 +1,1027 @@
+"""Observe a training run from inside its own forward and backward passes.
+
+Hooks on the tapped modules see states and, later, their gradients (:mod:`.passes`; inside
+``torch.compile`` :mod:`.slots`). ``step()`` reduces them to one row of figures on the device, which
+reaches the host through a ring (:mod:`.ring`) some steps later, and every sink as a
+:class:`~fadiag_fast.training.records.StepRecord`. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import math
+import sys
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import Output, Probe, check_model, choose_output, untouched
+from ..protocol import middle_layer
+from ..statistics import Reduction, SampleReduction
+from ..taps import Select, TapError, Taps, find_taps, is_sum, sighting_at, unwrap
+from ..tracing import Trace, argument_state, clean_name, state_in
+from .directions import Directions
+from .distributed import Exchange, Pending, default_group
+from .passes import Figures, Observation, Pass, Settings, merged
+from .records import StepRecord
+from .ring import Ring
+from .slots import Job, Slots
+
+Sink = Callable[[StepRecord], None]
+Mode = Literal["auto", "passing", "together"]
+
+# All states and gradients of a pass together: small beside any training that has larger ones.
+_KEPT_BYTES = 8 * 2**20
+
+_alive: weakref.WeakSet[StepProbe] = weakref.WeakSet()
+
+
+@atexit.register
+def _flush_all() -> None:
+    for probe in list(_alive):
+        try:
+            probe.flush()
+        except Exception as error:  # the process ends: there is nobody to catch it
+            warnings.warn(f"StepProbe: the last records are lost: {error}", stacklevel=1)
+
+
+class Schedule(Protocol):
+    """Says which optimiser steps are recorded."""
+
+    def wants(self, step: int) -> bool:
+        """Return whether a step is recorded; it is asked once, before the step."""
+
+
+@dataclass(frozen=True)
+class _Every:
+    steps: int
+
+    def wants(self, step: int) -> bool:
+        return step % self.steps == 0
+
+
+@dataclass(frozen=True)
+class _Meta:
+    """What the host knows of a row on its way."""
+
+    step: int
+    sizes: tuple[int, ...]
+    samples: int | None
+    micro_batches: int
+    autocast: str | None
+    missing: tuple[int, ...]
+    compared: bool
+    scaled: bool
+    world_size: int = 1
+
+
+class _Inert:
+    """What is left of the probe's hooks in a copy of a probed model."""
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+class _Hook:
+    """One hook of the probe; a copied or pickled model takes an inert one along instead."""
+
+    def __init__(self, probe: StepProbe, number: int) -> None:
+        self.probe = probe
+        self.number = number
+        self.taps: tuple[tuple[int, int], ...] = ()  # (which call, which state)
+        self.several = False
+        self.jobs: tuple[Job, ...] = ()
+        # States of a module that is compiled on its own, seen where they are made: eagerly.
+        self.stand_ins: tuple[int, ...] = ()
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: Any) -> _Inert:
+        return _Inert()
+
+    def __reduce__(self) -> Any:
+        return _Inert, ()
+
+    def _see(self, state: Tensor) -> None:
+        probe = self.probe
+        current = probe._current
+        if torch._C._current_graph_task_id() != -1:
+            # A checkpointed block runs its forward again inside of the backward pass. What the
+            # first forward saw is not counted twice; with use_reentrant=True it saw no gradient.
+            current = probe._backward_of
+            if current is not None and not self.several:
+                current.see(self.taps[0][1], state)
+            return
+        if current is None:
+            return
+        if not self.several:
+            current.see(self.taps[0][1], state)
+            return
+        call = current.counts.get(self.number, 0)
+        current.counts[self.number] = call + 1
+        for which, l in self.taps:
+            if which == call:
+                current.see(l, state)
+
+
+class _OutputHook(_Hook):
+    """A forward hook."""
+
+    def __call__(self, module: nn.Module, args: Any, result: Any) -> Any:
+        if torch.compiler.is_compiling():
+            probe = self.probe
+            if not self.jobs or not probe._compiled_observes():
+                return None
+            state = self._logits(result) if self.jobs[0].slot == probe._n else state_in(result)
+            if state is None:
+                return None
+            passed = probe._through(self.jobs, state)
+            return _replaced(result, state, passed)
+        if self.stand_ins and self.probe._current is not None:
+            for l in self.stand_ins:
+                state = state_in(result)
+                if l in (self.probe._in_compiled or ()) and state is not None:
+                    self.probe._current.see(l, state)
+        if self.taps and self.probe._looking():
+            if self.taps[0][1] == self.probe._n:
+                self._see(self._logits(result))
+                return None
+            state = result if type(result) is Tensor else state_in(result)
+            if state is not None:
+                self._see(state)
+        return None
+
+    def _logits(self, result: Any) -> Tensor:
+        return choose_output(result, self.probe.output)
+
+
+class _InputHook(_Hook):
+    """A forward pre-hook."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            probe = self.probe
+            if not self.jobs or not probe._compiled_observes():
+                return None
+            state = argument_state(args, kwargs)
+            if state is None:
+                return None
+            passed = probe._through(self.jobs, state)
+            return _replaced(args, state, passed), _replaced(kwargs, state, passed)
+        if self.taps and self.probe._looking():
+            state = argument_state(args, kwargs)
+            if state is not None:
+                self._see(state)
+        return None
+
+
+class _RootHook(_Hook):
+    """The forward pre-hook of the model: a pass begins."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.probe._begin(args, kwargs)
+
+
+class _EndHook(_Hook):
+    """The forward hook of the model: a pass has ended."""
+
+    def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.probe._current = None
+
+
+class _PrepareHook(_Hook):
+    """The forward pre-hook of what was given as the model, until the taps are known."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            if not self.probe._prepared:
+                raise RuntimeError(
+                    "StepProbe: expected the taps to be known before the model is compiled; give "
+                    "example=, or build the probe on what torch.compile returned"
+                )
+            return
+        probe = self.probe
+        probe._prepare_from_call(args, kwargs)
+        if module is probe.model and probe._prepared:
+            # torch does not call hooks of this very call that came during it.
+            probe._begin(args, kwargs)
+
+
+def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
+    """Return a structure with one tensor replaced wherever it stands."""
+    if value is old:
+        return new
+    if type(value) in (tuple, list):
+        return type(value)([_replaced(item, old, new) for item in value])
+    if type(value) is dict:
+        return {key: _replaced(item, old, new) for key, item in value.items()}
+    if isinstance(value, Mapping):  # the ModelOutput of transformers
+        for key in list(value.keys()):
+            if value[key] is old:
+                value[key] = new  # type: ignore[index]
+    return value
+
+
+def _as_input(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the arguments of a call as one input."""
+    if not kwargs:
+        return args
+    if not args:
+        return dict(kwargs)
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    found = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found.update(found.pop(name, {}))
+        elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+            if found.get(name):
+                raise TapError(
+                    f"{type(model).__name__}: {name}: expected arguments that can be given by "
+                    f"name, to find the taps with; give example="
+                )
+            found.pop(name, None)
+    return found
+
+
+class StepProbe:
+    """Record hidden states and gradients of every training step, from the training's own passes.
+
+    ::
+
+        probe = StepProbe(model, sink=print)
+        for x, y in batches:
+            loss_of(model(x), y).backward()
+            probe.step()  # before clipping and the optimiser's step
+            optimizer.step()
+            optimizer.zero_grad()
+        probe.flush()
+
+    There is no extra pass, no wait for the device, and the model computes exactly what it did.
+    Passes without gradients and of a model in eval mode are not looked at; a pass without a
+    backward pass leaves nothing behind.
+
+    Args:
+        model: any module, wrappers (DistributedDataParallel, ``torch.compile``) included. To be
+            observed inside ``torch.compile`` the probe must be there before the first compiled
+            call, and know its taps: from ``example``, or because it was given the compiled module.
+        taps: where to observe, see :func:`fadiag_fast.taps.find_taps`; None chooses.
+        sink: called with every :class:`~fadiag_fast.training.records.StepRecord`, in order, some
+            steps after its own; or a list of such. What it raises becomes one warning.
+        every: record every so many steps.
+        schedule: an object whose ``wants(step)`` says which steps are recorded, in place of
+            ``every``. If it has ``note(step, probe_seconds, step_seconds)``, that is called after
+            each recorded step with the host time that the probe and the whole step took.
+        window: K, with how many earlier recorded steps a direction is compared.
+        decay: of the exponential average of directions.
+        directions: whose directions are kept: of the ``"middle"`` state, which the protocol's (c)
+            reads, of ``"all"``, or of ``"none"``. Kept are K + 1 vectors of D float32 each.
+        sketch: keep so many numbers of each direction instead of D: a count sketch, with which a
+            cosine c has the standard error √((1 + c²) / sketch).
+        reduction: what one sample's state is, see
+            :class:`~fadiag_fast.statistics.SampleReduction`.
+        output: which part of a structured output counts as logits.
+        batch_dim: the dimension of every state that counts samples.
+        ring: how many recorded steps may be on their way from the device.
+        example: an input batch (a tensor, a tuple of arguments or a dict of keywords) to find the
+            taps with; otherwise the first training pass's own input is used. It costs one forward
+            pass in eval mode that leaves no trace.
+        scaler: the ``torch.amp.GradScaler`` in use: its factor is divided out of the figures.
+        loss_reduction: ``"mean"``, ``"sum"`` or any text: recorded beside the figures, which are
+            of the loss as it is trained.
+        group: of ranks whose samples belong to one batch: None is all processes where
+            ``torch.distributed`` is initialised, False none but this one. The gradients are
+            taken to be averaged over the ranks, as DistributedDataParallel and ``fully_shard`` do.
+        max_samples: of one rank in one step (compiled: in one pass); None takes the first one's.
+        mode: ``"passing"`` reduces states as they pass, ``"together"`` keeps them until the step
+            ends, ``"auto"`` keeps those that are small: 8 MiB for all of them.
+
+    Raises:
+        TapError: the hidden states cannot be found; at the first pass if there is no example.
+        ValueError: an argument is out of its range.
+        TypeError: a sink is not callable.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Select | None = None,
+        *,
+        sink: Sink | Sequence[Sink] | None = None,
+        every: int = 1,
+        schedule: Schedule | None = None,
+        window: int = 8,
+        decay: float = 0.9,
+        directions: Literal["middle", "all", "none"] = "middle",
+        sketch: int | None = None,
+        reduction: Reduction | SampleReduction = "flatten",
+        output: Output | None = None,
+        batch_dim: int = 0,
+        ring: int = 32,
+        example: Any = None,
+        scaler: Any = None,
+        loss_reduction: str = "mean",
+        group: Any = None,
+        max_samples: int | None = None,
+        mode: Mode = "auto",
+    ) -> None:
+        for name, value in (
+            ("every", every),
+            ("window", window),
+            ("ring", ring),
+            ("sketch", 1 if sketch is None else sketch),
+            ("max_samples", 1 if max_samples is None else max_samples),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"StepProbe: {name}: expected a whole number from 1, got {value}")
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"StepProbe: decay: expected a number in [0, 1), got {decay}")
+        if directions not in ("middle", "all", "none"):
+            raise ValueError(
+                f"StepProbe: directions: expected 'middle', 'all' or 'none', got {directions!r}"
+            )
+        if mode not in ("auto", "passing", "together"):
+            raise ValueError(
+                f"StepProbe: mode: expected 'auto', 'passing' or 'together', got {mode!r}"
+            )
+        sinks = [] if sink is None else list(sink) if isinstance(sink, Sequence) else [sink]
+        for one in sinks:
+            if not callable(one):
+                raise TypeError(f"StepProbe: sink: expected a callable, got {type(one).__name__}")
+        self.model = unwrap(model)
+        check_model(self.model)
+        self.select = taps
+        self.output = output
+        self.batch_dim = batch_dim
+        self.window = window
+        self.decay = decay
+        self.sketch = sketch
+        self.scaler = scaler
+        self.loss_reduction = loss_reduction
+        self.group = group
+        self.max_samples = max_samples
+        self.mode = mode
+        self.reduction = (
+            reduction if isinstance(reduction, SampleReduction) else SampleReduction(reduction)
+        )
+        self.schedule: Schedule = schedule or _Every(every)
+        self._which_directions = directions
+        self._ring_rows = ring
+        self._sinks = sinks
+        self._failed_sinks: set[int] = set()
+        self._taps: Taps | None = None
+        self._n = -1
+        self._prepared = False
+        self._active = True  # read by compiled code: turning it off compiles the hooks away
+        self._step = 0
+        self._wanted = bool(self.schedule.wants(0))
+        self._step_began = time.perf_counter()
+        self._current: Pass | None = None
+        self._backward_of: Pass | None = None
+        self._observations: list[Observation] = []
+        self._parts: list[Figures] = []
+        self._slot_parts: list[Figures] = []
+        self._seconds = 0.0
+        self._autocast: str | None = None
+        self._slots: Slots | None = None
+        self._settings: Settings | None = None
+        self._directions: Directions | None = None
+        self._ring: Ring | None = None
+        self._exchange: Exchange | None = None
+        self._pending: tuple[Pending, _Meta, Tensor | None] | None = None
+        self._graphed: _Meta | None = None
+        self._has_gpu = torch.cuda.is_available()
+        self._in_compiled: frozenset[int] | None = None
+        self._handles: list[Any] = []
+        self._preparing: list[Any] = []
+        _alive.add(self)
+        if example is not None:
+            self._prepare(example if not isinstance(example, Tensor) else (example,))
+        else:
+            hook = _PrepareHook(self, -1)
+            self._preparing.append(
+                model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+            )
+
+    # ---- before the first pass
+
+    @property
+    def taps(self) -> Taps:
+        """Where the network is observed; known from the first pass on, or from the example."""
+        if self._taps is None:
+            raise RuntimeError("StepProbe.taps: expected an example, or one training pass first")
+        return self._taps
+
+    def _prepare_from_call(self, args: Any, kwargs: Any) -> None:
+        observed = self._active and torch.is_grad_enabled() and self.model.training
+        if self._prepared or not observed:
+            return
+        self._prepare(_as_input(self.model, args, kwargs))
+
+    def _prepare(self, x: Any) -> None:
+        for handle in self._preparing:
+            handle.remove()
+        self._preparing = []
+        checker = Probe(self.model, batch_dim=self.batch_dim, output=self.output)
+        with untouched(self.model):
+            found, seen = find_taps(
+                self.model, x, self.select, lambda state: checker.counts_samples(x, state)
+            )
+            if found.hands_out:
+                raise TapError(
+                    f"{type(self.model).__name__}: expected states that pass through modules in "
+                    f"training, got a forward that hands them out under return_hidden=True; name "
+                    f"the taps"
+                )
+            self._install(found, seen)
+        self._prepared = True
+
+    def _install(self, found: Taps, seen: Trace) -> None:
+        points = found.points
+        n = len(points)
+        if n == 0:
+            raise TapError(f"{type(self.model).__name__}: expected at least one state, got none")
+        self._taps, self._n = found, n
+        layers: tuple[int, ...] = {
+            "middle": (middle_layer(n),),
+            "all": tuple(range(n)),
+            "none": (),
+        }[self._which_directions]
+        limits = {"passing": -1, "together": 2**62, "auto": _KEPT_BYTES // (2 * (n + 1))}
+        sightings = [sighting_at(seen, point) for point in points]
+        self._settings = Settings(
+            type(self.model).__name__,
+            found.labels,
+            self.reduction,
+            self.batch_dim,
+            layers,
+            limits[self.mode],
+            any(s is not None and s.tensor.is_complex() for s in sightings),
+            {l for l, s in enumerate(sightings) if s is not None and s.overwritten},
+        )
+        if layers:
+            self._directions = Directions(len(layers), self.window, self.decay, self.sketch)
+        self._sizes = tuple(0 if s is None else self._features(s.tensor) for s in sightings)
+        jobs, refusals = self._jobs(found, seen)
+        modules: dict[str, nn.Module] = {
+            clean_name(name): module for name, module in self.model.named_modules()
+        }
+        logits_at = self._logits_module(seen)
+        hooks: dict[tuple[str, str], _Hook] = {}
+
+        def hook_at(name: str, at: str) -> _Hook:
+            key = (name, at)
+            if key not in hooks:
+                kind = _OutputHook if at == "output" else _InputHook
+                hooks[key] = kind(self, len(hooks))
+            return hooks[key]
+
+        for l, point in enumerate(points):
+            hook = hook_at(point.module, point.at)
+            hook.taps += ((point.call, l),)
+        for (name, at), more in jobs.items():
+            hook_at(name, at).jobs += tuple(more)
+            if at == "output":
+                own = [job.slot for job in more if job.state and points[job.slot].at == "input"]
+                hook_at(name, at).stand_ins += tuple(own)
+        logits_hook = _OutputHook(self, len(hooks))
+        logits_hook.taps, logits_hook.jobs = ((0, n),), (Job(n, False, True),)
+        calls: dict[str, int] = {}
+        for call in seen.calls:
+            calls[call.name] = calls.get(call.name, 0) + 1
+        root = self.model
+        self._handles.append(
+            root.register_forward_pre_hook(_RootHook(self, -1), prepend=True, with_kwargs=True)
+        )
+        for (name, at), hook in hooks.items():
+            hook.several = calls.get(name, 0) > 1
+            module = modules[name]
+            if at == "output":
+                self._handles.append(module.register_forward_hook(hook))
+            else:
+                self._handles.append(
+                    module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+                )
+        self._handles.append(modules[logits_at].register_forward_hook(logits_hook))
+        self._handles.append(root.register_forward_hook(_EndHook(self, -2), always_call=True))
+        self._make_slots(found, seen, refusals)
+
+    def _features(self, state: Tensor) -> int:
+        how = self._settings
+        assert how is not None
+        rows = state.detach() if self.batch_dim == 0 else state.detach().movedim(self.batch_dim, 0)
+        return math.prod(how.reduction.of_hidden(rows).shape[1:])
+
+    def _logits_module(self, seen: Trace) -> str:
+        """Return the innermost module whose output is the logits tensor itself.
+
+        A loss that the model computes in its own forward reads that tensor, not what it returns.
+        """
+        logits = choose_output(seen.output, self.output)
+        best = ""
+        if callable(self.output):
+            return best
+        calls: dict[str, int] = {}
+        for call in seen.calls:
+            calls[call.name] = calls.get(call.name, 0) + 1
+        for call in seen.calls:
+            same = call.output is not None and call.output.tensor is logits
+            if same and calls[call.name] == 1 and call.output_type == "Tensor":
+                best = call.name
+        return best
+
+    def _jobs(
+        self, found: Taps, seen: Trace
+    ) -> tuple[dict[tuple[str, str], list[Job]], dict[int, str]]:
+        """Return which hooks of a compiled network send which tensors through which slots.
+
+        A hook can replace what a module returns, for all that use it; replacing what one module
+        RECEIVES would miss the other uses, the skip connection above all. The sum after a skip is
+        therefore observed at its last summand, which has the same gradient.
+        """
+        jobs: dict[tuple[str, str], list[Job]] = {}
+        refusals: dict[int, str] = {}
+        calls: dict[str, int] = {}
+        for call in seen.calls:
+            calls[call.name] = calls.get(call.name, 0) + 1
+        single = [call for call in seen.calls if calls[call.name] == 1]
+        for l, point in enumerate(found.points):
+            if calls.get(point.module, 0) > 1:
+                refusals[l] = (
+                    f"{point.where}: expected a module that a compiled forward calls once, got "
+                    f"{calls[point.module]} calls; name other taps"
+                )
+                continue
+            if point.at == "output":
+                jobs.setdefault((point.module, "output"), []).append(Job(l, True, True))
+                continue
+            state = sighting_at(seen, point)
+            assert state is not None
+            maker = next(
+                (
+                    call
+                    for call in reversed(single)
+                    if call.output is not None
+                    and call.output_type == "Tensor"
+                    and call.output.tensor is state.tensor
+                    and call.output.version == state.version
+                ),
+                None,
+            )
+            if maker is not None:
+                jobs.setdefault((maker.name, "output"), []).append(Job(l, True, True))
+                continue
+            at = next(call.begin for call in seen.calls if call.name == point.module)
+            branch = next(
+                (
+                    call
+                    for call in reversed(single)
+                    if call.end < at
+                    and call.input is not None
+                    and call.output is not None
+                    and is_sum(state.tensor, call.input.tensor, call.output.tensor)
+                ),
+                None,
+            )
+            if branch is None:
+                refusals[l] = (
+                    f"{point.where}: expected a state that a module returns, or the sum of a "
+                    f"module's input and output, to observe it in a compiled network; name other "
+                    f"taps"
+                )
+                continue
+            jobs.setdefault((branch.name, "output"), []).append(Job(l, False, True))
+            jobs.setdefault((point.module, "input"), []).append(Job(l, True, False))
+        return jobs, refusals
+
+    def _make_slots(self, found: Taps, seen: Trace, refusals: Mapping[int, str]) -> None:
+        settings = self._settings
+        assert settings is not None
+        states = [sighting_at(seen, point) for point in found.points]
+        tensors = [state.tensor.detach() for state in states if state is not None]
+        rows = [t if self.batch_dim == 0 else t.movedim(self.batch_dim, 0) for t in tensors]
+        reduced = [self.reduction.of_grad(row) for row in rows]
+        batch = rows[0].shape[0]
+        samples = max(len(r) for r in reduced)
+        per_sample = max(1, samples // max(1, batch))
+        capacity = max(samples, self.max_samples or 0)
+        logits = choose_output(seen.output, self.output)
+        self._logits_per_sample = 1
+        if logits.dim() and batch and logits.shape[0] % batch == 0:
+            fits = self.batch_dim < logits.dim() and logits.shape[self.batch_dim] == batch
+            self._logits_per_sample = 1 if fits else logits.shape[0] // batch
+        self._slots = Slots(
+            found.labels,
+            capacity,
+            capacity // per_sample,
+            {l: reduced[l].shape[1:] for l in settings.direction_layers},
+            self.reduction,
+            self.batch_dim,
+            tensors[0].device,
+            refusals,
+            self._slot_parts.append,
+        )
+
+    # ---- in the forward pass
+
+    def _compiled_observes(self) -> bool:
+        """Say whether compiled code observes; the answer is compiled in, with guards."""
+        return self._active and self.model.training and torch.is_grad_enabled()
+
+    def _through(self, jobs: tuple[Job, ...], state: Tensor) -> Tensor:
+        """Send a tensor through its slots inside of a compiled graph."""
+        if not state.requires_grad:
+            return state
+        for job in jobs:
+            samples = 0
+            if job.slot == self._n:
+                fits = self.batch_dim < state.dim() and self._logits_per_sample == 1
+                samples = state.shape[self.batch_dim if fits else 0] // self._logits_per_sample
+            assert self._slots is not None
+            state = self._slots.through(job, state, samples)
+        return state
+
+    def _looking(self) -> bool:
+        """Say whether a pass is under way, or a backward pass that may run parts of it again."""
+        return self._current is not None or self._backward_of is not None
+
+    def _begin(self, args: Any, kwargs: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return  # a checkpointed model runs again
+        self._current = None
+        if not (self._wanted and torch.is_grad_enabled() and self.model.training):
+            return
+        if not self._prepared:
+            self._prepare_from_call(args, kwargs)
+        assert self._settings is not None
+        if self._in_compiled is None:
+            self._in_compiled = self._find_compiled()
+        self._reduce_finished()
+        autocast = None
+        for device in ("cuda", "cpu"):
+            if torch.is_autocast_enabled(device):
+                autocast = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+                break
+        self._current = Pass(self._settings, self._opened, autocast)
+
+    def _find_compiled(self) -> frozenset[int]:
+        """Return the states whose module, or one around it, is compiled on its own."""
+        compiled = [
+            clean_name(name)
+            for name, module in self.model.named_modules()
+            if getattr(module, "_compiled_call_impl", None) is not None
+            or hasattr(module, "_orig_mod")
+        ]
+        return frozenset(
+            l
+            for l, point in enumerate(self.taps.points)
+            for name in compiled
+            if point.module == name or point.module.startswith(f"{name}.")
+        )
+
+    def _opened(self, observation: Observation) -> None:
+        self._observations.append(observation)
+        self._backward_of = observation.of
+
+    def _reduce_finished(self) -> None:
+        """Reduce the micro-batches whose backward passes have ended; drop broken ones."""
+        observations, self._observations = self._observations, []
+        for observation in observations:
+            if not observation.finished:
+                observation.forget()
+                continue
+            of = observation.of
+            self._autocast = of.autocast
+            self._seconds += of.seconds
+            of.seconds = 0.0
+            figures = observation.figures()
+            if figures is not None:
+                self._parts.append(figures)
+        if self._slots is not None:
+            self._slots.forget()
+        self._backward_of = None
+
+    # ---- after the backward pass
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Record the step whose backward passes have just ended; hand out what has arrived.
+
+        Call it after the backward passes of all micro-batches, before gradients are clipped and
+        before the optimiser's step. Inside of a CUDA graph's capture it becomes part of the graph;
+        call it after each replay too.
+
+        Raises:
+            RuntimeError: no backward pass reached an observed state since the last step.
+            ValueError, TapError: states or logits do not have a row for each sample.
+        """
+        began = time.perf_counter()
+        step = self._step
+        captured = self._has_gpu and torch.cuda.is_current_stream_capturing()
+        self._current = None
+        parts: list[Figures] = []
+        try:
+            self._reduce_finished()
+            parts = self._take_parts()
+        finally:
+            self._observations, self._parts = [], []
+            self._slot_parts.clear()
+            if not captured:
+                self._advance()
+        if captured:
+            self._capture(parts)
+            return
+        if not parts and self._graphed is not None and self._ring is not None:
+            meta = self._graphed
+            wanted = self._step_was_wanted
+            self._emit(self._ring.replayed(replace(meta, step=step) if wanted else None))
+            self._emit(self._ring.ready())
+            return
+        if not parts and self._step_was_wanted:
+            raise RuntimeError(self._nothing_arrived(step))
+        if parts and self._step_was_wanted:
+            self._finish(merged(parts), step)
+        if self._ring is not None:
+            self._emit(self._ring.ready())
+        note = getattr(self.schedule, "note", None)
+        now = time.perf_counter()
+        if note is not None and self._step_was_wanted:
+            note(step, self._seconds + now - began, now - self._step_began)
+        self._seconds = 0.0
+        self._step_began = now
+
+    def _advance(self) -> None:
+        self._step_was_wanted = self._wanted
+        self._step += 1
+        self._wanted = bool(self.schedule.wants(self._step))
+
+    def _take_parts(self) -> list[Figures]:
+        eager, compiled = self._parts, list(self._slot_parts)
+        if eager and len(eager) == len(compiled):  # some modules are compiled, others not
+            return [_joined(a, b) for a, b in zip(eager, compiled, strict=True)]
+        return eager + compiled
+
+    def _nothing_arrived(self, step: int) -> str:
+        compiled = any(
+            hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+            for module in self.model.modules()
+        )
+        more = (
+            ""
+            if self._prepared
+            else "; the model was not called in training mode with gradients enabled"
+        )
+        if compiled or "torch._dynamo" in sys.modules:
+            more += (
+                "; if the model is compiled, the probe must be built before its first compiled call"
+            )
+        return (
+            f"StepProbe.step: step {step}: expected a backward pass through the model since the "
+            f"last step, got none{more}"
+        )
+
+    def _finish(self, figures: Figures, step: int) -> None:
+        device = figures.norms.device
+        self._make_ring(device)
+        found_group = default_group(self.group)
+        meta = self._meta(figures, step)
+        scaling = self._scaling(figures)
+        if found_group is None:
+            self._send(self._row(figures, scaling), meta)
+            return
+        self._settle()
+        if self._exchange is None:
+            # Every rank must decide alike: by the parameters, not by what a step happened to see.
+            wide = any(p.dtype == torch.float64 for p in self.model.parameters())
+            self._exchange = Exchange(found_group, self.max_samples, wide)
+        sums = [None if mean is None else mean * figures.weight for mean in figures.means]
+        pending = self._exchange.start(figures.norms.flatten(0, 1), sums)
+        self._pending = (pending, meta, scaling)
+
+    def _settle(self) -> None:
+        """Finish the step whose collective is under way."""
+        if self._pending is None:
+            return
+        (pending, meta, scaling), self._pending = self._pending, None
+        found = pending.wait()
+        world = len(found.counts)
+        samples = found.counts.double().sum()
+        norms = found.samples.view(2, self._n + 1, -1)
+        # The optimiser sees the average of the ranks' gradients, each of its own samples only.
+        norms[1].div_(world)
+        means: list[Tensor | None] = [
+            None if s is None else s / samples.to(s.dtype) for s in found.directions
+        ]
+        figures = Figures(norms, means, set(meta.missing), None, samples)
+        if scaling is not None:  # what one rank met, all of them skip
+            bad = torch.maximum(scaling[1], self._overflowed(figures).double())
+            scaling = torch.stack([scaling[0], bad])
+        self._send(self._row(figures, scaling), replace(meta, samples=None, world_size=world))
+
+    def _meta(self, figures: Figures, step: int) -> _Meta:
+        return _Meta(
+            step,
+            self._sizes,
+            figures.samples,
+            figures.micro_batches,
+            self._autocast,
+            tuple(sorted(figures.missing)),
+            self._directions is not None,
+            self.scaler is not None,
+        )
+
+    def _scaling(self, figures: Figures) -> Tensor | None:
+        """Return the scaler's factor and whether it met something that is not finite, ``[2]``."""
+        if self.scaler is None:
+            return None
+        like = figures.norms
+        scale = getattr(self.scaler, "_scale", None)
+        one = like.new_ones(()) if scale is None else scale.detach().double().reshape(())
+        bad = self._overflowed(figures)
+        for state in getattr(self.scaler, "_per_optimizer_states", {}).values():
+            for flag in state.get("found_inf_per_device", {}).values():
+                bad = bad | (flag.to(bad.device, non_blocking=True) != 0).reshape(())
+        return torch.stack([one.to(like.device), bad.double()])
+
+    def _overflowed(self, figures: Figures) -> Tensor:
+        """Say on the device whether a gradient that arrived is not finite."""
+        norms, n = figures.norms, self._n
+        if not figures.missing and figures.samples is not None:
+            return ~torch.isfinite(norms[1, :n]).all()
+        there = [l for l in range(n) if l not in figures.missing]
+        hidden, grad = (torch.stack([norms[i, l] for l in there]) for i in (0, 1))
+        # A place without a sample holds NaN in both.
+        return (torch.isinf(grad) | (torch.isnan(grad) & ~torch.isnan(hidden))).any()
+
+    def _row(self, figures: Figures, scaling: Tensor | None, captured: bool = False) -> Tensor:
+        """Return all figures of a step, ``[C]`` float64; see :meth:`_record` for their places."""
+        norms = figures.norms
+        gains = norms[1, :-1] / norms[1, -1]
+        values = torch.cat([norms.flatten(0, 1), gains])
+        parts = [torch.nanmedian(values, dim=1).values]
+        if self._directions is not None:
+            cosines = self._directions.compare(figures.means, captured)
+            if cosines is None:
+                cosines = norms.new_full(
+                    (self._directions.num_layers, self._directions.width), torch.nan
+                )
+            parts.append(cosines.reshape(-1))
+        if scaling is not None:
+            parts.append(scaling)
+        if figures.samples is None and figures.count is not None:
+            parts.append(figures.count.reshape(1).double())
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _make_ring(self, device: torch.device) -> None:
+        if self._ring is not None and self._ring.device == device:
+            return
+        if self._ring is not None:
+            self._emit(self._ring.drain())
+        kept = 0
+        if self._directions is not None:
+            kept = self._directions.num_layers * self._directions.width
+        self._ring = Ring(self._ring_rows, 3 * self._n + 2 + kept + 3, device)
+
+    def _send(self, row: Tensor, meta: _Meta) -> None:
+        assert self._ring is not None
+        self._emit(self._ring.push(row, meta))
+
+    def _capture(self, parts: list[Figures]) -> None:
+        """Record a step into a CUDA graph; each replay then leaves a row in the device's ring."""
+        if not parts:
+            raise RuntimeError(self._nothing_arrived(self._step))
+        figures = merged(parts)
+        if self._ring is None or self._ring.device != figures.norms.device:
+            raise RuntimeError(
+                "StepProbe: expected at least one step outside of the CUDA graph first; run one "
+                "before capturing"
+            )
+        if default_group(self.group) is not None:
+            raise RuntimeError(
+                "StepProbe: expected a single process inside of a CUDA graph, got a process group; "
+                "give group=False to observe each rank's own samples"
+            )
+        self._ring.push_captured(self._row(figures, self._scaling(figures), captured=True))
+        self._graphed = self._meta(figures, -1)
+
+    # ---- on the host
+
+    def _record(self, meta: _Meta, row: Sequence[float]) -> StepRecord:
+        n = self._n
+        hidden, grad = row[:n], row[n + 1 : 2 * n + 1]  # row n of the states means nothing
+        error, gain = row[2 * n + 1], row[2 * n + 2 : 3 * n + 2]
+        at = 3 * n + 2
+        stabilities, averages = [math.nan] * n, [math.nan] * n
+        num_directions = 0
+        directions, settings = self._directions, self._settings
+        assert settings is not None
+        if directions is not None:
+            for layer in settings.direction_layers:
+                *past, average = row[at : at + directions.width]
+                at += directions.width
+                known = [cosine for cosine in past if not math.isnan(cosine)]
+                num_directions = max(num_directions, len(known))
+                if known:
+                    stabilities[layer] = math.fsum(known) / len(known)
+                averages[layer] = average
+        scale, skipped = 1.0, False
+        if meta.scaled:
+            scale, skipped = row[at], row[at + 1] != 0
+            at += 2
+        samples = int(row[at]) if meta.samples is None else meta.samples
+        labels = settings.labels
+        return StepRecord(
+            step=meta.step,
+            layers=labels,
+            hidden_norms=tuple(hidden),
+            rms_norms=tuple(
+                norm / math.sqrt(size) if size else math.nan
+                for norm, size in zip(hidden, meta.sizes, strict=True)
+            ),
+            grad_norms=tuple(norm / scale for norm in grad),
+            credit_gains=tuple(gain),
+            output_grad_norm=error / scale,
+            stabilities=tuple(stabilities),
+            average_cosines=tuple(averages),
+            num_directions=num_directions,
+            num_samples=samples,
+            micro_batches=meta.micro_batches,
+            skipped=skipped,
+            loss_scale=scale,
+            autocast=meta.autocast,
+            unreached=tuple(labels[l] for l in meta.missing),
+            loss_reduction=self.loss_reduction,
+            world_size=meta.world_size,
+        )
+
+    def _emit(self, rows: Sequence[tuple[_Meta, list[float]]]) -> None:
+        for meta, row in rows:
+            record = self._record(meta, row)
+            for number, sink in enumerate(self._sinks):
+                try:
+                    sink(record)
+                except Exception as error:  # a logger's trouble must not end the training
+                    if number not in self._failed_sinks:
+                        self._failed_sinks.add(number)
+                        warnings.warn(
+                            f"StepProbe: sink {number} ({sink!r}): step {record.step}: expected it "
+                            f"to take the record, got {type(error).__name__}: {error}; training "
+                            f"goes on, and this is said once",
+                            RuntimeWarning,
+                            stacklevel=3,
+                        )
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Wait for all figures under way and hand them to the sinks."""
+        self._settle()
+        if self._ring is not None:
+            self._emit(self._ring.drain())
+
+    def discard(self) -> None:
+        """Forget the micro-batches since the last step, as when their gradients are thrown away.
+
+        A backward pass that raised is left out by itself; this is for a step that is given up after
+        its backward pass.
+        """
+        self._current = None
+        for observation in self._observations:
+            observation.forget()
+        self._observations, self._parts = [], []
+        self._slot_parts.clear()
+
+    def remove(self) -> None:
+        """Flush, and take all hooks away: the model is as it was before."""
+        self.flush()
+        for handle in (*self._handles, *self._preparing):
+            handle.remove()
+        self._handles, self._preparing = [], []
+        self._active = self._wanted = False
+        self.discard()
+        _alive.discard(self)
+
+    def __enter__(self) -> StepProbe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def _joined(eager: Figures, compiled: Figures) -> Figures:
+    """Return one micro-batch that was seen in part by hooks, in part by slots."""
+    seen = eager.norms
+    return Figures(
+        torch.where(torch.isnan(seen), compiled.norms[..., : seen.shape[2]], seen),
+        [a if a is not None else b for a, b in zip(eager.means, compiled.means, strict=True)],
+        eager.missing & compiled.missing,
+        eager.samples,
+    )

@@ -1,0 +1,248 @@
+"""Observe a network inside ``torch.compile``.
+
+Hooks on tensors cannot be traced into a graph, so that a state passes through a gradient slot: an
+identity with a second, empty argument, whose backward returns the figures of the state and of its
+gradient as the gradient of that argument. They are written in plain ATen, which the compiler fuses
+with what computes the state and the gradient. A slot is a leaf of autograd that belongs to the
+probe: its gradient comes out of any graph, and nothing is written in place.
+
+Squares are summed in float32 behind exact powers of two, 2⁻³² for states and 2³² for gradients:
+norms of states from 1e-9 to 1e28 and of gradients from 1e-28 to 1e9 keep float32's precision.
+Beyond that a state's norm reads as 0 or inf, as its sum of squares would in float32 beyond 1e±19.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capture import sample_rows
+from ..statistics import SampleReduction
+from .passes import Figures, by_sample, norms_of
+
+_STATE_SCALE = 2.0**-32
+_GRAD_SCALE = 2.0**32
+_ROWS = 3  # the state's sum of squares, the gradient's, and 1 for a sample that was there
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is taken of a tensor that a hook sees.
+
+    Attributes:
+        slot: index of the state; n for the logits.
+        state: whether the tensor's own norm is taken.
+        grad: whether its gradient's is.
+    """
+
+    slot: int
+    state: bool
+    grad: bool
+
+
+# The factors stand here as literals: with dynamic=True a number from anywhere else becomes an input
+# of the graph, which the backward of an autograd function cannot have.
+def _state_squares(samples: Tensor) -> Tensor:
+    return _summed((samples.float() * 2.0**-32).square())
+
+
+def _grad_squares(samples: Tensor) -> Tensor:
+    return _summed((samples.float() * 2.0**32).square())
+
+
+def _summed(squares: Tensor) -> Tensor:
+    return squares.flatten(1).sum(1) if squares.dim() > 1 else squares
+
+
+class _Slot(torch.autograd.Function):
+    """Pass a tensor on; in the backward, give its figures to ``slot`` and its sum to ``total``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tensor: Tensor,
+        slot: Tensor,
+        total: Tensor | None,
+        kind: str,
+        feature_dim: int | None,
+        batch_dim: int,
+        samples: int,
+        take_state: bool,
+        take_grad: bool,
+    ) -> Tensor:
+        ctx.kind, ctx.feature_dim, ctx.batch_dim = kind, feature_dim, batch_dim
+        ctx.samples, ctx.take_grad, ctx.summed = samples, take_grad, total is not None
+        ctx.capacity = slot.shape[1]
+        if take_state:
+            how = SampleReduction(kind, feature_dim)  # type: ignore[arg-type]
+            with torch.no_grad():
+                rows = _state_squares(how.of_hidden(by_sample(tensor, batch_dim)))
+            ctx.save_for_backward(rows)
+        else:
+            ctx.save_for_backward()
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        how = SampleReduction(ctx.kind, ctx.feature_dim)
+        if ctx.samples:  # the logits: a row for each of so many samples
+            reduced = sample_rows(grad, ctx.samples, ctx.batch_dim, "StepProbe")
+        else:
+            reduced = how.of_grad(by_sample(grad, ctx.batch_dim))
+        if ctx.take_grad:
+            squares = _grad_squares(reduced)
+            count = torch.ones_like(squares)
+        else:
+            squares = count = torch.zeros_like(ctx.saved_tensors[0])
+        state = ctx.saved_tensors[0] if ctx.saved_tensors else torch.zeros_like(squares)
+        rows = torch.stack([state, squares, count])
+        rows = torch.nn.functional.pad(rows, (0, ctx.capacity - rows.shape[1]))
+        total = reduced.float().sum(0) if ctx.summed else None
+        return grad, rows, total, None, None, None, None, None, None
+
+
+class Slots:
+    """The slots of one probe.
+
+    Args:
+        labels: of the n states.
+        capacity: samples that a forward pass may have.
+        error_capacity: rows of the logits in it: the same, or 1/T of it with T tokens a sample.
+        sum_shapes: per kept direction, by layer, the shape of a sample.
+        reduction, batch_dim: what a sample is.
+        device: of the states.
+        refusals: per state that cannot be reached in a compiled network the reason.
+        arrived: is called at the end of every backward pass that reached a slot.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[str],
+        capacity: int,
+        error_capacity: int,
+        sum_shapes: Mapping[int, torch.Size],
+        reduction: SampleReduction,
+        batch_dim: int,
+        device: torch.device,
+        refusals: Mapping[int, str],
+        arrived: Callable[[Figures], None],
+    ) -> None:
+        n = len(labels)
+        self.labels = tuple(labels)
+        self.reduction = reduction
+        self.batch_dim = batch_dim
+        self.refusal = "; ".join(refusals.values())
+        self._arrived = arrived
+        self.leaves = [self._leaf((_ROWS, capacity), device) for _ in range(n)]
+        self.leaves.append(self._leaf((_ROWS, error_capacity), device))
+        self.totals: list[Tensor | None] = [None] * (n + 1)
+        for l, shape in sum_shapes.items():
+            self.totals[l] = self._leaf(tuple(shape), device)
+        self._got: dict[int, Tensor] = {}
+        self._got_sums: dict[int, Tensor] = {}
+        for l, leaf in enumerate(self.leaves):
+            leaf.register_post_accumulate_grad_hook(lambda t, l=l: self._take(self._got, l, t))
+        for l, total in enumerate(self.totals):
+            if total is not None:
+                total.register_post_accumulate_grad_hook(
+                    lambda t, l=l: self._take(self._got_sums, l, t)
+                )
+
+    @staticmethod
+    def _leaf(shape: tuple[int, ...], device: torch.device) -> Tensor:
+        leaf = torch.zeros(shape, device=device, requires_grad=True)
+        # What torch._dynamo.mark_static_address says, whose import takes seconds: CUDA graphs of
+        # the compiler may read the leaf where it lies, like a parameter.
+        leaf._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+        return leaf
+
+    # ---- inside the graph
+
+    def through(self, job: Job, tensor: Tensor, samples: int = 0) -> Tensor:
+        """Return a tensor that has gone through its slot; this is traced by the compiler."""
+        if self.refusal:
+            raise RuntimeError(f"StepProbe: {self.refusal}")
+        slot, total = self.leaves[job.slot], self.totals[job.slot]
+        if tensor.device != slot.device:
+            raise RuntimeError(
+                f"StepProbe: expected states on {slot.device} as in the example, got "
+                f"{tensor.device}; remove the probe and build another one after the model is moved"
+            )
+        if job.slot < len(self.labels):
+            rows = by_sample(tensor, self.batch_dim)
+            count = rows.shape[0]
+            if self.reduction.kind == "token" and tensor.dim() > 2:
+                count = tensor.numel() // rows.shape[self.reduction.feature_index(rows)]
+        else:
+            count = samples
+        if count > slot.shape[1]:
+            raise RuntimeError(
+                f"StepProbe: expected at most {slot.shape[1]} samples in a compiled forward pass, "
+                f"got {count}; give max_samples="
+            )
+        if not job.grad or (total is not None and not self._sums(tensor, total)):
+            total = None
+        passed: Tensor = _Slot.apply(  # type: ignore[no-untyped-call]
+            tensor,
+            slot,
+            total,
+            self.reduction.kind,
+            self.reduction.feature_dim,
+            self.batch_dim,
+            samples,
+            job.state,
+            job.grad,
+        )
+        return passed
+
+    def _sums(self, tensor: Tensor, total: Tensor) -> bool:
+        if self.reduction.kind == "flatten" or tensor.dim() < 3:
+            return by_sample(tensor, self.batch_dim).shape[1:] == total.shape
+        return True
+
+    # ---- outside of it
+
+    def _take(self, got: dict[int, Tensor], l: int, leaf: Tensor) -> None:
+        """Take the gradient away from a leaf: the next backward pass has its own."""
+        if not self._got and not self._got_sums:
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        if leaf.grad is not None:
+            got[l] = leaf.grad
+        leaf.grad = None
+
+    def forget(self) -> None:
+        """Drop what a backward pass brought that did not come to its end."""
+        self._got, self._got_sums = {}, {}
+
+    def _finish(self) -> None:
+        n = len(self.labels)
+        got, sums = self._got, self._got_sums
+        self.forget()
+        present = [l for l in range(n) if l in got]
+        if not present:
+            return
+        # A copy too: what a graph of the compiler returned is overwritten by its next replay.
+        empty = torch.zeros_like(got[present[0]])
+        rows = torch.stack([got.get(l, empty) for l in range(n)]).double()
+        count = rows[:, 2]
+        figures = (rows[:, :2] / count[:, None]).sqrt()  # NaN where there was no sample
+        hidden, grad = figures[:, 0] / _STATE_SCALE, figures[:, 1] / _GRAD_SCALE
+        if n in got:
+            squares = (got[n][1] / got[n][2]).double()
+            error = squares.sqrt() / _GRAD_SCALE
+            if len(error) != hidden.shape[1]:
+                error = error.repeat_interleave(hidden.shape[1] // len(error))
+        else:
+            error = torch.full_like(hidden[0], torch.nan)
+        samples = count.amax(0).sum()
+        kept = [
+            sums[l] / samples.to(sums[l].dtype) if l in sums else None
+            for l, total in enumerate(self.totals)
+            if total is not None
+        ]
+        missing = {l for l in range(n) if l not in got}
+        self._arrived(Figures(norms_of(hidden, grad, error), kept, missing, None, samples))

@@ -1,0 +1,395 @@
+"""The training probe inside torch.compile, and in CUDA graphs of the whole step."""
+
+import copy
+import math
+
+import pytest
+import torch
+from networks import Branching
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fadiag_fast import StepProbe
+from fadiag_fast.training.slots import _GRAD_SCALE, _STATE_SCALE
+
+# Sums of squares in float32 over a few hundred numbers, and a compiler's own order of operations.
+FLOAT32_TOLERANCE = 2e-5
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+class Stated(nn.Module):
+    """Blocks return the next state."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(5, 6)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(3))
+        self.out_head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        h = self.embed(x)
+        for block in self.blocks:
+            h = block(h)
+        return self.out_head(h)
+
+
+def batch_of(samples=12, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 5, generator=generator)
+    return x, torch.randint(0, 4, (samples,), generator=generator)
+
+
+def build(kind, seed=0):
+    torch.manual_seed(seed)
+    return {"branch": Branching, "state": Stated}[kind]()
+
+
+def train(model, call, batches, **options):
+    """Records of steps that also change the weights; ``call`` is made with the probe in place."""
+    records = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with StepProbe(model, sink=records.append, **options) as probe:
+        run = call(model)
+        for x, y in batches:
+            nn.functional.cross_entropy(run(x), y).backward()
+            probe.step()
+            optimizer.step()
+            optimizer.zero_grad()
+    return records
+
+
+def assert_alike(records, expected, tolerance=FLOAT32_TOLERANCE):
+    assert [r.step for r in records] == [r.step for r in expected]
+    for got, wanted in zip(records, expected, strict=True):
+        for field in ("hidden_norms", "grad_norms", "credit_gains", "stabilities"):
+            assert getattr(got, field) == pytest.approx(
+                getattr(wanted, field),
+                rel=tolerance,
+                abs=tolerance if field == "stabilities" else 0,
+                nan_ok=True,
+            ), field
+        assert got.output_grad_norm == pytest.approx(wanted.output_grad_norm, rel=tolerance)
+        assert got.num_samples == wanted.num_samples
+        assert got.unreached == wanted.unreached == ()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", ["branch", "state"])
+def test_figures_are_those_of_the_eager_probe(kind, backend):
+    batches = [batch_of(seed=s) for s in range(4)]
+    counter = CompileCounterWithBackend(backend)
+    expected = train(build(kind), lambda m: m, batches, directions="all")
+    records = train(
+        build(kind),
+        lambda m: torch.compile(m, backend=counter, fullgraph=True),
+        batches,
+        directions="all",
+        example=batches[0][0],
+    )
+    assert_alike(records, expected)
+    assert counter.frame_count == 1  # compiled once, not again for each step
+
+
+def test_a_compiled_module_needs_no_example():
+    """Its wrapper is called eagerly: there the taps are found."""
+    batches = [batch_of(seed=s) for s in range(2)]
+    expected = train(build("branch"), lambda m: m, batches)
+    model = torch.compile(build("branch"), backend="aot_eager", fullgraph=True)
+    assert_alike(train(model, lambda m: m, batches), expected)
+
+
+def test_smaller_batches_leave_their_other_places_empty():
+    batches = [batch_of(12), batch_of(7, seed=2), batch_of(12, seed=3)]
+    expected = train(build("branch"), lambda m: m, batches)
+    records = train(
+        build("branch"),
+        lambda m: torch.compile(m, backend="aot_eager", fullgraph=True),
+        batches,
+        example=batches[0][0],
+    )
+    assert_alike(records, expected)
+    assert [r.num_samples for r in records] == [12, 7, 12]
+
+
+def test_larger_batches_are_refused_with_the_option_to_give():
+    model = build("branch")
+    x, _ = batch_of(12)
+    with (
+        StepProbe(model, example=x[:4]),
+        pytest.raises(RuntimeError, match=r"expected at most 4 samples .* got 12"),
+    ):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    torch.compiler.reset()
+    with StepProbe(model, example=x[:4], max_samples=12):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+
+
+def test_micro_batches_are_kept_apart():
+    (x, y) = batch_of(12)
+    expected = train(build("branch"), lambda m: m, [(x, y)])
+    records = []
+    model = build("branch")
+    with StepProbe(model, sink=records.append, example=x) as probe:
+        run = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+        for part in (slice(0, 4), slice(4, 12)):
+            (nn.functional.cross_entropy(run(x[part]), y[part]) * len(x[part]) / 12).backward()
+        probe.step()
+    assert_alike(records, expected)
+    assert records[0].micro_batches == 2
+
+
+def test_evaluation_is_not_seen():
+    batches = [batch_of(seed=s) for s in range(2)]
+    expected = train(build("branch"), lambda m: m, batches)
+
+    def call(model):
+        run = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+        def both(x):
+            with torch.no_grad():
+                run(2 * x)
+            model.eval()
+            run(3 * x).sum().backward()
+            model.zero_grad()
+            model.train()
+            return run(x)
+
+        return both
+
+    assert_alike(train(build("branch"), call, batches, example=batches[0][0]), expected)
+
+
+def test_modules_compiled_on_their_own_are_seen_beside_others():
+    batches = [batch_of(seed=s) for s in range(3)]
+    expected = train(build("state"), lambda m: m, batches, directions="all")
+
+    def call(model):
+        for block in model.blocks[:2]:
+            block.compile(backend="aot_eager", fullgraph=True)
+        return model
+
+    assert_alike(train(build("state"), call, batches, directions="all"), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "token", "cls"])
+def test_reductions_are_those_of_the_eager_probe(reduction):
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in "ab")
+            self.head = nn.Linear(5, 4)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x[:, 0])
+
+    torch.manual_seed(0)
+    model, x, y = Tokens(), torch.randn(6, 3, 5), torch.randint(0, 4, (6,))
+    twin = copy.deepcopy(model)
+    options = {"reduction": reduction, "directions": "all"}
+    expected = train(twin, lambda m: m, [(x, y)] * 2, **options)
+    records = train(
+        model,
+        lambda m: torch.compile(m, backend="aot_eager", fullgraph=True),
+        [(x, y)] * 2,
+        example=x,
+        **options,
+    )
+    # Tokens without a gradient have no gain in either.
+    assert_alike(records, expected)
+
+
+def test_norms_hold_far_beyond_the_range_of_squares_in_float32():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(5, 6)
+            self.b = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.b(self.a(x) * 1.0) * 1e-24
+
+    torch.manual_seed(0)
+    model, (x, y) = Scaled(), batch_of()
+    with torch.no_grad():
+        model.a.weight.mul_(1e24)
+    twin = copy.deepcopy(model)
+    expected = train(twin, lambda m: m, [(x, y)], taps=["a"], directions="none")
+    assert expected[0].hidden_norms[0] ** 2 > torch.finfo(torch.float32).max
+    assert expected[0].grad_norms[0] ** 2 < torch.finfo(torch.float32).tiny
+    records = train(
+        model,
+        lambda m: torch.compile(m, backend="aot_eager", fullgraph=True),
+        [(x, y)],
+        taps=["a"],
+        directions="none",
+        example=x,
+    )
+    assert_alike(records, expected)
+    assert math.log2(_STATE_SCALE) == -32  # a power of two: scaling rounds nothing
+    assert math.log2(_GRAD_SCALE) == 32
+
+
+def test_a_probe_that_comes_too_late_is_refused():
+    model, (x, y) = build("branch"), batch_of()
+    run = torch.compile(model, backend="aot_eager")
+    nn.functional.cross_entropy(run(x), y).backward()
+    with StepProbe(model, example=x) as probe:
+        nn.functional.cross_entropy(run(x), y).backward()
+        with pytest.raises(RuntimeError, match="built before its first compiled call"):
+            probe.step()
+
+
+def test_a_model_that_is_compiled_before_its_taps_are_known_is_refused():
+    model, (x, _) = build("branch"), batch_of()
+    with (
+        StepProbe(model),
+        pytest.raises(RuntimeError, match="give example="),
+    ):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+
+
+def test_a_state_that_no_module_returns_is_refused_with_its_name():
+    class Halved(Branching):
+        def forward(self, x):
+            h = self.embed(x)
+            for block in self.blocks:
+                h = 0.5 * h + 0.5 * block(h)
+            return self.out_head(self.out_ln(h))
+
+    torch.manual_seed(0)
+    model, (x, _) = Halved(), batch_of()
+    with (
+        StepProbe(model, example=x, taps=["out_ln:input"]),
+        pytest.raises(RuntimeError, match="input of out_ln: expected a state that a module"),
+    ):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+
+
+def test_a_removed_probe_is_compiled_away():
+    model, (x, y) = build("branch"), batch_of()
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    run = torch.compile(model, backend=keep, fullgraph=True)
+    with StepProbe(model, example=x):
+        run(x)
+    run(x)
+    texts = [graph.print_readable(print_output=False) for graph in graphs]
+    assert ["autograd_function_apply" in text for text in texts] == [True, False]
+    assert y is not None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("kind", ["branch", "state"])
+def test_compiled_for_a_gpu(kind, mode):
+    batches = [tuple(t.cuda() for t in batch_of(seed=s)) for s in range(5)]
+    expected = train(build(kind).cuda(), lambda m: m, batches, directions="all")
+    records = train(
+        build(kind).cuda(),
+        lambda m: torch.compile(m, fullgraph=True, mode=mode),
+        batches,
+        directions="all",
+        example=batches[0][0],
+    )
+    assert_alike(records, expected, tolerance=1e-3)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_cuda_graph_of_the_whole_step(compiled):
+    batches = [tuple(t.cuda() for t in batch_of(seed=s)) for s in range(14)]
+    expected = train(build("branch").cuda(), lambda m: m, batches, ring=8)
+
+    model = build("branch").cuda()
+    x, y = (t.clone() for t in batches[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    records = []
+    probe = StepProbe(model, sink=records.append, ring=8, example=x)
+    run = torch.compile(model, fullgraph=True) if compiled else model
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(run(x), y).backward()
+        probe.step()
+        optimizer.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for a, b in batches[:3]:
+            x.copy_(a)
+            y.copy_(b)
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for a, b in batches[3:]:
+        x.copy_(a)
+        y.copy_(b)
+        graph.replay()
+        probe.step()
+    probe.remove()
+    assert_alike(records, expected, tolerance=1e-3)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["together", "passing"])
+def test_no_step_waits_for_the_gpu(mode):
+    model = build("branch").cuda()
+    records = []
+    scaler = torch.amp.GradScaler("cuda")
+    probe = StepProbe(model, sink=records.append, mode=mode, scaler=scaler, directions="all")
+    batches = [tuple(t.cuda() for t in batch_of(seed=s)) for s in range(4)]
+
+    def step(x, y):
+        scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+        probe.step()
+
+    step(*batches[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x, y in batches[1:]:
+            step(x, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    probe.remove()
+    assert [record.step for record in records] == [0, 1, 2, 3]
+
+
+@pytest.mark.cuda
+def test_large_states_are_not_kept():
+    """The peak of a step is the same, but for the figures: what training frees stays freed."""
+    torch.manual_seed(0)
+    width, samples = 4096, 4096
+    model = nn.Sequential(
+        *(m for _ in range(6) for m in (nn.Linear(width, width), nn.ReLU(inplace=True)))
+    ).cuda()
+    x = torch.randn(samples, width, device="cuda")
+
+    def peak(probe):
+        torch.cuda.reset_peak_memory_stats()
+        model.zero_grad()
+        model(x).square().mean().backward()
+        if probe is not None:
+            probe.step()
+        return torch.cuda.max_memory_allocated()
+
+    peak(None)
+    plain = peak(None)
+    with StepProbe(model, taps="class:Linear", directions="none", example=x[:8]) as probe:
+        peak(probe)
+        probed = peak(probe)
+    assert probed <= plain * 1.005

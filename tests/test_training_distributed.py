@@ -1,0 +1,187 @@
+"""Several ranks against one that has the whole batch."""
+
+import copy
+import socket
+from dataclasses import asdict
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from networks import Branching
+from torch import nn
+
+from fadiag_fast import StepProbe
+from fadiag_fast.training.distributed import Exchange
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"
+)
+
+# The exchange is in float32.
+FLOAT32_TOLERANCE = 1e-6
+
+
+def batch_of(samples, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 5, generator=generator)
+    return x, torch.randint(0, 4, (samples,), generator=generator)
+
+
+def build():
+    torch.manual_seed(0)
+    return Branching()
+
+
+def wrap(model, how):
+    if how == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    if how == "fully_shard":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def on_rank(rank, world, port, how, sizes, options, queue):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
+    records = []
+    model = wrap(build(), how)
+    probe = StepProbe(model, sink=records.append, **options)
+    for step, of_rank in enumerate(sizes):
+        x, y = batch_of(sum(of_rank), step)
+        mine = slice(sum(of_rank[:rank]), sum(of_rank[: rank + 1]))
+        nn.functional.cross_entropy(model(x[mine]), y[mine]).backward()
+        probe.step()
+        model.zero_grad()
+    probe.remove()
+    queue.put((rank, [asdict(record) for record in records]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def exchange_on_rank(rank, world, port, queue):
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
+    exchange = Exchange(dist.group.WORLD)
+    found = []
+    for sizes in ((4, 4), (4, 3), (4, None), (4, 4)):
+        size = sizes[rank]
+        direction = None if size is None else torch.ones(size)
+        merged = exchange.start(torch.full((2, 3 + rank), float(rank)), [direction]).wait()
+        found.append((merged.counts.tolist(), merged.samples.tolist(), merged.directions))
+    queue.put((rank, found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(how, sizes, **options):
+    """Every rank's records; ``sizes`` holds for each step each rank's number of samples."""
+    world = len(sizes[0])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return spawned(on_rank, world, world, port, how, sizes, options)
+
+
+def spawned(function, ranks, *args):
+    queue = mp.get_context("spawn").SimpleQueue()
+    context = mp.spawn(function, (*args, queue), nprocs=ranks, join=False)
+    found = dict(queue.get() for _ in range(ranks))
+    context.join(timeout=60)
+    return found
+
+
+def alone(sizes, weights=False, **options):
+    """Records of one process; with ``weights`` each rank's loss is its own mean, as in DDP."""
+    model, records = build(), []
+    with StepProbe(model, sink=records.append, **options) as probe:
+        for step, of_rank in enumerate(sizes):
+            x, y = batch_of(sum(of_rank), step)
+            each = nn.functional.cross_entropy(model(x), y, reduction="none")
+            means = [part.mean() for part in each.split(list(of_rank))]
+            (torch.stack(means).mean() if weights else each.mean()).backward()
+            probe.step()
+            model.zero_grad()
+    return [asdict(record) for record in records]
+
+
+def assert_alike(found, expected, ranks):
+    for rank in range(ranks):
+        assert [r["step"] for r in found[rank]] == [r["step"] for r in expected]
+        for got, wanted in zip(found[rank], expected, strict=True):
+            assert got["num_samples"] == wanted["num_samples"]
+            assert got["world_size"] == ranks
+            for field in ("hidden_norms", "grad_norms", "credit_gains", "output_grad_norm"):
+                assert got[field] == pytest.approx(wanted[field], rel=FLOAT32_TOLERANCE), field
+            for field in ("stabilities", "average_cosines"):
+                assert got[field] == pytest.approx(wanted[field], abs=1e-5, nan_ok=True), field
+
+
+@pytest.mark.parametrize("how", ["ddp", "fully_shard"])
+def test_two_ranks_are_one_with_the_whole_batch(how):
+    sizes = [(6, 6)] * 4
+    found = run(how, sizes)
+    assert_alike(found, alone(sizes), 2)
+    assert found[0][-1]["num_directions"] == 3
+
+
+def test_unequal_batches_are_weighted_as_they_are_trained():
+    sizes = [(8, 8), (8, 5), (3, 8)]
+    found = run("ddp", sizes, directions="all")
+    assert_alike(found, alone(sizes, weights=True, directions="all"), 2)
+    # Each sample of the smaller batch pulls harder, and the record says so.
+    plain = alone(sizes, directions="all")
+    assert found[0][1]["grad_norms"] != pytest.approx(plain[1]["grad_norms"], rel=1e-3)
+
+
+def test_directions_that_do_not_fit_enter_as_nan_and_hang_nobody():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = spawned(exchange_on_rank, 2, 2, port)
+    for rank in (0, 1):
+        for counts, samples, directions in found[rank]:
+            assert counts == [3.0, 4.0]
+            assert samples[0][:3] + samples[0][4:] == [0.0] * 3 + [1.0] * 4
+            assert samples[0][3] != samples[0][3]  # the place that rank 0 does not fill
+            assert len(directions[0]) == 4
+        sums = [directions[0].tolist() for *_, directions in found[rank]]
+        assert sums[0] == sums[3] == [2.0] * 4
+        assert all(value != value for value in sums[1] + sums[2])
+
+
+def test_one_rank_that_is_told_to_stay_alone():
+    found = run("plain", [(4, 8)], group=False)
+    assert [found[rank][0]["num_samples"] for rank in (0, 1)] == [4, 8]
+    assert found[0][0]["world_size"] == 1
+
+
+def test_a_sharded_model_on_one_rank():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    try:
+        x, y = batch_of(12, 0)
+        model, records = build(), []
+        plain = copy.deepcopy(model)
+        model = wrap(model, "fully_shard")
+        with StepProbe(model, sink=records.append) as probe:
+            nn.functional.cross_entropy(model(x), y).backward()
+            probe.step()
+        with StepProbe(plain, sink=records.append) as probe:
+            nn.functional.cross_entropy(plain(x), y).backward()
+            probe.step()
+    finally:
+        dist.destroy_process_group()
+    assert records[0].grad_norms == pytest.approx(records[1].grad_norms, rel=1e-6)
+    assert records[0].hidden_norms == pytest.approx(records[1].hidden_norms, rel=1e-6)

@@ -1,0 +1,142 @@
+"""The probe's ring and directions on their own."""
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from fadiag_fast.training.directions import CountSketch, Directions
+from fadiag_fast.training.ring import Ring
+
+CPU = torch.device("cpu")
+
+
+class LateRing(Ring):
+    """Rows arrive when ``arrived`` says so, as they would on a GPU."""
+
+    def __init__(self, rows):
+        super().__init__(rows, 2, CPU)
+        self.arrived = 0
+        self.order = []
+        self.waited = []
+
+    def push(self, row, meta):
+        self.order.append(meta)
+        return super().push(row, meta)
+
+    def _done(self, at):
+        return self.order.index(self._under_way[0][1]) < self.arrived
+
+    def _wait(self, at):
+        self.waited.append(at)
+        self.arrived = max(self.arrived, self.order.index(self._under_way[0][1]) + 1)
+
+
+def row_of(number):
+    return torch.tensor([float(number), -float(number)], dtype=torch.float64)
+
+
+def test_rows_come_out_in_order_once_they_have_arrived():
+    ring = LateRing(4)
+    for number in range(3):
+        assert ring.push(row_of(number), number) == []
+    assert ring.ready() == []
+    ring.arrived = 2
+    assert ring.ready() == [(0, [0.0, -0.0]), (1, [1.0, -1.0])]
+    assert len(ring) == 1
+
+
+def test_a_full_ring_waits_for_the_oldest_loses_nothing_and_warns_once():
+    ring = LateRing(2)
+    found = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(5):
+            found += ring.push(row_of(number), number)
+    assert [meta for meta, _ in found] == [0, 1, 2]
+    assert ring.waited == [0, 1, 0]
+    assert len([w for w in caught if "2 recorded steps behind" in str(w.message)]) == 1
+    ring.arrived = 5
+    assert [meta for meta, _ in found + ring.drain()] == [0, 1, 2, 3, 4]
+    assert [row[0] for _, row in found] == [0.0, 1.0, 2.0]
+
+
+def test_rows_of_replayed_graphs_keep_their_steps():
+    ring = Ring(8, 2, CPU)
+    found = []
+    for number in range(21):
+        ring.push_captured(row_of(number))  # what a replay does on the device
+        found += ring.replayed(number if number % 5 else None)
+        found += ring.ready()
+    found += ring.drain()
+    wanted = [number for number in range(21) if number % 5]
+    assert [meta for meta, _ in found] == wanted
+    assert [row for _, row in found] == [row_of(number).tolist() for number in wanted]
+
+
+@pytest.mark.parametrize("cosine", [0.0, 0.5, 0.95])
+def test_a_sketchs_cosine_has_the_error_that_is_stated(cosine):
+    """Over many pairs: no bias beyond its own error, and a spread of √((1 + c²) / width)."""
+    size, width, pairs = 5000, 256, 400
+    generator = torch.Generator().manual_seed(0)
+    sketch = CountSketch(size, width, CPU)
+    a = torch.nn.functional.normalize(
+        torch.randn(pairs, size, generator=generator, dtype=torch.float64)
+    )
+    b = torch.randn(pairs, size, generator=generator, dtype=torch.float64)
+    b = torch.nn.functional.normalize(b - (a * b).sum(1, keepdim=True) * a)
+    b = cosine * a + math.sqrt(1 - cosine**2) * b
+    inner = torch.stack([sketch(x) @ sketch(y) for x, y in zip(a, b, strict=True)])
+    error = inner - cosine
+    stated = math.sqrt((1 + cosine**2) / width)
+    # The permutation and signs are the same for all pairs, the vectors are not: 400 independent
+    # draws. Four standard errors of a mean, and of a spread.
+    assert abs(float(error.mean())) < 4 * stated / math.sqrt(pairs)
+    assert float(error.square().mean().sqrt()) < stated * (1 + 4 / math.sqrt(2 * pairs))
+    assert float(error.square().mean().sqrt()) > stated * 0.8
+
+
+def test_a_sketch_is_linear_and_the_same_on_every_run():
+    x, y = torch.randn(2, 1000, dtype=torch.float64)
+    one, two = CountSketch(1000, 64, CPU), CountSketch(1000, 64, CPU)
+    torch.testing.assert_close(one(x + 3 * y), one(x) + 3 * two(y), rtol=1e-12, atol=1e-12)
+    assert torch.equal(one(x), two(x))
+
+
+def test_a_sketch_bounds_the_memory():
+    whole, sketched = (Directions(1, 8, 0.9, sketch) for sketch in (None, 128))
+    for directions in (whole, sketched):
+        directions.compare([torch.randn(100_000)])
+    assert whole.bytes == 9 * 100_000 * 4
+    assert sketched.bytes == 9 * 128 * 4
+    short = Directions(1, 8, 0.9, 128)
+    first = torch.randn(100)
+    short.compare([first])
+    cosines = short.compare([2 * first])
+    assert float(cosines[0].nan_to_num(-1).amax()) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_direction_that_is_not_finite_spoils_nothing_after_it():
+    directions = Directions(1, 3, 0.5, None)
+    steps = [torch.tensor([1.0, 0.0]), torch.tensor([math.nan, 1.0]), None, torch.tensor([1.0, 1])]
+    found = [directions.compare([step]) for step in steps]
+    assert bool(found[1].isnan().all())
+    assert found[2] is None
+    known = found[3][0][:3][~found[3][0][:3].isnan()]
+    assert known.tolist() == pytest.approx([math.sqrt(0.5)])
+    assert float(found[3][0, 3]) == pytest.approx(math.sqrt(0.5))
+
+
+def test_tiny_directions_have_cosines():
+    directions = Directions(1, 2, 0.9, None)
+    directions.compare([torch.tensor([1e-30, 0.0])])
+    found = directions.compare([torch.tensor([1e-30, 1e-30])])
+    assert found[0].nan_to_num(0).amax().item() == pytest.approx(math.sqrt(0.5))
+
+
+def test_states_of_another_size_begin_anew():
+    directions = Directions(1, 2, 0.9, None)
+    directions.compare([torch.ones(4)])
+    assert bool(directions.compare([torch.ones(5)]).isnan().all())
+    assert float(directions.compare([torch.ones(5)]).nan_to_num(-1).amax()) == 1.0

@@ -1,0 +1,650 @@
+"""The training probe against ordinary autograd and diagnose, and what might trip it."""
+
+import copy
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from networks import Branching, Stateful, branch_states
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fadiag_fast import DiagnosticThresholds, StepProbe, TapError, diagnose
+from fadiag_fast.zoo import ResidualMLP
+
+
+def batch_of(samples=12, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 5, generator=generator)
+    return x, torch.randint(0, 4, (samples,), generator=generator)
+
+
+def network(seed=0, **options):
+    torch.manual_seed(seed)
+    return Branching(**options)
+
+
+def backward(model, x, y, scale=1.0):
+    loss = nn.functional.cross_entropy(model(x), y) * scale
+    loss.backward()
+    return loss
+
+
+def records_of(model, batches, **options):
+    records = []
+    with StepProbe(model, sink=records.append, **options) as probe:
+        for x, y in batches:
+            model.zero_grad()
+            backward(model, x, y)
+            probe.step()
+    model.zero_grad()
+    return records
+
+
+def by_hand(model, x, y):
+    """Medians of norms and the batch-sum gradients, in float64, by ordinary autograd."""
+    model = copy.deepcopy(model).double()
+    hiddens, logits = branch_states(model, x.double())
+    loss = nn.functional.cross_entropy(logits, y)
+    *grads, error = torch.autograd.grad(loss, [*hiddens, logits])
+    errors = error.norm(dim=1)
+    return (
+        [float(h.detach().norm(dim=1).nanmedian()) for h in hiddens],
+        [float(g.norm(dim=1).nanmedian()) for g in grads],
+        [float((g.norm(dim=1) / errors).nanmedian()) for g in grads],
+        [g.sum(0) for g in grads],
+    )
+
+
+MODES = pytest.mark.parametrize("mode", ["together", "passing"])
+
+
+@MODES
+def test_figures_are_those_of_ordinary_autograd(mode):
+    model, (x, y) = network(), batch_of()
+    hidden, grad, gain, _ = by_hand(model, x, y)
+    (record,) = records_of(model, [(x, y)], mode=mode)
+    assert record.layers == ("embed", "blocks.0", "blocks.1", "blocks.2")
+    assert record.hidden_norms == pytest.approx(hidden, rel=1e-6)
+    assert record.grad_norms == pytest.approx(grad, rel=1e-6)
+    assert record.credit_gains == pytest.approx(gain, rel=1e-6)
+    assert record.rms_norms == pytest.approx([h / math.sqrt(6) for h in hidden], rel=1e-6)
+    assert (record.num_samples, record.micro_batches, record.unreached) == (12, 1, ())
+
+
+@MODES
+@pytest.mark.parametrize("reduction", ["flatten", "mean", "token", "cls"])
+def test_figures_are_those_of_diagnose(mode, reduction):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Linear(5, 8)
+            self.blocks = nn.ModuleList(copy.deepcopy(layer) for _ in range(3))
+            self.out_head = nn.Linear(8, 4)
+
+        def forward(self, x):
+            h = self.embed(x)
+            for block in self.blocks:
+                h = block(h)
+            return self.out_head(h[:, 0])
+
+    model, x, y = Tokens(), torch.randn(10, 3, 5), torch.randint(0, 4, (10,))
+    (record,) = records_of(model, [(x, y)], mode=mode, reduction=reduction)
+    report = diagnose(
+        model, [(x, y)], reduction=reduction, thresholds=DiagnosticThresholds(min_batches=2)
+    )
+    assert record.layers == tuple(report.figures.layers)
+    assert record.hidden_norms == pytest.approx(report.figures.residual_norms, rel=1e-6)
+    assert record.grad_norms == pytest.approx(report.figures.bp_grad_norms, rel=1e-6)
+    assert record.credit_gains == pytest.approx(report.figures.credit_gains, rel=1e-6)
+    assert record.output_grad_norm == pytest.approx(report.figures.output_grad_norm, rel=1e-6)
+
+
+@MODES
+def test_stability_is_the_mean_cosine_with_the_last_steps(mode):
+    model = network()
+    batches = [batch_of(seed=s) for s in range(6)]
+    directions = [by_hand(model, x, y)[3] for x, y in batches]
+    records = records_of(model, batches, window=3, decay=0.5, directions="all", mode=mode)
+    for l in range(4):
+        average = torch.zeros(6, dtype=torch.float64)
+        for step, record in enumerate(records):
+            now = directions[step][l]
+            past = [directions[s][l] for s in range(max(0, step - 3), step)]
+            cosines = [float(torch.cosine_similarity(now, p, dim=0, eps=0)) for p in past]
+            assert record.num_directions == len(past)
+            if past:
+                assert record.stabilities[l] == pytest.approx(sum(cosines) / len(past), abs=1e-6)
+                expected = float(torch.cosine_similarity(now, average, dim=0, eps=0))
+                assert record.average_cosines[l] == pytest.approx(expected, abs=1e-6)
+            else:
+                assert math.isnan(record.stabilities[l])
+            average = 0.5 * average + 0.5 * now / 12
+    middle = records_of(model, batches, window=3, decay=0.5, mode=mode)
+    assert middle[-1].stabilities[1] == pytest.approx(records[-1].stabilities[1], rel=1e-9)
+    assert [math.isnan(s) for s in middle[-1].stabilities] == [True, False, True, True]
+
+
+def trained(dtype, probed, mode, steps=15):
+    torch.manual_seed(0)
+    model = Stateful().to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    records = []
+    probe = StepProbe(model, sink=records.append, mode=mode) if probed else None
+    for step in range(steps):
+        x, y = batch_of(seed=step)
+        x = x.to(next(model.parameters()).dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+            logits = model(x)
+        nn.functional.cross_entropy(logits.float(), y).backward()
+        if probe is not None:
+            probe.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, records
+
+
+@MODES
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "autocast"])
+def test_training_is_bitwise_the_same(dtype, mode):
+    """With BatchNorm, in-place ReLU, dropout and a buffer that counts calls."""
+    probed, records = trained(dtype, True, mode)
+    plain, _ = trained(dtype, False, mode)
+    for (name, a), b in zip(probed.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert len(records) == 15
+    assert records[3].autocast == ("bfloat16" if dtype == "autocast" else None)
+    assert all(math.isfinite(norm) for r in records for norm in (*r.hidden_norms, *r.grad_norms))
+
+
+@MODES
+def test_a_state_that_is_overwritten_after_the_tap_is_seen_before(mode):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 4))
+    x, y = batch_of()
+    (record,) = records_of(model, [(x, y)], taps=["0"], mode=mode)
+    hidden = model[0](x).detach().requires_grad_()
+    nn.functional.cross_entropy(model[2](hidden.relu()), y).backward()
+    assert record.hidden_norms[0] == pytest.approx(float(hidden.norm(dim=1).median()), rel=1e-6)
+    assert record.grad_norms[0] == pytest.approx(float(hidden.grad.norm(dim=1).median()), rel=1e-6)
+
+
+# ---- what a step is made of
+
+
+@MODES
+def test_micro_batches_are_one_batch(mode):
+    model, (x, y) = network(), batch_of(12)
+    (whole,) = records_of(model, [(x, y)], mode=mode)
+    records = []
+    with StepProbe(model, sink=records.append, mode=mode) as probe:
+        for part in (slice(0, 4), slice(4, 12)):
+            share = len(x[part]) / len(x)
+            backward(model, x[part], y[part], scale=share)
+        probe.step()
+    assert (records[0].micro_batches, records[0].num_samples) == (2, 12)
+    assert records[0].hidden_norms == pytest.approx(whole.hidden_norms, rel=1e-6)
+    assert records[0].grad_norms == pytest.approx(whole.grad_norms, rel=1e-6)
+
+
+@MODES
+def test_directions_of_micro_batches_are_summed(mode):
+    model, (x, y), other = network(), batch_of(12), batch_of(12, seed=2)
+    whole = records_of(model, [other, (x, y)], mode=mode)
+    records = []
+    with StepProbe(model, sink=records.append, mode=mode) as probe:
+        backward(model, *other)
+        probe.step()
+        backward(model, x[:4], y[:4], scale=4 / 12)
+        backward(model, x[4:], y[4:], scale=8 / 12)
+        probe.step()
+    assert records[1].stabilities[1] == pytest.approx(whole[1].stabilities[1], abs=1e-6)
+
+
+@MODES
+def test_several_forwards_before_one_backward_count_each(mode):
+    model, (x, y) = network(), batch_of(12)
+    records = []
+    with StepProbe(model, sink=records.append, mode=mode) as probe:
+        lost = model(x)  # never differentiated
+        first = nn.functional.cross_entropy(model(x[:6]), y[:6])
+        second = nn.functional.cross_entropy(model(x[6:]), y[6:])
+        ((first + second) / 2).backward()
+        probe.step()
+        assert lost.requires_grad
+    (whole,) = records_of(model, [(x, y)], mode=mode)
+    assert (records[0].micro_batches, records[0].num_samples) == (2, 12)
+    assert records[0].grad_norms == pytest.approx(whole.grad_norms, rel=1e-6)
+
+
+@MODES
+def test_two_backwards_are_two_micro_batches(mode):
+    model, (x, y) = network(), batch_of(12)
+    (once,) = records_of(model, [(x, y)], mode=mode)
+    records = []
+    with StepProbe(model, sink=records.append, mode=mode) as probe:
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        probe.step()
+        backward(model, x, y)
+        probe.step()
+    assert (records[0].micro_batches, records[0].num_samples) == (2, 24)
+    assert records[0].grad_norms == pytest.approx(once.grad_norms, rel=1e-6)
+    assert (records[1].micro_batches, records[1].num_samples) == (1, 12)
+
+
+@MODES
+def test_evaluation_in_between_is_not_seen(mode):
+    model, (x, y) = network(), batch_of()
+    (plain,) = records_of(model, [(x, y)], mode=mode)
+    records = []
+    with StepProbe(model, sink=records.append, mode=mode) as probe:
+        for _ in range(2):
+            backward(model, x, y)
+            with torch.no_grad():
+                model(2 * x)
+            with torch.inference_mode():
+                model(3 * x)
+            model.eval()
+            model(4 * x).sum().backward()
+            model.train()
+            probe.step()
+            model.zero_grad()
+    for record in records:
+        assert record.grad_norms == plain.grad_norms
+        assert record.num_samples == 12
+
+
+class Checkpointed(Branching):
+    reentrant = False
+
+    def forward(self, x):
+        h = self.embed(x)
+        for block in self.blocks:
+            h = h + checkpoint(block, h, use_reentrant=self.reentrant)
+        return self.out_head(self.out_ln(h))
+
+
+class CheckpointedStates(Stateful):
+    """Blocks return the state, so that it is an output inside of the checkpoint."""
+
+    reentrant = False
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x):
+        h = self.embed(x)
+        for block in self.blocks:
+            h = checkpoint(block, h, use_reentrant=self.reentrant) if self.again else block(h)
+        return self.out_head(h)
+
+    again = True
+
+
+@MODES
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", [Checkpointed, CheckpointedStates])
+def test_recomputed_forwards_are_not_counted(kind, reentrant, mode):
+    torch.manual_seed(0)
+    model, (x, y) = kind(), batch_of()
+    model.reentrant = reentrant
+    plain = copy.deepcopy(model)
+    if kind is Checkpointed:
+        plain.__class__ = Branching
+    plain.again = False
+    records = records_of(model, [(x, y)] * 2, mode=mode)
+    expected = records_of(plain, [(x, y)] * 2, mode=mode)
+    for got, wanted in zip(records, expected, strict=True):
+        assert got.unreached == ()
+        assert (got.micro_batches, got.num_samples) == (1, 12)
+        assert got.hidden_norms == pytest.approx(wanted.hidden_norms, rel=1e-6)
+        assert got.grad_norms == pytest.approx(wanted.grad_norms, rel=1e-6)
+        assert got.credit_gains == pytest.approx(wanted.credit_gains, rel=1e-6)
+
+
+@MODES
+def test_a_scalers_factor_is_divided_out_and_overflow_marked(mode):
+    model, (x, y) = network(), batch_of()
+    (plain,) = records_of(model, [(x, y)], mode=mode)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    records = []
+    with StepProbe(model, sink=records.append, scaler=scaler, mode=mode) as probe:
+        for factor in (1.0, math.inf):
+            optimizer.zero_grad()
+            scaler.scale(nn.functional.cross_entropy(model(x), y) * factor).backward()
+            probe.step()
+            scaler.step(optimizer)
+            scaler.update()
+    assert [record.loss_scale for record in records] == [1024.0, 1024.0]
+    assert [record.skipped for record in records] == [False, True]
+    assert scaler.get_scale() == 512.0  # torch skipped the same step
+    assert records[0].grad_norms == pytest.approx(plain.grad_norms, rel=1e-6)
+    assert records[0].output_grad_norm == pytest.approx(plain.output_grad_norm, rel=1e-6)
+
+
+def test_samples_without_output_error_have_no_gain():
+    model, (x, y) = network(), batch_of()
+    records = []
+    with StepProbe(model, sink=records.append) as probe:
+        y[:8] = -100
+        nn.functional.cross_entropy(model(x), y).backward()
+        probe.step()
+    *_, gains, _ = by_hand(model, x[8:], y[8:])
+    assert records[0].credit_gains == pytest.approx(gains, rel=1e-6)
+
+
+def test_only_scheduled_steps_are_recorded():
+    model = network()
+    records = records_of(model, [batch_of(seed=s) for s in range(7)], every=3)
+    assert [record.step for record in records] == [0, 3, 6]
+
+    class Powers:
+        def __init__(self):
+            self.noted = []
+
+        def wants(self, step):
+            return step in (1, 2, 4)
+
+        def note(self, step, probe_seconds, step_seconds):
+            self.noted.append((step, 0 < probe_seconds < step_seconds))
+
+    powers = Powers()
+    records = records_of(model, [batch_of(seed=s) for s in range(7)], schedule=powers)
+    assert [record.step for record in records] == [1, 2, 4]
+    assert powers.noted == [(1, True), (2, True), (4, True)]
+
+
+def test_unscheduled_steps_keep_nothing_and_do_not_complain():
+    model = network()
+    with StepProbe(model, every=2, example=batch_of()[0]) as probe:
+        backward(model, *batch_of())
+        probe.step()
+        probe.step()  # nothing ran, nothing was asked for
+        backward(model, *batch_of())
+        probe.step()
+
+
+# ---- bad input
+
+
+def test_a_step_without_a_backward_says_so_and_the_next_is_right():
+    model, (x, y) = network(), batch_of()
+    (plain,) = records_of(model, [(x, y)])
+    records = []
+    with StepProbe(model, sink=records.append) as probe:
+        with pytest.raises(RuntimeError, match="step 0: expected a backward pass"):
+            probe.step()
+        model(x)
+        with pytest.raises(RuntimeError, match="step 1: expected a backward pass"):
+            probe.step()
+        backward(model, x, y)
+        probe.step()
+    assert [record.step for record in records] == [2]
+    assert records[0].grad_norms == plain.grad_norms
+
+
+@MODES
+def test_a_state_that_is_not_reached_is_named(mode):
+    class Skipping(Branching):
+        skip = False
+
+        def forward(self, x):
+            h = self.embed(x)
+            for index, block in enumerate(self.blocks):
+                if not (self.skip and index == 1):
+                    h = h + block(h)
+            return self.out_head(self.out_ln(h))
+
+    torch.manual_seed(0)
+    model, (x, y) = Skipping(), batch_of()
+    records = []
+    probe = StepProbe(model, taps=["blocks.*"], sink=records.append, mode=mode, directions="all")
+    for skip in (False, True, False):
+        model.skip = skip
+        backward(model, x, y)
+        probe.step()
+    probe.remove()
+    assert [record.unreached for record in records] == [(), ("blocks.1",), ()]
+    assert [math.isnan(norm) for norm in records[1].hidden_norms] == [False, True, False]
+    assert [math.isnan(norm) for norm in records[1].grad_norms] == [False, True, False]
+    assert records[2].hidden_norms == records[0].hidden_norms
+    assert math.isnan(records[1].stabilities[1])
+    assert not math.isnan(records[1].stabilities[2])
+
+
+def test_a_frozen_part_has_norms_and_no_gradients():
+    model, (x, y) = network(), batch_of()
+    model.embed.requires_grad_(False)
+    (record,) = records_of(model, [(x, y)])
+    assert record.unreached == ("embed",)
+    assert record.hidden_norms[0] > 0
+    assert math.isnan(record.grad_norms[0])
+    assert all(norm > 0 for norm in record.grad_norms[1:])
+
+
+class _Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise KeyboardInterrupt
+
+
+@MODES
+@pytest.mark.parametrize("where", ["forward", "backward", "after the backward"])
+def test_recovers_from_an_exception_in_the_middle_of_a_step(where, mode):
+    class Failing(Branching):
+        fail = False
+
+        def forward(self, x):
+            h = self.embed(x)
+            for index, block in enumerate(self.blocks):
+                if self.fail and index == 1 and where == "forward":
+                    raise KeyboardInterrupt
+                if self.fail and index == 1 and where == "backward":
+                    h = _Fails.apply(h)
+                h = h + block(h)
+            return self.out_head(self.out_ln(h))
+
+    torch.manual_seed(0)
+    model, (x, y) = Failing(), batch_of()
+    (plain,) = records_of(model, [(x, y)], mode=mode)
+    records = []
+    probe = StepProbe(model, sink=records.append, mode=mode)
+    for fail in (False, True, False):
+        model.fail = fail
+        try:
+            backward(model, x, y)
+            if fail:
+                raise KeyboardInterrupt
+            probe.step()
+        except KeyboardInterrupt:
+            if where == "after the backward":
+                probe.discard()
+        model.zero_grad()
+    probe.remove()
+    assert [record.step for record in records] == [0, 1]
+    for record in records:
+        assert record.grad_norms == plain.grad_norms
+        assert (record.micro_batches, record.num_samples) == (1, 12)
+
+
+def test_a_model_moved_to_another_dtype_goes_on():
+    model, (x, y) = network(), batch_of()
+    records = []
+    probe = StepProbe(model, sink=records.append)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        model.to(dtype)
+        nn.functional.cross_entropy(model(x.to(dtype)).float(), y).backward()
+        probe.step()
+        model.zero_grad()
+    probe.remove()
+    for record in records[1:]:
+        assert record.hidden_norms == pytest.approx(records[0].hidden_norms, rel=2e-2)
+        assert record.grad_norms == pytest.approx(records[0].grad_norms, rel=6e-2)
+
+
+@pytest.mark.cuda
+def test_a_model_moved_to_another_device_goes_on():
+    model, (x, y) = network(), batch_of()
+    records = []
+    probe = StepProbe(model, sink=records.append)
+    for device in ("cpu", "cuda", "cpu"):
+        model.to(device)
+        backward(model, x.to(device), y.to(device))
+        probe.step()
+        model.zero_grad()
+    probe.remove()
+    assert [record.step for record in records] == [0, 1, 2]
+    for record in records[1:]:
+        assert record.grad_norms == pytest.approx(records[0].grad_norms, rel=1e-3)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_a_probed_model_leave_the_probe_behind(how):
+    model, (x, y) = network(), batch_of()
+    records = []
+    with StepProbe(model, sink=records.append, example=x) as probe:
+        backward(model, x, y)
+        twin = how(model)
+        backward(twin, 2 * x, y)
+        probe.step()
+    assert [record.num_samples for record in records] == [12]
+    assert torch.equal(twin(x), model(x))
+
+
+def test_removing_the_probe_leaves_the_model_as_it_was():
+    model, (x, y) = network(), batch_of()
+
+    def traces():
+        return [
+            (
+                name,
+                sorted(module.__dict__),
+                [
+                    (key, dict(value))
+                    for key, value in sorted(module.__dict__.items())
+                    if "hooks" in key and value is not None
+                ],
+            )
+            for name, module in model.named_modules()
+        ]
+
+    before, weights = traces(), copy.deepcopy(model.state_dict())
+    with StepProbe(model, example=x) as probe:
+        assert traces() != before
+        backward(model, x, y)
+        probe.step()
+    assert traces() == before
+    assert all(torch.equal(a, weights[name]) for name, a in model.state_dict().items())
+    unused = StepProbe(model)
+    assert traces() != before
+    unused.remove()
+    assert traces() == before
+
+
+def test_a_sink_that_raises_is_warned_of_once_and_others_go_on():
+    model, records = network(), []
+
+    def broken(record):
+        raise OSError("disk full")
+
+    def train():
+        with StepProbe(model, sink=[broken, records.append]) as probe:
+            for seed in range(3):
+                backward(model, *batch_of(seed=seed))
+                probe.step()
+
+    with pytest.warns(RuntimeWarning, match="sink 0 .*step 0.*OSError: disk full") as caught:
+        train()
+    assert len([w for w in caught if "disk full" in str(w.message)]) == 1
+    assert [record.step for record in records] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window: expected a whole number from 1, got 0"),
+        ({"every": 0}, "every: expected"),
+        ({"ring": -1}, "ring: expected"),
+        ({"sketch": 0}, "sketch: expected"),
+        ({"decay": 1.0}, r"decay: expected a number in \[0, 1\), got 1.0"),
+        ({"directions": "last"}, "directions: expected 'middle', 'all' or 'none', got 'last'"),
+        ({"mode": "fast"}, "mode: expected"),
+        ({"reduction": "max"}, "reduction: expected"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        StepProbe(network(), **options)
+
+
+def test_sinks_and_taps_that_cannot_be():
+    with pytest.raises(TypeError, match="sink: expected a callable, got int"):
+        StepProbe(network(), sink=[3])
+    with pytest.raises(TapError, match="matches no module"):
+        StepProbe(network(), taps="blokcs", example=batch_of()[0])
+
+
+def test_a_probe_that_is_not_removed_is_flushed_at_exit(tmp_path):
+    import subprocess
+    import sys
+
+    code = f"""
+import torch
+from torch import nn
+from fadiag_fast import StepProbe
+model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+probe = StepProbe(model, taps="0", sink=lambda r: open({str(tmp_path / "log")!r}, "a").write("x"))
+model(torch.randn(4, 3)).sum().backward()
+from fadiag_fast.training import ring
+ring.Ring.ready = lambda self: []  # nothing has arrived by the end of the step
+probe.step()
+ring.Ring.ready = lambda self: [self._take() for _ in range(len(self._under_way))]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert (tmp_path / "log").read_text() == "x"
+
+
+def test_the_state_is_not_kept_alive():
+    """What training frees is freed: no tensor outlives the step."""
+    import gc
+
+    model, (x, y) = network(), batch_of()
+    probe = StepProbe(model, mode="passing", example=x)
+    gc.collect()
+    gc.disable()
+    try:
+        seen = []
+        handle = model.blocks[0].register_forward_hook(
+            lambda m, a, r: seen.append(torch.utils.weak.WeakTensorKeyDictionary({r: 1}))
+        )
+        backward(model, x, y)
+        assert [len(alive) for alive in seen] == [0]
+        probe.step()
+        handle.remove()
+        lost = model(x)
+        assert probe._observations == []
+        del lost
+    finally:
+        gc.enable()
+    probe.remove()
+
+
+def test_nothing_warns_in_ordinary_training():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.manual_seed(0)
+        model = ResidualMLP(5, 8, 4, 2)
+        assert len(records_of(model, [batch_of(seed=s) for s in range(3)])) == 3
