@@ -7,13 +7,13 @@ Three rules, each with its own memory of what fired:
 - *protocol*: (a) growth above 50 at a layer; (b) the gradient at the floor, read by the credit gain
   of the deepest state, for ‖g_L‖ itself falls also when the task gets solved. Direction stability
   only says, beside (b), whether the lost gradient drifts or is noise.
-- *baseline*: the logarithms of hidden norms, of growth per step of depth and of credit gains against
-  the median and the median absolute deviation (MAD) of the run's own healthy past.
+- *baseline*: the logarithms of hidden norms, of growth per step of depth and of credit gains
+  against the median and the median absolute deviation (MAD) of the run's own healthy past.
 
 A rule fires when it is met in k of the last m records. What is slow is health: a baseline figure
-must be far from its median in MADs **and** have moved by a factor since the last healthy records, or
-be out of all proportion. Records that deviate never enter the baseline, so a broken level does not
-become the new normal by itself.
+must be far from its median in MADs **and** have moved by a factor since the last healthy records,
+or be out of all proportion. Records that deviate never enter the baseline, so a broken level does
+not become the new normal by itself.
 """
 
 from __future__ import annotations
@@ -535,14 +535,10 @@ class Alarms:
             f"{finding.rule}: {what}; {last}.{finding.note}",
         )
 
-    def _end_of_episode(
-        self, record: StepRecord, values: _Array, met: bool
-    ) -> AllClear | None:
+    def _end_of_episode(self, record: StepRecord, values: _Array, met: bool) -> AllClear | None:
         self._episode_records += 1
         level = self.policy.clear_level
-        near = met or bool(
-            self._protocol(record, level) or self._deviations(record, values, level)
-        )
+        near = met or bool(self._protocol(record, level) or self._deviations(record, values, level))
         self._quiet = 0 if near else self._quiet + 1
         policy, start, count = self.policy, self._episode_start, len(self._acted)
         assert start is not None
@@ -634,9 +630,7 @@ class Alarms:
             )
 
 
-def judge_series(
-    records: Iterable[StepRecord], policy: AlarmPolicy | None = None
-) -> list[Event]:
+def judge_series(records: Iterable[StepRecord], policy: AlarmPolicy | None = None) -> list[Event]:
     """Return the alarms and all clears of a series that has been recorded."""
     alarms = Alarms(policy, actions=())
     for record in records:

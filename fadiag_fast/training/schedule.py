@@ -109,7 +109,9 @@ class Budget:
 
     def __init__(self, max_overhead: float = 0.01, at_most: int | None = 1000) -> None:
         if not 0 < max_overhead <= 1:
-            raise ValueError(f"Budget: max_overhead: expected a share in (0, 1], got {max_overhead}")
+            raise ValueError(
+                f"Budget: max_overhead: expected a share in (0, 1], got {max_overhead}"
+            )
         self.max_overhead = float(max_overhead)
         self.at_most = None if at_most is None else _positive("Budget: at_most", at_most)
         self._costs: deque[float] = deque(maxlen=_COSTS)
