@@ -195,25 +195,18 @@ def read_jsonlines(path: str | os.PathLike[str]) -> StepLog:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            values = json.loads(line.decode("utf-8"))
-            if not isinstance(values, dict):
-                raise ValueError("no object")
-            if _HEADER in values:
-                _check_version(path, values[_HEADER])
-                sessions += 1
-            elif "event" in values:
-                entries.append((sessions, event_from_dict(values)))
-            else:
-                entries.append((sessions, StepRecord.from_mapping(values)))
-            understood = True
-        except _NewerFormat:
-            raise
-        except (ValueError, TypeError, KeyError):
+        entry = entry_of(path, line)
+        if entry is None:
             if number == len(lines) and not last_is_whole:
                 cut = True
             else:
                 damaged.append(number)
+            continue
+        understood = True
+        if isinstance(entry, dict):
+            sessions += 1
+        else:
+            entries.append((sessions, entry))
     if not understood and damaged:
         raise ValueError(f"{path}: expected JSON lines of step records, got none among its lines")
     kept, superseded = _latest_sessions(entries)
@@ -228,16 +221,29 @@ def read_jsonlines(path: str | os.PathLike[str]) -> StepLog:
     )
 
 
-class _NewerFormat(ValueError):
-    pass
+def entry_of(path: Path, line: bytes) -> StepRecord | Event | dict[str, Any] | None:
+    """Return what a line holds; a header as a dictionary; None for a line that cannot be read.
 
-
-def _check_version(path: Path, version: object) -> None:
+    Raises:
+        ValueError: it is the header of a later version.
+    """
+    try:
+        values = json.loads(line.decode("utf-8"))
+        if isinstance(values, dict) and _HEADER not in values:
+            if "event" in values:
+                return event_from_dict(values)
+            return StepRecord.from_mapping(values)
+    except (ValueError, TypeError, KeyError):
+        return None
+    if not isinstance(values, dict):
+        return None
+    version = values[_HEADER]
     if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise _NewerFormat(
+        raise ValueError(
             f"{path}: expected step records of version {FORMAT_VERSION} or earlier, got version "
             f"{version}"
         )
+    return values
 
 
 def _latest_sessions(
