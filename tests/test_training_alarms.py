@@ -298,6 +298,18 @@ def test_a_solved_batch_has_no_gain_to_judge():
 # -- episodes
 
 
+def test_a_cause_is_told_before_the_gradient_floor_that_follows_from_it():
+    broken = [record(150 + i, (8.0, 9.0, 180.0, 190.0), (1e-6, 1e-6, 1e-6, 1e-6)) for i in range(2)]
+    events = judge_series([*healthy(150), *broken])
+    assert [(event.rule, event.layer) for event in events] == [
+        ("baseline", "blocks.1"),
+        ("gradient floor", "blocks.2"),
+    ]
+    # Beyond growth 50 the baseline adds nothing.
+    broken = [record(150 + i, (8.0, 9.0, 900.0, 950.0)) for i in range(2)]
+    assert [e.rule for e in judge_series([*healthy(150), *broken])] == ["scale growth"]
+
+
 def test_an_episode_has_one_alarm_per_rule_and_ends_with_an_all_clear():
     chance = random.Random(1)
     broken = [noisy(150 + i, chance, (8.0, 9.0, 90.0, 99.0)) for i in range(40)]

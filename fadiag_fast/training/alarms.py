@@ -51,6 +51,10 @@ NON_FINITE, SCALE_GROWTH, GRADIENT_FLOOR, BASELINE = (
     "baseline",
 )
 
+# In the order of telling: a gradient at the floor may follow from what the others place. Of an
+# episode only what is at least as grave (lower) as the alarms before it is told.
+_GRAVITY = {NON_FINITE: 0, SCALE_GROWTH: 1, BASELINE: 2, GRADIENT_FLOOR: 1}
+
 _log = logging.getLogger("fadiag_fast.training")
 
 
@@ -247,7 +251,8 @@ class Alarms:
         actions: what an alarm does, in this order: ``"warn"`` (a Python warning), ``"log"`` (the
             logger ``fadiag_fast.training``), ``"stop"`` (raise :class:`TrainingStopped` once the
             other actions are done), ``"save"`` (call ``save``) or a function that takes the
-            :class:`Alarm`. Each rule acts once in an episode.
+            :class:`Alarm`. In an episode each rule acts once, and only if no graver one has:
+            non-finite is the gravest, then come the protocol's limits, then the baseline.
         save: called with the first alarm of an episode; it should write a checkpoint.
         on_event: called with every :class:`Alarm` and :class:`AllClear`; ``JsonLines.event`` keeps
             them beside the records.
@@ -462,10 +467,10 @@ class Alarms:
     # -- episodes
 
     def _fire(self, record: StepRecord) -> list[Alarm]:
-        """Return the alarms of rules that have not acted in this episode and are met often."""
+        """Return alarms of rules that are met often, unless the episode has had a graver one."""
         alarms = []
-        for rule in (NON_FINITE, SCALE_GROWTH, GRADIENT_FLOOR, BASELINE):
-            if rule in self._acted:
+        for rule, gravity in _GRAVITY.items():
+            if rule in self._acted or any(_GRAVITY[other] < gravity for other in self._acted):
                 continue
             met = [entry for entry in self._last if rule in entry[1]]
             if rule == NON_FINITE:
