@@ -38,6 +38,8 @@ _Array = npt.NDArray[np.float64]
 _MAD_TO_SIGMA = 1.4826
 # The last healthy records that a jump is measured from. Odd, so that the median is one of them.
 _RECENT = 9
+# They are taken anew after so many: medians are most of what a record costs.
+_RECENT_REFRESH = 3
 # The baseline is computed anew once so many healthy records have come: a tenth of it is stale.
 _REFRESH = 10
 # A logarithm of zero; below that of the smallest subnormal double.
@@ -581,8 +583,9 @@ class Alarms:
         self._since_refresh += 1
         if len(self._history) < self.policy.min_window:
             return
-        recent = [self._history[i] for i in range(-_RECENT, 0)]
-        self._recent: _Array = _median(np.stack(recent))
+        if self._median is None or self._since_refresh % _RECENT_REFRESH == 0:
+            recent = [self._history[i] for i in range(-_RECENT, 0)]
+            self._recent: _Array = _median(np.stack(recent))
         if self._median is None or self._since_refresh >= _REFRESH:
             past = np.stack(self._history)
             self._median = _median(past)
