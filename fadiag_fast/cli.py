@@ -1,4 +1,4 @@
-"""The command line: demo, train, diagnose, audit-cnn, doctor.
+"""The command line: demo, train, diagnose, audit-cnn, watch, doctor.
 
 Exit codes: 0 trustworthy, 1 needs walk-back, 2 not enough data, above 2 an error.
 """
@@ -35,6 +35,7 @@ from .report import DiagnosticReport, SummaryRow, summary_table
 from .scanning.cli import register as register_scan_commands
 from .statistics import REDUCTIONS, Reduction, SampleReduction
 from .taps import SELECTOR_HELP, TapError
+from .training.cli import register as register_watch
 from .zoo import (
     ImageDataset,
     TrainedNetwork,
@@ -586,3 +587,4 @@ def doctor_command() -> None:
 
 
 register_scan_commands(app, _reported_errors)
+register_watch(app, _reported_errors)

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from ..protocol import NOT_ENOUGH_DATA, TRUSTWORTHY, DiagnosticThresholds
+from ..training.watch import scan_result_of
 from ..zoo import load_dataset
 from .driver import Progress, scan
 from .html import write_report
@@ -142,7 +143,13 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
 
     @app.command("report")
     def report_command(
-        folder: FolderArgument,
+        folder: Annotated[
+            Path,
+            typer.Argument(
+                help="A scan's folder, or a training run's step records (*.jsonl).",
+                show_default=False,
+            ),
+        ],
         out: Annotated[Path, typer.Option("-o", "--out", help="The HTML file to write.")] = Path(
             "report.html"
         ),
@@ -155,9 +162,15 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
     ) -> None:
         """Write a scan as one HTML file that needs no network, and its curves as pictures."""
         with reported_errors():
-            result = ScanResult.load(folder, config_hash=config)
-            write_report(result, out, title=title)
-            print(f"{out}: {len(result):,} checkpoints, {out.stat().st_size / 1e6:.1f} MB")
+            steps = folder.suffix == ".jsonl"
+            if steps and config is not None:
+                raise ValueError("--config: expected a scan's folder with it, got step records")
+            result = (
+                scan_result_of([folder]) if steps else ScanResult.load(folder, config_hash=config)
+            )
+            write_report(result, out, title=title or (folder.stem if steps else None))
+            what = "steps" if steps else "checkpoints"
+            print(f"{out}: {len(result):,} {what}, {out.stat().st_size / 1e6:.1f} MB")
             if plots is not None:
                 written = write_plots(result, plots, most_runs=most_plots)
                 print(f"{plots}: {len(written)} files")

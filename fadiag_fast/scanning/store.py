@@ -235,7 +235,7 @@ def _read_once(folder: Path) -> Tables:
         part = _first_of_each_record(pa.concat_tables(parts))
         fresh = _without(part, checkpoints)
         checkpoints = pa.concat_tables([checkpoints, fresh.drop_columns(["layers"])])
-        layers = pa.concat_tables([layers, _flattened(_without(part, layers))])
+        layers = pa.concat_tables([layers, flattened(_without(part, layers))])
     checkpoints = _latest(checkpoints)
     layers = _ordered_layers(layers, checkpoints)
     if layers.num_rows != (compute().sum(checkpoints["num_layers"]).as_py() or 0):
@@ -259,7 +259,7 @@ def _without(part: Any, table: Any) -> Any:
     return part.filter(arrow().array(~known)) if known.any() else part
 
 
-def _flattened(part: Any) -> Any:
+def flattened(part: Any) -> Any:
     """Return the layers nested in a part's rows as rows of their own."""
     pa, pc = arrow(), compute()
     column = part["layers"].combine_chunks()

@@ -1,0 +1,709 @@
+"""Judge a series of step records, and say with the evidence when something breaks.
+
+Three rules, each with its own memory of what fired:
+
+- *non-finite*: a norm of a hidden state or of a gradient is infinite or NaN. At once, also in the
+  warm-up.
+- *protocol*: (a) growth above 50 at a layer; (b) the gradient at the floor, read by the credit gain
+  of the deepest state, for ‖g_L‖ itself falls also when the task gets solved. Direction stability
+  only says, beside (b), whether the lost gradient drifts or is noise.
+- *baseline*: the logarithms of hidden norms, of growth per step of depth and of credit gains
+  against the median and the median absolute deviation (MAD) of the run's own healthy past.
+
+A rule fires when it is met in k of the last m records. What is slow is health: a baseline figure
+must be far from its median in MADs **and** have moved by a factor since the last healthy records,
+or be out of all proportion. Records that deviate never enter the baseline, so a broken level does
+not become the new normal by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..protocol import DiagnosticThresholds, growth_ratios, middle_layer
+from .records import StepRecord
+
+_Array = npt.NDArray[np.float64]
+
+# 1.4826 MADs of a normal distribution are its standard deviation.
+_MAD_TO_SIGMA = 1.4826
+# The last healthy records that a jump is measured from. Odd, so that the median is one of them.
+_RECENT = 9
+# They are taken anew after so many: medians are most of what a record costs.
+_RECENT_REFRESH = 3
+# The baseline is computed anew once so many healthy records have come: a tenth of it is stale.
+_REFRESH = 10
+# A logarithm of zero; below that of the smallest subnormal double.
+_LOG_ZERO = -750.0
+
+HIDDEN_NORM, GROWTH, CREDIT_GAIN, GRAD_NORM = "hidden_norm", "growth", "credit_gain", "grad_norm"
+NON_FINITE, SCALE_GROWTH, GRADIENT_FLOOR, BASELINE = (
+    "non-finite",
+    "scale growth",
+    "gradient floor",
+    "baseline",
+)
+
+# In the order of telling: a gradient at the floor may follow from what the others place. Of an
+# episode only what is at least as grave (lower) as the alarms before it is told.
+_GRAVITY = {NON_FINITE: 0, SCALE_GROWTH: 1, BASELINE: 2, GRADIENT_FLOOR: 1}
+
+_log = logging.getLogger("fadiag_fast.training")
+
+
+class TrainingStopped(RuntimeError):
+    """Stop a training run, for an alarm asked for it.
+
+    Attributes:
+        alarm: what fired.
+    """
+
+    def __init__(self, alarm: Alarm) -> None:
+        super().__init__(f"{alarm.sentence} Training is stopped, as the alarm's action asks.")
+        self.alarm = alarm
+
+
+class AlarmWarning(UserWarning):
+    """Category of the warnings that alarms raise."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What fired, with its evidence.
+
+    Attributes:
+        step: the first step at which the rule was met in this episode.
+        reported_at: the step whose record made it fire.
+        layer: name of the hidden state concerned.
+        rule: ``non-finite``, ``scale growth``, ``gradient floor`` or ``baseline``.
+        figure: ``hidden_norm``, ``growth``, ``credit_gain`` or ``grad_norm``.
+        value: the figure at ``step``.
+        threshold: the limit that ``value`` passed; the published one, or the baseline's.
+        baseline_median: median of the figure over the healthy past; NaN where there is none.
+        baseline_mad: median absolute deviation of its natural logarithm there; NaN likewise.
+        last_healthy_step: the last recorded step at which all was well; None if there was none.
+        sentence: all of it in words.
+    """
+
+    step: int
+    reported_at: int
+    layer: str
+    rule: str
+    figure: str
+    value: float
+    threshold: float
+    baseline_median: float
+    baseline_mad: float
+    last_healthy_step: int | None
+    sentence: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON; numbers that JSON has no word for stand as text."""
+        return {
+            "event": "alarm",
+            **{
+                name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in asdict(self).items()
+            },
+        }
+
+
+@dataclass(frozen=True)
+class AllClear:
+    """The end of an episode.
+
+    Attributes:
+        step: the recorded step at which the episode ended.
+        since: the first step of the episode.
+        alarms: how many alarms it had.
+        settled: whether the figures are well again (False) or have stayed so long at another level
+            that they are judged anew from there (True).
+        sentence: it in words.
+    """
+
+    step: int
+    since: int
+    alarms: int
+    settled: bool
+    sentence: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return {"event": "all clear", **asdict(self)}
+
+
+Event = Alarm | AllClear
+Action = str | Callable[[Alarm], Any]
+
+_NUMBERS = ("value", "threshold", "baseline_median", "baseline_mad")
+
+
+def event_from_dict(values: Mapping[str, Any]) -> Event:
+    """Return the event of :meth:`Alarm.to_dict` or :meth:`AllClear.to_dict`.
+
+    Raises:
+        ValueError: neither of them, or a field is missing.
+    """
+    kind = {"alarm": Alarm, "all clear": AllClear}.get(str(values.get("event")))
+    if kind is None:
+        raise ValueError(f"alarms: expected an alarm or an all clear, got {values.get('event')!r}")
+    names = [one.name for one in fields(kind)]
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ValueError(f"alarms: {values['event']}: expected {', '.join(missing)}, got none")
+    found = {name: float(values[name]) if name in _NUMBERS else values[name] for name in names}
+    event: Event = kind(**found)
+    return event
+
+
+@dataclass(frozen=True)
+class AlarmPolicy:
+    """The limits of :class:`Alarms`; a record is one recorded step, whatever the schedule.
+
+    Attributes:
+        warmup: records at the start that only the non-finite rule judges.
+        window: healthy records that the baseline is made of.
+        min_window: the baseline judges nothing with fewer.
+        deviations: a baseline figure deviates beyond so many robust standard deviations (1.4826
+            MADs), and …
+        jump: … a hidden norm or growth has moved by this factor since the last healthy records, …
+        gain_jump: … a credit gain by this one, …
+        far: … or a hidden norm or growth has moved by this factor from its median, however slowly.
+        min_mad: lower bound of the MAD of a logarithm: 0.01 is one percent.
+        fires: met in so many records …
+        among: … of the last so many, a rule fires.
+        clears: an episode ends after so many records in a row in which no rule is met, nor nearly.
+        clear_level: nearly: (a) and deviations count down to this share of their limits, (b) up to
+            the inverse.
+        settles: an episode of the baseline rule alone ends after so many records, and the baseline
+            begins anew; None for never.
+        floor: ``credit_gain``, or ``paper`` for ‖g_L‖ below the published floor.
+        thresholds: the published limits, or others.
+
+    Raises:
+        ValueError: a limit is out of its range.
+    """
+
+    warmup: int = 20
+    window: int = 200
+    min_window: int = 50
+    deviations: float = 8.0
+    jump: float = 1.3
+    gain_jump: float = 10.0
+    far: float = 20.0
+    min_mad: float = 0.01
+    fires: int = 2
+    among: int = 3
+    clears: int = 10
+    clear_level: float = 0.5
+    settles: int | None = 1000
+    floor: Literal["credit_gain", "paper"] = "credit_gain"
+    thresholds: DiagnosticThresholds = field(default_factory=DiagnosticThresholds)
+
+    def __post_init__(self) -> None:
+        def check(name: str, fits: bool, expected: str) -> None:
+            if not fits:
+                raise ValueError(
+                    f"AlarmPolicy: {name}: expected {expected}, got {getattr(self, name)!r}"
+                )
+
+        check("warmup", self.warmup >= 0, "at least 0")
+        check("min_window", self.min_window >= _RECENT, f"at least {_RECENT}")
+        check("window", self.window >= self.min_window, f"at least min_window, {self.min_window}")
+        check("deviations", 0 < self.deviations < math.inf, "a positive number")
+        check("min_mad", 0 <= self.min_mad < math.inf, "at least 0")
+        for name in ("jump", "gain_jump", "far"):
+            check(name, 1 < getattr(self, name) < math.inf, "a factor above 1")
+        check("among", self.among >= 1, "at least 1")
+        check("fires", 1 <= self.fires <= self.among, f"1 to among, {self.among}")
+        check("clears", self.clears >= 1, "at least 1")
+        check("clear_level", 0 < self.clear_level <= 1, "a share in (0, 1]")
+        check("settles", self.settles is None or self.settles >= self.clears, "at least clears")
+        check("floor", self.floor in ("credit_gain", "paper"), "credit_gain or paper")
+
+
+@dataclass
+class _Finding:
+    """A rule that one record meets: the evidence before it is put into words."""
+
+    rule: str
+    figure: str
+    layer: str
+    value: float
+    threshold: float
+    median: float = math.nan
+    mad: float = math.nan
+    note: str = ""
+
+
+class Alarms:
+    """Judge records as they come; give it to a probe as a sink, or call it with each record.
+
+    Args:
+        policy: the limits.
+        actions: what an alarm does, in this order: ``"warn"`` (a Python warning), ``"log"`` (the
+            logger ``fadiag_fast.training``), ``"stop"`` (raise :class:`TrainingStopped` once the
+            other actions are done), ``"save"`` (call ``save``) or a function that takes the
+            :class:`Alarm`. In an episode each rule acts once, and only if no graver one has:
+            non-finite is the gravest, then come the protocol's limits, then the baseline.
+        save: called with the first alarm of an episode; it should write a checkpoint.
+        on_event: called with every :class:`Alarm` and :class:`AllClear`; ``JsonLines.event`` keeps
+            them beside the records.
+
+    Attributes:
+        events: all alarms and all clears so far.
+        stop_requested: whether ``"stop"`` was among the actions of an alarm.
+        last_healthy_step: the last judged step at which no rule was met; None before one.
+
+    A function of yours that raises is not called again, after one warning; training goes on.
+
+    Raises:
+        ValueError: an unknown action, or ``"save"`` without ``save``.
+    """
+
+    # A sink on a thread of its own could not stop the training.
+    synchronous = True
+
+    def __init__(
+        self,
+        policy: AlarmPolicy | None = None,
+        *,
+        actions: Sequence[Action] | Action = ("warn",),
+        save: Callable[[Alarm], Any] | None = None,
+        on_event: Callable[[Event], Any] | None = None,
+    ) -> None:
+        self.policy = policy or AlarmPolicy()
+        self.actions = (actions,) if isinstance(actions, str) or callable(actions) else actions
+        for action in self.actions:
+            if not callable(action) and action not in ("warn", "log", "stop", "save"):
+                raise ValueError(
+                    f"Alarms: expected the actions warn, log, stop, save or a function, got "
+                    f"{action!r}"
+                )
+        if "save" in self.actions and save is None:
+            raise ValueError("Alarms: the action save: expected save, a function, got None")
+        self._save = save
+        self._on_event = on_event
+        self._broken: set[int] = set()
+        self.events: list[Event] = []
+        self.stop_requested = False
+        self.last_healthy_step: int | None = None
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._layers: tuple[str, ...] | None = None
+        self._seen = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._history: deque[_Array] = deque(maxlen=self.policy.window)
+        self._since_refresh = 0
+        self._median: _Array | None = None
+        self._mad: _Array | None = None
+        # Per record of the last few: its step, its findings per rule, the healthy step before it.
+        self._last: deque[tuple[int, dict[str, list[_Finding]], int | None]] = deque(
+            maxlen=self.policy.among
+        )
+        self._acted: set[str] = set()
+        self._episode_start: int | None = None
+        self._episode_records = 0
+        self._quiet = 0
+
+    @property
+    def active(self) -> tuple[Alarm, ...]:
+        """The alarms of the episode that stands; empty when all is well."""
+        if self._episode_start is None:
+            return ()
+        found: list[Alarm] = []
+        for event in reversed(self.events):
+            if isinstance(event, AllClear):
+                break
+            found.append(event)
+        return tuple(reversed(found))
+
+    def __call__(self, record: StepRecord) -> Event | None:
+        """Judge the next record.
+
+        Returns:
+            The alarm or all clear that it caused, the first if several; else None.
+
+        Raises:
+            TrainingStopped: an alarm fired, and ``"stop"`` is among the actions.
+        """
+        if record.layers != self._layers:
+            # Other hidden states: nothing of the past can be compared with them.
+            self._start_anew()
+            self._layers = record.layers
+        if record.skipped or not record.layers:
+            # The scaler has met an infinity, lowered its factor and left the weights as they were.
+            return None
+        self._seen += 1
+        values = _figures(record)
+        found = self._findings(record, values)
+        by_rule: dict[str, list[_Finding]] = {}
+        for finding in found:
+            by_rule.setdefault(finding.rule, []).append(finding)
+        self._last.append((record.step, by_rule, self.last_healthy_step))
+        alarms = self._fire(record)
+        cleared = None
+        if not found:
+            self.last_healthy_step = record.step
+        if self._episode_start is None:
+            if not found:
+                self._learn(values)
+        elif not alarms:
+            cleared = self._end_of_episode(record, values, bool(found))
+        events: list[Event] = [*alarms, *([cleared] if cleared else [])]
+        for event in events:
+            self._tell(event)
+        if alarms:
+            self._act(alarms)
+        return events[0] if events else None
+
+    # -- what a record meets
+
+    def _findings(self, record: StepRecord, values: _Array) -> list[_Finding]:
+        found = self._non_finite(record)
+        if found or self._seen <= self.policy.warmup:
+            # Nothing can be said of figures beside an infinite one.
+            return found
+        return [*self._protocol(record, 1.0), *self._deviations(record, values, 1.0)]
+
+    def _non_finite(self, record: StepRecord) -> list[_Finding]:
+        for figure, norms in ((HIDDEN_NORM, record.hidden_norms), (GRAD_NORM, record.grad_norms)):
+            bad = [
+                l
+                for l, norm in enumerate(norms)
+                if not math.isfinite(norm) and record.layers[l] not in record.unreached
+            ]
+            if bad:
+                # Data flow down the depth in the forward pass, and up in the backward pass.
+                at = bad[0] if figure == HIDDEN_NORM else bad[-1]
+                return [_Finding(NON_FINITE, figure, record.layers[at], norms[at], math.inf)]
+        return []
+
+    def _protocol(self, record: StepRecord, level: float) -> list[_Finding]:
+        """Return what passes ``level`` times the published limits."""
+        limits, found = self.policy.thresholds, []
+        reached = [name not in record.unreached for name in record.layers]
+        ratios = growth_ratios(record.hidden_norms)
+        grown = [
+            (ratio, l + 1)
+            for l, ratio in enumerate(ratios)
+            if reached[l] and reached[l + 1] and ratio > limits.scale_growth * level
+        ]
+        if grown:
+            ratio, at = max(grown)
+            found.append(
+                _Finding(SCALE_GROWTH, GROWTH, record.layers[at], ratio, limits.scale_growth)
+            )
+        by_gain = self.policy.floor == "credit_gain"
+        value = (record.credit_gains if by_gain else record.grad_norms)[-1]
+        floor = limits.credit_gain_floor if by_gain else limits.gradient_floor
+        if reached[-1] and value < floor / level:
+            found.append(
+                _Finding(
+                    GRADIENT_FLOOR,
+                    CREDIT_GAIN if by_gain else GRAD_NORM,
+                    record.layers[-1],
+                    value,
+                    floor,
+                    note=self._mode(record),
+                )
+            )
+        return found
+
+    def _mode(self, record: StepRecord) -> str:
+        stability = record.stabilities[middle_layer(len(record.layers))]
+        if math.isnan(stability):
+            return ""
+        if stability > self.policy.thresholds.direction_stability:
+            return f" Its direction stays the same from step to step ({stability:.2f}): drift."
+        return f" Its direction differs from step to step ({stability:.2f}): noise."
+
+    def _deviations(self, record: StepRecord, values: _Array, level: float) -> list[_Finding]:
+        """Return the figures that deviate from the baseline, by ``level`` times the limits."""
+        if self._median is None or self._mad is None:
+            return []
+        policy, n = self.policy, len(record.layers)
+        sigma = _MAD_TO_SIGMA * self._mad
+        away = values - self._median
+        moved = values - self._recent
+        jump = np.full(len(values), math.log(policy.jump))
+        jump[2 * n - 1 :] = math.log(policy.gain_jump)
+        # A gain may wander over decades while a task gets solved: only its jumps count.
+        far = np.full(len(values), math.log(policy.far))
+        far[2 * n - 1 :] = math.inf
+        with np.errstate(invalid="ignore"):
+            # A jump must lead away from the baseline, not back to it.
+            jumped = (np.abs(moved) > level * jump) & (np.sign(moved) == np.sign(away))
+            beyond = np.abs(away) > level * policy.deviations * sigma
+            hits = beyond & (jumped | (np.abs(away) > level * far))
+        found = []
+        for index in np.flatnonzero(hits):
+            figure, l = _place(int(index), n)
+            limit = max(policy.deviations * sigma[index], jump[index])
+            middle = self._median[index]
+            found.append(
+                _Finding(
+                    BASELINE,
+                    figure,
+                    record.layers[l],
+                    _exp(values[index]),
+                    _exp(middle + math.copysign(limit, away[index])),
+                    _exp(middle),
+                    float(self._mad[index]),
+                )
+            )
+        return found
+
+    # -- episodes
+
+    def _fire(self, record: StepRecord) -> list[Alarm]:
+        """Return alarms of rules that are met often, unless the episode has had a graver one."""
+        alarms = []
+        for rule, gravity in _GRAVITY.items():
+            if rule in self._acted or any(_GRAVITY[other] < gravity for other in self._acted):
+                continue
+            met = [entry for entry in self._last if rule in entry[1]]
+            if rule == NON_FINITE:
+                lasting = met[-1:]
+            elif rule == BASELINE:
+                lasting = self._same_figure(met)
+            else:
+                lasting = met if len(met) >= self.policy.fires else []
+            if not lasting:
+                continue
+            step, by_rule, healthy = lasting[0]
+            self._acted.add(rule)
+            if self._episode_start is None:
+                self._episode_start, self._episode_records = step, 0
+                # Nothing is healthy between the first record that met a rule and this one.
+                self.last_healthy_step = healthy
+            finding = _first_cause(by_rule[rule])
+            alarms.append(self._alarm(finding, step, record.step, healthy))
+        return alarms
+
+    def _same_figure(
+        self, met: list[tuple[int, dict[str, list[_Finding]], int | None]]
+    ) -> list[tuple[int, dict[str, list[_Finding]], int | None]]:
+        """Return the records of the baseline rule with only the figures that deviate often."""
+        counts: dict[tuple[str, str], int] = {}
+        for _, by_rule, _ in met:
+            for finding in by_rule[BASELINE]:
+                key = finding.figure, finding.layer
+                counts[key] = counts.get(key, 0) + 1
+        lasting = {key for key, count in counts.items() if count >= self.policy.fires}
+        kept = []
+        for step, by_rule, healthy in met:
+            findings = [f for f in by_rule[BASELINE] if (f.figure, f.layer) in lasting]
+            if findings:
+                kept.append((step, {BASELINE: findings}, healthy))
+        return kept
+
+    def _alarm(self, finding: _Finding, step: int, now: int, healthy: int | None) -> Alarm:
+        symbol = {
+            HIDDEN_NORM: "the median ‖h‖",
+            GROWTH: "the growth of the median ‖h‖ into it",
+            CREDIT_GAIN: "the median credit gain",
+            GRAD_NORM: "the median ‖g‖",
+        }[finding.figure]
+        side = "above" if finding.value > finding.threshold else "below"
+        what = f"step {step}, {finding.layer}: {symbol} is {finding.value:.3g}"
+        if finding.rule != NON_FINITE:
+            what += f", {side} the limit {finding.threshold:.3g}"
+        if finding.rule == BASELINE:
+            what += f"; over the run's healthy past its median was {finding.median:.3g}"
+        last = (
+            "no step before was judged healthy"
+            if healthy is None
+            else f"the last step at which all was well is {healthy}"
+        )
+        return Alarm(
+            step,
+            now,
+            finding.layer,
+            finding.rule,
+            finding.figure,
+            finding.value,
+            finding.threshold,
+            finding.median,
+            finding.mad,
+            healthy,
+            f"{finding.rule}: {what}; {last}.{finding.note}",
+        )
+
+    def _end_of_episode(self, record: StepRecord, values: _Array, met: bool) -> AllClear | None:
+        self._episode_records += 1
+        level = self.policy.clear_level
+        near = met or bool(self._protocol(record, level) or self._deviations(record, values, level))
+        self._quiet = 0 if near else self._quiet + 1
+        policy, start, count = self.policy, self._episode_start, len(self._acted)
+        assert start is not None
+        if self._quiet >= policy.clears:
+            self._acted.clear()
+            self._episode_start, self._quiet = None, 0
+            return AllClear(
+                record.step,
+                start,
+                count,
+                False,
+                f"All clear at step {record.step}: {policy.clears} records in a row are well "
+                f"again. The episode began at step {start}.",
+            )
+        only_baseline = self._acted == {BASELINE} and not (self._protocol(record, 1.0))
+        if policy.settles is not None and self._episode_records >= policy.settles and only_baseline:
+            self._forget()
+            return AllClear(
+                record.step,
+                start,
+                count,
+                True,
+                f"All clear at step {record.step}: the figures have stayed at another level for "
+                f"{policy.settles} records and are judged anew from there. The episode began at "
+                f"step {start}.",
+            )
+        return None
+
+    # -- the baseline
+
+    def _learn(self, values: _Array) -> None:
+        if self._seen <= self.policy.warmup:
+            return
+        self._history.append(values)
+        self._since_refresh += 1
+        if len(self._history) < self.policy.min_window:
+            return
+        if self._median is None or self._since_refresh % _RECENT_REFRESH == 0:
+            recent = [self._history[i] for i in range(-_RECENT, 0)]
+            self._recent: _Array = _median(np.stack(recent))
+        if self._median is None or self._since_refresh >= _REFRESH:
+            past = np.stack(self._history)
+            self._median = _median(past)
+            self._mad = np.maximum(_median(np.abs(past - self._median)), self.policy.min_mad)
+            self._since_refresh = 0
+
+    # -- what follows
+
+    def _tell(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, AllClear) and "log" in self.actions:
+            _log.info("%s", event.sentence)
+        if self._on_event is not None:
+            self._call(self._on_event, event, "on_event")
+
+    def _act(self, alarms: Iterable[Alarm]) -> None:
+        stop: Alarm | None = None
+        for alarm in alarms:
+            first = len(self._acted) == 1 or alarm is next(iter(self.active), None)
+            for action in self.actions:
+                if action == "warn":
+                    warnings.warn(alarm.sentence, AlarmWarning, stacklevel=4)
+                elif action == "log":
+                    _log.warning("%s", alarm.sentence)
+                elif action == "stop":
+                    stop = stop or alarm
+                elif action == "save":
+                    if first and self._save is not None:
+                        self._call(self._save, alarm, "save")
+                elif callable(action):
+                    self._call(action, alarm, "an action")
+        if stop is not None:
+            self.stop_requested = True
+            raise TrainingStopped(stop)
+
+    def _call(self, function: Callable[[Any], Any], argument: Any, name: str) -> None:
+        if id(function) in self._broken:
+            return
+        try:
+            function(argument)
+        except TrainingStopped:
+            raise
+        except Exception as error:
+            self._broken.add(id(function))
+            warnings.warn(
+                f"Alarms: {name}: {function!r} raised {type(error).__name__}: {error}. It is not "
+                f"called again; training goes on.",
+                AlarmWarning,
+                stacklevel=4,
+            )
+
+
+def judge_series(records: Iterable[StepRecord], policy: AlarmPolicy | None = None) -> list[Event]:
+    """Return the alarms and all clears of a series that has been recorded."""
+    alarms = Alarms(policy, actions=())
+    for record in records:
+        alarms(record)
+    return alarms.events
+
+
+def _first_cause(findings: list[_Finding]) -> _Finding:
+    """Return the finding to name: the shallowest state that a break of the forward pass shows at.
+
+    What breaks at a layer passes on to all that follow, so the shallowest comes first; it must have
+    moved half as far as the farthest, lest the noise of another be named. Gradients break from the
+    head down: without a hidden state among the findings the deepest gain is named.
+    """
+
+    def moved(finding: _Finding) -> float:
+        if not (finding.value > 0 and finding.median > 0):
+            return math.inf
+        return abs(math.log(finding.value) - math.log(finding.median))
+
+    forward = [finding for finding in findings if finding.figure in (HIDDEN_NORM, GROWTH)]
+    if not forward:
+        return findings[-1]
+    farthest = max(moved(finding) for finding in forward)
+    large = [finding for finding in forward if moved(finding) >= farthest / 2]
+    hidden = [finding for finding in large if finding.figure == HIDDEN_NORM]
+    return (hidden or large)[0]
+
+
+def _figures(record: StepRecord) -> _Array:
+    """Return ln of n hidden norms, n − 1 growths and n gains; NaN where nothing can be judged."""
+    hidden = _logs(record.hidden_norms)
+    gains = _logs(record.credit_gains)
+    for l, name in enumerate(record.layers):
+        if name in record.unreached:
+            hidden[l] = gains[l] = math.nan
+    with np.errstate(invalid="ignore"):
+        return np.concatenate([hidden, np.diff(hidden), gains])
+
+
+def _logs(values: Sequence[float]) -> _Array:
+    found = np.asarray(values, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(found)
+    # Infinite figures are the business of another rule; as NaN they spoil no baseline.
+    return np.where(found == 0, _LOG_ZERO, np.where(np.isfinite(logs), logs, math.nan))
+
+
+def _median(values: _Array) -> _Array:
+    """Return the median per column, NaN only for a column without a number."""
+    if not np.isnan(values).any():
+        return np.asarray(np.median(values, axis=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.asarray(np.nanmedian(values, axis=0))
+
+
+def _place(index: int, n: int) -> tuple[str, int]:
+    """Return the figure and the layer of a place in :func:`_figures`."""
+    if index < n:
+        return HIDDEN_NORM, index
+    if index < 2 * n - 1:
+        return GROWTH, index - n + 1
+    return CREDIT_GAIN, index - (2 * n - 1)
+
+
+def _exp(value: float) -> float:
+    return 0.0 if value <= _LOG_ZERO else math.exp(value) if value < 700 else math.inf
