@@ -346,13 +346,38 @@ def test_a_cuda_graph_of_the_whole_step(compiled):
 
 
 @pytest.mark.cuda
+def test_small_steps_are_reduced_by_a_graph_and_others_among_them_are_not():
+    """Of one size, then a smaller batch, then two micro-batches, then the first size again."""
+    sizes = [[12]] * 9 + [[7]] + [[12]] * 3 + [[12, 12]] + [[12]] * 9
+    model, twin = build("branch").cuda(), build("branch").cuda()
+    records, expected = [], []
+    with (
+        StepProbe(model, sink=records.append, directions="all") as probe,
+        StepProbe(twin, sink=expected.append, directions="all") as plain,
+    ):
+        plain._replay_refused = True
+        for seed, parts in enumerate(sizes):
+            for net, its in ((model, probe), (twin, plain)):
+                for part, samples in enumerate(parts):
+                    x, y = (t.cuda() for t in batch_of(samples, seed=100 * seed + part))
+                    nn.functional.cross_entropy(net(x), y).backward()
+                its.step()
+        assert probe._replay is not None
+        assert plain._replay is None
+    assert len(records) == len(sizes)
+    assert_alike(records, expected, tolerance=1e-6)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("mode", ["together", "passing"])
-def test_no_step_waits_for_the_gpu(mode):
+def test_no_step_waits_for_the_gpu(mode, scaled):
     model = build("branch").cuda()
     records = []
-    scaler = torch.amp.GradScaler("cuda")
-    probe = StepProbe(model, sink=records.append, mode=mode, scaler=scaler, directions="all")
-    batches = [tuple(t.cuda() for t in batch_of(seed=s)) for s in range(4)]
+    scaler = torch.amp.GradScaler("cuda", enabled=scaled)
+    options = {"scaler": scaler} if scaled else {}
+    probe = StepProbe(model, sink=records.append, mode=mode, directions="all", **options)
+    batches = [tuple(t.cuda() for t in batch_of(seed=s)) for s in range(9)]
 
     def step(x, y):
         scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()

@@ -17,20 +17,30 @@ class LateRing(Ring):
 
     def __init__(self, rows):
         super().__init__(rows, 2, CPU)
-        self.arrived = 0
-        self.order = []
+        self.sent = self.arrived = 0
         self.waited = []
 
-    def push(self, row, meta):
-        self.order.append(meta)
-        return super().push(row, meta)
+    def _new_event(self):
+        return Late(self)
 
-    def _done(self, at):
-        return self.order.index(self._under_way[0][1]) < self.arrived
 
-    def _wait(self, at):
-        self.waited.append(at)
-        self.arrived = max(self.arrived, self.order.index(self._under_way[0][1]) + 1)
+class Late:
+    """An event that has passed once its number is below what has arrived."""
+
+    def __init__(self, ring):
+        self.ring = ring
+
+    def record(self):
+        self.number = self.ring.sent
+        self.ring.sent += 1
+
+    def query(self):
+        return self.number < self.ring.arrived
+
+    def synchronize(self):
+        if not self.query():
+            self.ring.waited.append(self.number)
+        self.ring.arrived = max(self.ring.arrived, self.number + 1)
 
 
 def row_of(number):
@@ -55,7 +65,7 @@ def test_a_full_ring_waits_for_the_oldest_loses_nothing_and_warns_once():
         for number in range(5):
             found += ring.push(row_of(number), number)
     assert [meta for meta, _ in found] == [0, 1, 2]
-    assert ring.waited == [0, 1, 0]
+    assert ring.waited == [0, 1, 2]
     assert len([w for w in caught if "2 recorded steps behind" in str(w.message)]) == 1
     ring.arrived = 5
     assert [meta for meta, _ in found + ring.drain()] == [0, 1, 2, 3, 4]

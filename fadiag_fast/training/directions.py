@@ -151,14 +151,20 @@ class Directions:
         self._keep(directions, captured)
         return cosines[:, 0, 1:]
 
+    def replayed(self) -> None:
+        """Note that a direction was kept, here or by a graph: this goes on where that ended."""
+        self._next = (self._next + 1) % self.window
+
     def _keep(self, directions: Sequence[Tensor], captured: bool) -> None:
         if not captured:
             for past, direction in zip(self._past, directions, strict=True):
                 past[self._next].copy_(direction)
-            self._next = (self._next + 1) % self.window
+            self.replayed()
+            # A graph goes on where this ends.
+            if self._device_next is not None and self._device_next.is_cuda:
+                self._device_next.fill_(self._next)
             return
         # In a graph the place must be read on the device: the host is not there when it replays.
-        # Places are cyclic, so that it does not matter with which one the graph begins.
         place = self._device_next
         assert place is not None
         for past_of, direction in zip(self._past_of, directions, strict=True):

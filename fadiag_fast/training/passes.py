@@ -164,6 +164,28 @@ class Observation:
         self.of.settings.passing.add(l)
         return torch.full_like(state, torch.nan)
 
+    def whole(self) -> list[Tensor] | None:
+        """Return all n states, their gradients and that of the logits, ready to be reduced.
+
+        None unless all of them were kept, as they are, and go into one call of the operator.
+        """
+        settings, of = self.of.settings, self.of
+        n = len(settings.labels)
+        logits = self.grads[n]
+        if not settings.plain or logits is None or logits.is_complex():
+            return None
+        found = [logits]
+        for state, version, grad in zip(of.states, of.versions, self.grads, strict=False):
+            if state is None or grad is None or state._version != version:
+                return None
+            if grad.shape != state.shape or grad.dtype != logits.dtype:
+                return None
+            found.append(grad)
+        logits = found[0] = sample_rows(logits, of.samples, 0, settings.name)
+        if any(tensor.shape[0] != logits.shape[0] for tensor in found):
+            return None
+        return [*(s for s in of.states if s is not None), *found[1:], logits]
+
     def figures(self) -> Figures | None:
         """Reduce what was kept, and let go of it; None if no state was reached at all."""
         settings, of = self.of.settings, self.of

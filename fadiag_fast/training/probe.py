@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..capture import Output, Probe, check_model, choose_output, untouched
 from ..protocol import middle_layer
 from ..statistics import Reduction, SampleReduction
@@ -32,6 +33,7 @@ from .directions import Directions
 from .distributed import Exchange, Pending, default_group
 from .passes import Figures, Observation, Pass, Settings, merged
 from .records import StepRecord
+from .replay import STEPS_BEFORE, Replay, like_of
 from .ring import Ring
 from .schedule import Budget, Schedule, as_schedule
 from .sinks import guard
@@ -393,6 +395,10 @@ class StepProbe:
         self._exchange: Exchange | None = None
         self._pending: tuple[Pending, _Meta, Tensor | None] | None = None
         self._graphed: _Meta | None = None
+        self._replay: Replay | None = None
+        self._replay_refused = False
+        self._like: list[Any] = []
+        self._alike = 0
         self._has_gpu = torch.cuda.is_available()
         self._in_compiled: frozenset[int] | None = None
         self._handles: list[Any] = []
@@ -724,7 +730,9 @@ class StepProbe:
         captured = self._has_gpu and torch.cuda.is_current_stream_capturing()
         self._current = None
         parts: list[Figures] = []
+        replayed = False
         try:
+            replayed = not captured and self._reduce_by_graph(step)
             self._reduce_finished()
             parts = self._take_parts()
         finally:
@@ -738,10 +746,12 @@ class StepProbe:
         if not parts and self._graphed is not None and self._ring is not None:
             meta = self._graphed
             wanted = self._step_was_wanted
+            if self._directions is not None:
+                self._directions.replayed()
             self._emit(self._ring.replayed(replace(meta, step=step) if wanted else None))
             self._emit(self._ring.ready())
             return
-        if not parts and self._step_was_wanted:
+        if not parts and self._step_was_wanted and not replayed:
             raise RuntimeError(self._nothing_arrived(step))
         if parts and self._step_was_wanted:
             self._finish(merged(parts), step)
@@ -752,6 +762,67 @@ class StepProbe:
             self.schedule.note(step, self._seconds + now - began, now - self._step_began)
         self._seconds = 0.0
         self._step_began = now
+
+    def _reduce_by_graph(self, step: int) -> bool:
+        """Record the step at hand through a CUDA graph of its reduction, if one will do.
+
+        One micro-batch whose states were all kept, with the same shapes as those before it, in a
+        process of its own and without a scaler.
+        """
+        plain = self._has_gpu and self._ring is not None and self.scaler is None
+        if not plain or len(self._observations) != 1 or self._parts or self._slot_parts:
+            return False
+        observation = self._observations[0]
+        tensors = observation.whole() if observation.finished and self._wanted else None
+        if tensors is None or not tensors[0].is_cuda:
+            return False
+        assert self._ring is not None
+        if self._replay is None or self._replay.like != like_of(tensors):
+            made = self._make_replay(tensors)
+            if made is None:
+                return False
+            self._replay = made
+        of = observation.of
+        self._autocast = of.autocast
+        self._seconds += of.seconds
+        self._observations = []
+        self._backward_of = None
+        self._replay(tensors)
+        observation.forget()
+        if self._directions is not None:
+            self._directions.replayed()
+        samples, compared = len(tensors[0]), self._directions is not None
+        meta = _Meta(step, self._sizes, samples, 1, of.autocast, (), compared, False)
+        self._emit(self._ring.replayed(meta, at_once=True))
+        return True
+
+    def _make_replay(self, tensors: Sequence[Tensor]) -> Replay | None:
+        """Return a graph that reduces tensors like these, once they are what keeps coming."""
+        like = like_of(tensors)
+        self._alike = self._alike + 1 if like == self._like else 1
+        self._like = like
+        refused = self._replay_refused or default_group(self.group) is not None
+        if refused or self._alike <= STEPS_BEFORE or self._ring is None:
+            return None
+        n, ring = self._n, self._ring
+        if ring.device != tensors[0].device:
+            return None
+
+        def reduce(places: Sequence[Tensor]) -> None:
+            logits = places[2 * n]
+            found = ops.layer_statistics([*places[:n], logits], [*places[n : 2 * n], logits])
+            assert isinstance(found, ops.PackedStatistics)
+            assert self._settings is not None
+            means: list[Tensor | None] = [found.mean_of(l) for l in self._settings.direction_layers]
+            figures = Figures(found.norms, means, set(), len(logits))
+            ring.push_captured(self._row(figures, None, captured=True))
+
+        try:
+            return Replay(tensors, reduce)
+        except Exception:
+            # It goes on call by call, as it has so far.
+            self._replay_refused = True
+            return None
 
     def _advance(self) -> None:
         self._step_was_wanted = self._wanted
@@ -885,6 +956,7 @@ class StepProbe:
             return
         if self._ring is not None:
             self._emit(self._ring.drain())
+        self._replay = None  # it writes into the ring that was
         kept = 0
         if self._directions is not None:
             kept = self._directions.num_layers * self._directions.width

@@ -17,81 +17,98 @@ class Ring:
     passed, some steps later. On a CPU it is there at once, and goes the same way.
 
     Args:
-        rows: R, how many may be under way; memory is 2·R·width·8 bytes.
+        rows: R, how many may be under way; memory is 4·R·width·8 bytes.
         width: numbers in a row.
         device: where they are computed.
 
-    When R rows are under way the oldest one is waited for, with one warning: nothing is lost.
+    When R rows are under way the oldest ones are waited for, with one warning: nothing is lost.
     """
 
     def __init__(self, rows: int, width: int, device: torch.device) -> None:
         self.rows = rows
         self.device = device
         self.on_gpu = device.type == "cuda"
-        self.host = torch.empty((rows, width), dtype=torch.float64, pin_memory=self.on_gpu)
-        self._host_rows = list(self.host.unbind(0))
-        self._events: list[Any] = [torch.cuda.Event() for _ in range(rows)] if self.on_gpu else []
-        self._under_way: deque[tuple[int, Any]] = deque()
+
+        def memory() -> Tensor:
+            return torch.empty((rows, width), dtype=torch.float64, pin_memory=self.on_gpu)
+
+        self._host_rows = list(memory().unbind(0))
+        self._free_events: list[Any] = []
+        # What was sent off together: its event, and (meta, place on the host) of each row.
+        self._under_way: deque[tuple[Any, list[tuple[Any, Tensor]]]] = deque()
+        self._count = 0
         self._next = 0
         self._warned = False
-        # Of steps that a CUDA graph replays: written at a place that is counted on the device.
+        # Of steps that a CUDA graph replays: written at a place that is counted on the device, and
+        # sent to the same place on the host.
         self._device_rows = torch.zeros((rows, width), dtype=torch.float64, device=device)
         self._device_next = torch.zeros(1, dtype=torch.int64, device=device)
+        self._replayed_rows = memory()
         self._replayed: list[Any] = []
         self._read_from = 0
 
     def __len__(self) -> int:
-        return len(self._under_way) + len(self._replayed)
+        return self._count + len(self._replayed)
 
     def push(self, row: Tensor, meta: Any) -> list[tuple[Any, list[float]]]:
         """Send a row of at most ``[width]`` off; return what had to be waited for to make room."""
+        # Rows of graphs that were written before this one go before it.
+        waited = self.send_replayed() if self._replayed else []
+        waited += self._make_room(1)
+        place = self._host_rows[self._next]
+        self._next = (self._next + 1) % self.rows
+        place = place if len(row) == len(place) else place[: len(row)]
+        place.copy_(row, non_blocking=True)
+        self._sent([(meta, place)])
+        return waited
+
+    def _make_room(self, count: int) -> list[tuple[Any, list[float]]]:
         waited: list[tuple[Any, list[float]]] = []
-        if len(self._under_way) == self.rows:
-            if not self._done(self._under_way[0][0]):
+        while self._under_way and self._count + count > self.rows:
+            event = self._under_way[0][0]
+            if event is not None and not event.query():
                 if not self._warned:
                     self._warned = True
                     warnings.warn(
                         f"StepProbe: the device is {self.rows} recorded steps behind, as many as "
                         f"the ring holds: waiting for the oldest; give a larger ring=",
                         RuntimeWarning,
-                        stacklevel=4,
+                        stacklevel=5,
                     )
-                self._wait(self._under_way[0][0])
-            waited.append(self._take())
-        at = self._next
-        self._next = (at + 1) % self.rows
-        place = self._host_rows[at]
-        place = place if len(row) == len(place) else place[: len(row)]
-        place.copy_(row, non_blocking=True)
-        if self.on_gpu:
-            self._events[at].record()
-        self._under_way.append((at, meta))
+                event.synchronize()
+            waited += self._take()
         return waited
 
-    def _done(self, at: int) -> bool:
-        return not self.on_gpu or bool(self._events[at].query())
+    def _new_event(self) -> Any:
+        return torch.cuda.Event() if self.on_gpu else None
 
-    def _wait(self, at: int) -> None:
-        if self.on_gpu:
-            self._events[at].synchronize()
+    def _sent(self, rows: list[tuple[Any, Tensor]]) -> None:
+        event = self._free_events.pop() if self._free_events else self._new_event()
+        if event is not None:
+            event.record()
+        self._under_way.append((event, rows))
+        self._count += len(rows)
 
-    def _take(self) -> tuple[Any, list[float]]:
-        at, meta = self._under_way.popleft()
-        return meta, self._host_rows[at].tolist()
+    def _take(self) -> list[tuple[Any, list[float]]]:
+        event, rows = self._under_way.popleft()
+        if event is not None:
+            self._free_events.append(event)
+        self._count -= len(rows)
+        return [(meta, place.tolist()) for meta, place in rows if meta is not None]
 
     def ready(self) -> list[tuple[Any, list[float]]]:
         """Return (meta, row) of all that have arrived, oldest first, without waiting."""
-        found = []
-        while self._under_way and self._done(self._under_way[0][0]):
-            found.append(self._take())
+        found: list[tuple[Any, list[float]]] = []
+        while self._under_way and (self._under_way[0][0] is None or self._under_way[0][0].query()):
+            found += self._take()
         return found
 
     def drain(self) -> list[tuple[Any, list[float]]]:
         """Wait for all rows and return them, oldest first."""
-        self.send_replayed()
-        if self._under_way:
-            self._wait(self._under_way[-1][0])
-        return self.ready()
+        found = self.send_replayed()
+        if self._under_way and self._under_way[-1][0] is not None:
+            self._under_way[-1][0].synchronize()
+        return found + self.ready()
 
     # ---- steps that a CUDA graph replays
 
@@ -100,20 +117,27 @@ class Ring:
         self._device_rows[:, : len(row)].index_copy_(0, self._device_next, row[None])
         self._device_next.add_(1).remainder_(self.rows)
 
-    def replayed(self, meta: Any) -> list[tuple[Any, list[float]]]:
-        """Say that a graph wrote a row, None for one that nobody wants; R/4 of them go together."""
+    def replayed(self, meta: Any, at_once: bool = False) -> list[tuple[Any, list[float]]]:
+        """Say that a graph wrote a row, None for one that nobody wants.
+
+        R/4 of them go off together, unless ``at_once``. Returns as :meth:`push` does.
+        """
         self._replayed.append(meta)
-        if len(self._replayed) >= max(1, self.rows // 4):
+        if at_once or len(self._replayed) >= max(1, self.rows // 4):
             return self.send_replayed()
         return []
 
     def send_replayed(self) -> list[tuple[Any, list[float]]]:
         """Send off the rows that graphs wrote since the last time."""
-        waited = []
-        for meta in self._replayed:
-            row = self._device_rows[self._read_from]
-            self._read_from = (self._read_from + 1) % self.rows
-            if meta is not None:
-                waited += self.push(row, meta)
-        self._replayed = []
+        metas, self._replayed = self._replayed, []
+        waited: list[tuple[Any, list[float]]] = []
+        while metas:
+            first = self._read_from
+            count = min(len(metas), self.rows - first)
+            waited += self._make_room(count)
+            places = self._replayed_rows[first : first + count]
+            places.copy_(self._device_rows[first : first + count], non_blocking=True)
+            self._sent(list(zip(metas[:count], places.unbind(0), strict=True)))
+            metas = metas[count:]
+            self._read_from = (first + count) % self.rows
         return waited
