@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fadiag_fast import DiagnosticThresholds, StepProbe, TapError, diagnose
+from fadiag_fast.training.alarms import Alarms, AlarmWarning, TrainingStopped
+from fadiag_fast.training.sinks import SinkWarning, read_jsonlines
 from fadiag_fast.zoo import ResidualMLP
 
 
@@ -344,7 +346,7 @@ def test_samples_without_output_error_have_no_gain():
 
 def test_only_scheduled_steps_are_recorded():
     model = network()
-    records = records_of(model, [batch_of(seed=s) for s in range(7)], every=3)
+    records = records_of(model, [batch_of(seed=s) for s in range(7)], schedule=3)
     assert [record.step for record in records] == [0, 3, 6]
 
     class Powers:
@@ -365,7 +367,7 @@ def test_only_scheduled_steps_are_recorded():
 
 def test_unscheduled_steps_keep_nothing_and_do_not_complain():
     model = network()
-    with StepProbe(model, every=2, example=batch_of()[0]) as probe:
+    with StepProbe(model, schedule=2, example=batch_of()[0]) as probe:
         backward(model, *batch_of())
         probe.step()
         probe.step()  # nothing ran, nothing was asked for
@@ -566,17 +568,51 @@ def test_a_sink_that_raises_is_warned_of_once_and_others_go_on():
                 backward(model, *batch_of(seed=seed))
                 probe.step()
 
-    with pytest.warns(RuntimeWarning, match="sink 0 .*step 0.*OSError: disk full") as caught:
+    with pytest.warns(SinkWarning, match=r"broken.*step 0.*OSError: disk full") as caught:
         train()
     assert len([w for w in caught if "disk full" in str(w.message)]) == 1
     assert [record.step for record in records] == [0, 1, 2]
+
+
+def test_a_path_is_a_sink_that_is_closed_with_the_probe(tmp_path):
+    model = network()
+    with StepProbe(model, sink=tmp_path / "steps.jsonl") as probe:
+        for seed in range(3):
+            backward(model, *batch_of(seed=seed))
+            probe.step()
+    assert [record.step for record in read_jsonlines(tmp_path / "steps.jsonl").records] == [0, 1, 2]
+
+
+def test_a_broken_step_is_told_and_stops_the_training_if_asked():
+    """The weights of block 1 become NaN after step 1: its own state is the first that shows it."""
+
+    def train(**options):
+        model = network()
+        with StepProbe(model, **options) as probe:
+            for seed in range(6):
+                if seed == 2:
+                    with torch.no_grad():
+                        next(model.blocks[1].parameters()).fill_(torch.nan)
+                backward(model, *batch_of(seed=seed))
+                probe.step()
+        return probe
+
+    with pytest.warns(AlarmWarning, match=r"step 2, blocks\.1: .* is nan") as caught:
+        probe = train()
+    assert [warning.filename for warning in caught] == [__file__]
+    assert probe.alarms.last_healthy_step == 1
+    with pytest.raises(TrainingStopped, match=r"step 2, blocks\.1"):
+        train(alarms=Alarms(actions="stop"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(alarms=False)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"window": 0}, "window: expected a whole number from 1, got 0"),
-        ({"every": 0}, "every: expected"),
+        ({"schedule": 0}, "expected at least 1, got 0"),
         ({"ring": -1}, "ring: expected"),
         ({"sketch": 0}, "sketch: expected"),
         ({"decay": 1.0}, r"decay: expected a number in \[0, 1\), got 1.0"),
@@ -591,7 +627,7 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_sinks_and_taps_that_cannot_be():
-    with pytest.raises(TypeError, match="sink: expected a callable, got int"):
+    with pytest.raises(TypeError, match=r"sink: expected a path, .* got 3"):
         StepProbe(network(), sink=[3])
     with pytest.raises(TapError, match="matches no module"):
         StepProbe(network(), taps="blokcs", example=batch_of()[0])

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..training.alarms import Alarm, Alarms, TrainingStopped
+from ..training.probe import StepProbe
 from ..training.records import StepRecord
 from ..training.sinks import GuardedSink, guard
 
@@ -50,10 +51,6 @@ class Session:
         first_step: int = 0,
         **probe_options: Any,
     ) -> None:
-        from ..training.probe import (  # type: ignore[import-not-found,unused-ignore]
-            StepProbe,
-        )
-
         self.sinks: list[GuardedSink] = [
             *(guard(sink) for sink in sinks),
             *(guard(logger, threaded=False) for logger in loggers),
@@ -63,7 +60,8 @@ class Session:
         self.stopped: TrainingStopped | None = None
         self._first_step = first_step
         self._told = 0 if self.alarms is None else len(self.alarms.events)
-        self.probe = StepProbe(model, taps, sink=self._take, **probe_options)
+        take = guard(self._take, threaded=False)
+        self.probe = StepProbe(model, taps, sink=take, alarms=False, **probe_options)
 
     def _take(self, record: StepRecord) -> None:
         if self._first_step:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -607,7 +608,7 @@ class Alarms:
             first = len(self._acted) == 1 or alarm is next(iter(self.active), None)
             for action in self.actions:
                 if action == "warn":
-                    warnings.warn(alarm.sentence, AlarmWarning, stacklevel=4)
+                    warnings.warn(alarm.sentence, AlarmWarning, stacklevel=user_level())
                 elif action == "log":
                     _log.warning("%s", alarm.sentence)
                 elif action == "stop":
@@ -634,8 +635,33 @@ class Alarms:
                 f"Alarms: {name}: {function!r} raised {type(error).__name__}: {error}. It is not "
                 f"called again; training goes on.",
                 AlarmWarning,
-                stacklevel=4,
+                stacklevel=user_level(),
             )
+
+
+# Whose frames stand between a record and the line that the user wrote.
+_NOT_THE_USER = tuple(
+    f"{name}."
+    for name in (
+        "fadiag_fast",
+        "torch",
+        "accelerate",
+        "lightning",
+        "pytorch_lightning",
+        "transformers",
+    )
+)
+
+
+def user_level() -> int:
+    """Return the level of the first caller outside this package, torch and training frameworks.
+
+    A warning with it as its ``stacklevel`` names the user's line.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_NOT_THE_USER):
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    return level
 
 
 def judge_series(records: Iterable[StepRecord], policy: AlarmPolicy | None = None) -> list[Event]:

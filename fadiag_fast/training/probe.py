@@ -17,7 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,16 @@ from ..protocol import middle_layer
 from ..statistics import Reduction, SampleReduction
 from ..taps import Select, TapError, Taps, find_taps, is_sum, sighting_at, unwrap
 from ..tracing import Trace, argument_state, clean_name, state_in
+from .alarms import Alarms, TrainingStopped
 from .directions import Directions
 from .distributed import Exchange, Pending, default_group
 from .passes import Figures, Observation, Pass, Settings, merged
 from .records import StepRecord
 from .ring import Ring
+from .schedule import Budget, Schedule, as_schedule
+from .sinks import guard
 from .slots import Job, Slots
 
-Sink = Callable[[StepRecord], None]
 Mode = Literal["auto", "passing", "together"]
 
 # All states and gradients of a pass together: small beside any training that has larger ones.
@@ -48,23 +50,10 @@ def _flush_all() -> None:
     for probe in list(_alive):
         try:
             probe.flush()
+        except TrainingStopped:
+            pass  # it stops
         except Exception as error:  # the process ends: there is nobody to catch it
             warnings.warn(f"StepProbe: the last records are lost: {error}", stacklevel=1)
-
-
-class Schedule(Protocol):
-    """Says which optimiser steps are recorded."""
-
-    def wants(self, step: int) -> bool:
-        """Return whether a step is recorded; it is asked once, before the step."""
-
-
-@dataclass(frozen=True)
-class _Every:
-    steps: int
-
-    def wants(self, step: int) -> bool:
-        return step % self.steps == 0
 
 
 @dataclass(frozen=True)
@@ -275,12 +264,16 @@ class StepProbe:
             observed inside ``torch.compile`` the probe must be there before the first compiled
             call, and know its taps: from ``example``, or because it was given the compiled module.
         taps: where to observe, see :func:`fadiag_fast.taps.find_taps`; None chooses.
-        sink: called with every :class:`~fadiag_fast.training.records.StepRecord`, in order, some
-            steps after its own; or a list of such. What it raises becomes one warning.
-        every: record every so many steps.
-        schedule: an object whose ``wants(step)`` says which steps are recorded, in place of
-            ``every``. If it has ``note(step, probe_seconds, step_seconds)``, that is called after
-            each recorded step with the host time that the probe and the whole step took.
+        sink: where every :class:`~fadiag_fast.training.records.StepRecord` goes, in order, some
+            steps after its own: a path for JSON lines, a SummaryWriter, a W&B run, ``log(dict,
+            step)``, a function of a record, and whatever else
+            :func:`~fadiag_fast.training.sinks.as_sink` takes; or a list of such. Each works on a
+            thread of its own; one that raises is switched off after one warning.
+        alarms: judges the records on the training's thread; None warns by the default limits,
+            False judges nothing. With the action ``"stop"``, ``step()`` raises TrainingStopped.
+        schedule: which steps are recorded: ``"every"``, a whole number n for every n-th, ``"log"``,
+            a share such as 0.01 of the time that the probe may take, or a
+            :class:`~fadiag_fast.training.schedule.Schedule`.
         window: K, with how many earlier recorded steps a direction is compared.
         decay: of the exponential average of directions.
         directions: whose directions are kept: of the ``"middle"`` state, which the protocol's (c)
@@ -308,7 +301,7 @@ class StepProbe:
     Raises:
         TapError: the hidden states cannot be found; at the first pass if there is no example.
         ValueError: an argument is out of its range.
-        TypeError: a sink is not callable.
+        TypeError: a sink or schedule is none.
     """
 
     def __init__(
@@ -316,9 +309,9 @@ class StepProbe:
         model: nn.Module,
         taps: Select | None = None,
         *,
-        sink: Sink | Sequence[Sink] | None = None,
-        every: int = 1,
-        schedule: Schedule | None = None,
+        sink: Any = None,
+        alarms: Alarms | Literal[False] | None = None,
+        schedule: str | int | float | Schedule = "every",
         window: int = 8,
         decay: float = 0.9,
         directions: Literal["middle", "all", "none"] = "middle",
@@ -335,7 +328,6 @@ class StepProbe:
         mode: Mode = "auto",
     ) -> None:
         for name, value in (
-            ("every", every),
             ("window", window),
             ("ring", ring),
             ("sketch", 1 if sketch is None else sketch),
@@ -353,10 +345,6 @@ class StepProbe:
             raise ValueError(
                 f"StepProbe: mode: expected 'auto', 'passing' or 'together', got {mode!r}"
             )
-        sinks = [] if sink is None else list(sink) if isinstance(sink, Sequence) else [sink]
-        for one in sinks:
-            if not callable(one):
-                raise TypeError(f"StepProbe: sink: expected a callable, got {type(one).__name__}")
         self.model = unwrap(model)
         check_model(self.model)
         self.select = taps
@@ -373,11 +361,17 @@ class StepProbe:
         self.reduction = (
             reduction if isinstance(reduction, SampleReduction) else SampleReduction(reduction)
         )
-        self.schedule: Schedule = schedule or _Every(every)
+        self.schedule = as_schedule(schedule)
         self._which_directions = directions
         self._ring_rows = ring
-        self._sinks = sinks
-        self._failed_sinks: set[int] = set()
+        given = [] if sink is None else sink if isinstance(sink, list | tuple) else [sink]
+        self._sinks = [guard(one) for one in given]
+        self._own_sinks = [
+            made for made, one in zip(self._sinks, given, strict=True) if made is not one
+        ]
+        self.alarms = None if alarms is False else alarms or Alarms()
+        judges = [] if self.alarms is None else [self.alarms]
+        self._takers: list[Callable[[StepRecord], Any]] = [*self._sinks, *judges]
         self._taps: Taps | None = None
         self._n = -1
         self._prepared = False
@@ -721,6 +715,7 @@ class StepProbe:
         call it after each replay too.
 
         Raises:
+            TrainingStopped: an alarm of an earlier step stops the training.
             RuntimeError: no backward pass reached an observed state since the last step.
             ValueError, TapError: states or logits do not have a row for each sample.
         """
@@ -752,10 +747,9 @@ class StepProbe:
             self._finish(merged(parts), step)
         if self._ring is not None:
             self._emit(self._ring.ready())
-        note = getattr(self.schedule, "note", None)
         now = time.perf_counter()
-        if note is not None and self._step_was_wanted:
-            note(step, self._seconds + now - began, now - self._step_began)
+        if self._step_was_wanted:
+            self.schedule.note(step, self._seconds + now - began, now - self._step_began)
         self._seconds = 0.0
         self._step_began = now
 
@@ -800,6 +794,11 @@ class StepProbe:
             return
         self._settle()
         if self._exchange is None:
+            if isinstance(self.schedule, Budget):
+                raise ValueError(
+                    "StepProbe: schedule: expected one by which all ranks record the same steps, "
+                    "got a share of each rank's own time; give a number, 'every' or 'log'"
+                )
             # Every rank must decide alike: by the parameters, not by what a step happened to see.
             wide = any(p.dtype == torch.float64 for p in self.model.parameters())
             self._exchange = Exchange(found_group, self.max_samples, wide)
@@ -964,28 +963,31 @@ class StepProbe:
         )
 
     def _emit(self, rows: Sequence[tuple[_Meta, list[float]]]) -> None:
+        stop: TrainingStopped | None = None
         for meta, row in rows:
             record = self._record(meta, row)
-            for number, sink in enumerate(self._sinks):
+            for taker in self._takers:
                 try:
-                    sink(record)
-                except Exception as error:  # a logger's trouble must not end the training
-                    if number not in self._failed_sinks:
-                        self._failed_sinks.add(number)
-                        warnings.warn(
-                            f"StepProbe: sink {number} ({sink!r}): step {record.step}: expected it "
-                            f"to take the record, got {type(error).__name__}: {error}; training "
-                            f"goes on, and this is said once",
-                            RuntimeWarning,
-                            stacklevel=3,
-                        )
+                    taker(record)
+                except TrainingStopped as stopped:
+                    stop = stop or stopped  # the other records are handed out first
+        if stop is not None:
+            raise stop
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Wait for all figures under way and hand them to the sinks."""
-        self._settle()
-        if self._ring is not None:
-            self._emit(self._ring.drain())
+        """Wait for all figures under way, and until the sinks have them.
+
+        Raises:
+            TrainingStopped: an alarm that came with them stops the training.
+        """
+        try:
+            self._settle()
+            if self._ring is not None:
+                self._emit(self._ring.drain())
+        finally:
+            for sink in self._sinks:
+                sink.flush()
 
     def discard(self) -> None:
         """Forget the micro-batches since the last step, as when their gradients are thrown away.
@@ -1000,14 +1002,24 @@ class StepProbe:
         self._slot_parts.clear()
 
     def remove(self) -> None:
-        """Flush, and take all hooks away: the model is as it was before."""
-        self.flush()
-        for handle in (*self._handles, *self._preparing):
-            handle.remove()
-        self._handles, self._preparing = [], []
-        self._active = self._wanted = False
-        self.discard()
-        _alive.discard(self)
+        """Flush, take all hooks away, and close the sinks that were opened here.
+
+        The model is as it was before.
+
+        Raises:
+            TrainingStopped: as :meth:`flush` does.
+        """
+        try:
+            self.flush()
+        finally:
+            for handle in (*self._handles, *self._preparing):
+                handle.remove()
+            self._handles, self._preparing = [], []
+            self._active = self._wanted = False
+            self.discard()
+            _alive.discard(self)
+            for sink in self._own_sinks:
+                sink.close()
 
     def __enter__(self) -> StepProbe:
         return self

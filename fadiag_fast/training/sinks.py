@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import sys
 import threading
 import time
 import warnings
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from .alarms import Event, TrainingStopped, event_from_dict
+from .alarms import Event, TrainingStopped, event_from_dict, user_level
 from .records import StepRecord
 
 FORMAT_VERSION = 1
@@ -723,15 +722,7 @@ def _wait(queue: _Queue, timeout: float) -> bool:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, SinkWarning, stacklevel=_outside())
-
-
-def _outside() -> int:
-    """Return the level of the first caller outside this module, for a warning that names it."""
-    level, frame = 1, sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") == __name__:
-        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
-    return level
+    warnings.warn(text, SinkWarning, stacklevel=user_level())
 
 
 def guard(
@@ -751,8 +742,8 @@ def guard(
 
     Args:
         sink: anything that :func:`as_sink` takes.
-        threaded: whether the sink gets a thread; by default unless it says ``synchronous = True``,
-            as :class:`~fadiag_fast.training.alarms.Alarms` does.
+        threaded: whether the sink gets a thread; by default unless it appends to a list, or says
+            ``synchronous = True`` as :class:`~fadiag_fast.training.alarms.Alarms` does.
         queue_size: records that may wait.
         timeout: seconds that ``flush`` and ``close`` wait, and the end of the process.
         prefix: of the figures' names.
@@ -764,5 +755,7 @@ def guard(
         return sink
     made = as_sink(sink, prefix)
     if threaded is None:
-        threaded = not getattr(made, "synchronous", False)
+        # Appending to a list takes less than waking a thread.
+        appends = isinstance(getattr(made, "__self__", None), list | deque)
+        threaded = not (appends or getattr(made, "synchronous", False))
     return GuardedSink(made, queue_size=queue_size, timeout=timeout, threaded=threaded)
