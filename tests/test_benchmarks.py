@@ -348,14 +348,10 @@ def test_tiny_step_end_to_end(compiled, tmp_path, monkeypatch):
         monkeypatch.setattr(steps.Study, name, lambda *_: 1 / 0)
     path = steps.run(CPU, tmp_path, quick=True)
     found = {row["variant"]: row for row in rows.read(path)}
-    assert list(found) == [
-        steps.BARE,
-        steps.PROBE,
-        steps.HOOKS,
-        steps.COMPILED_HOOKS,
-        steps.GRAD_NORM,
-        steps.WATCH,
-    ]
+    hooks = [steps.HOOKS, steps.COMPILED_HOOKS]
+    without_alarms = [] if compiled else [steps.QUIET_PROBE]
+    others = [*without_alarms, *hooks, steps.GRAD_NORM, steps.WATCH]
+    assert list(found) == [steps.BARE, steps.PROBE, *others]
     probe = found[steps.PROBE]
     assert (probe["states"], probe["met"], probe["note"]) == ("4", "yes", "")
     assert float(found[steps.HOOKS]["step_ms"]) > 0
