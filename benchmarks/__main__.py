@@ -19,6 +19,7 @@ from . import (
     scan_rate,
     scan_report,
     special,
+    steps,
     sweep,
     tables,
 )
@@ -31,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
         "what",
         nargs="*",
         help="operator, cpu, sweep, special, capture, architectures, demo, registers, "
-        "scan-rate, scan-report, reading, tables, plots; by default what fits the machine: on CUDA "
-        "operator, sweep and special, else cpu and special; then tables and plots",
+        "scan-rate, scan-report, reading, steps, tables, plots; by default what fits the machine: "
+        "on CUDA operator, sweep and special, else cpu and special; then tables and plots",
     )
     found.add_argument("--device", help="cuda or cpu; by default CUDA where there is one")
     found.add_argument(
@@ -40,10 +41,16 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--results", type=Path, default=rows.RESULTS, help="the folder of the CSVs")
     found.add_argument(
-        "--only", default="", help="operator, architectures: those whose name has this"
+        "--only",
+        default="",
+        help="operator, architectures, steps: those whose name has this; steps: soak for a long "
+        "run that watches memory",
     )
     found.add_argument(
         "--no-compile", action="store_true", help="operator and capture: without torch.compile"
+    )
+    found.add_argument(
+        "--minutes", type=float, default=0.0, help="steps --only soak: so long instead of by steps"
     )
     found.add_argument("--autotune", action="store_true", help="operator: max-autotune mode too")
     found.add_argument("--check", action="store_true", help="tables: fail if a README is stale")
@@ -76,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         "scan-report",
         "scan-rate",
         "reading",
+        "steps",
         "tables",
         "plots",
     }
@@ -109,6 +117,10 @@ def main(arguments: list[str] | None = None) -> int:
         written.append(scan_report.run(torch.device("cpu"), asked.results, asked.quick))
     if "reading" in what:
         written.append(reading.run(device, asked.results, asked.quick))
+    if "steps" in what and asked.only == steps.SOAK:
+        written.append(steps.soak(device, asked.results, asked.quick, asked.minutes))
+    elif "steps" in what:
+        written.append(steps.run(device, asked.results, asked.quick, asked.only))
 
     code = 0
     if "plots" in what:

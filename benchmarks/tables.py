@@ -333,6 +333,49 @@ def _reading(found: Rows) -> str:
     return markdown(header, lines)
 
 
+def _steps(found: Rows) -> str:
+    lines = []
+    for row in found:
+        percent, low, high = (
+            number(row, name)
+            for name in ("added_percent", "added_percent_p10", "added_percent_p90")
+        )
+        bare = row["variant"] == "bare step"
+        spread = "" if math.isnan(low) else f" ({low:+.1f} to {high:+.1f})"
+        memory = number(row, "added_peak_memory_percent")
+        micro = number(row, "added_us")
+        lines.append(
+            [
+                f"{row['workload']}: {row['variant']}",
+                _show(number(row, "step_ms"), 4),
+                "–" if bare or math.isnan(percent) else f"{percent:+.2f}%{spread}",
+                "–" if bare or math.isnan(micro) else f"{micro:+.1f}",
+                "–" if bare or math.isnan(memory) else f"{memory:+.2f}%",
+                f"{row['target']}: {row['met']}" if row["target"] else "",
+                row["note"],
+            ]
+        )
+    header = ["training step", "ms", "added (p10 to p90)", "added, µs", "added peak memory"]
+    return markdown([*header, "target", "note"], lines)
+
+
+def _soak(found: Rows) -> str:
+    lines = [
+        [
+            row["workload"],
+            row["steps"],
+            row["minutes"],
+            f"{row['rss_start_mb']} → {row['rss_end_mb']}",
+            row["rss_growth_bytes_per_step"],
+            f"{row['device_start_mb']} → {row['device_end_mb']}",
+            f"{row['target']}: {row['met']}",
+        ]
+        for row in found
+    ]
+    header = ["training", "steps", "minutes", "process, MB", "bytes a step", "device, MB", "target"]
+    return markdown(header, lines)
+
+
 # Name between the markers: the CSVs' name, and what makes the table of one of them.
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "operator": ("operator", _operator),
@@ -349,6 +392,8 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "architectures-in-short": ("architectures", _architectures_in_short),
     "scan-report": ("scan-report", _scan_report),
     "reading": ("reading", _reading),
+    "steps": ("steps", _steps),
+    "steps-soak": ("steps-soak", _soak),
 }
 
 

@@ -143,7 +143,9 @@ def capture(run: Run) -> Run:
     return graph.replay
 
 
-def _host_sampler(run: Run, calls: int, device: torch.device) -> Sampler:
+def host_sampler(run: Run, calls: int, device: torch.device) -> Sampler:
+    """Return a sampler by the host's clock, with a synchronisation before and after all calls."""
+
     def sample() -> float:
         synchronize(device)
         start = time.perf_counter()
@@ -178,9 +180,9 @@ def _event_sampler(run: Run, calls: int, cache: Cache) -> Sampler:
 def _estimate(run: Run, device: torch.device) -> float:
     """Return the seconds of one call, roughly, after a warm-up."""
     run()
-    once = _host_sampler(run, 1, device)()
+    once = host_sampler(run, 1, device)()
     # Of a short call alone most is the synchronisation; a long one is not repeated for a guess.
-    return once if once > 2e-3 else min(once, _host_sampler(run, 10, device)())
+    return once if once > 2e-3 else min(once, host_sampler(run, 10, device)())
 
 
 def _sampler(run: Run, device: torch.device, plan: Plan, cache: Cache) -> tuple[Sampler, int]:
@@ -188,11 +190,11 @@ def _sampler(run: Run, device: torch.device, plan: Plan, cache: Cache) -> tuple[
     seconds = _estimate(run, device)
     calls = max(1, min(_MOST_CALLS, math.ceil(plan.sample_s / max(seconds, 1e-7))))
     if device.type != "cuda":
-        return _host_sampler(run, calls, device), calls
+        return host_sampler(run, calls, device), calls
     if cache.flush is not None:
         return _event_sampler(run, 1, cache), 1
     if seconds < _SHORT_CALL_S:
-        return _host_sampler(run, calls, device), calls
+        return host_sampler(run, calls, device), calls
     return _event_sampler(run, calls, cache), calls
 
 

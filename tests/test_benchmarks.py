@@ -1,6 +1,7 @@
 """The benchmark harness: fair rounds, right competitors, rows and tables that agree."""
 
 import contextlib
+import dataclasses
 import math
 import sys
 import time
@@ -16,7 +17,19 @@ import fadiag_fast
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as main
-from benchmarks import ceilings, cpu, operator, plots, pure, rows, special, sweep, tables, timing
+from benchmarks import (
+    ceilings,
+    cpu,
+    operator,
+    plots,
+    pure,
+    rows,
+    special,
+    steps,
+    sweep,
+    tables,
+    timing,
+)
 
 CPU = torch.device("cpu")
 TINY = timing.Plan(repetitions=3, sample_s=1e-5)
@@ -292,6 +305,100 @@ def test_digest_tells_one_bit():
     changed = fadiag_fast.LayerStatistics(*statistics)._replace(hidden_norm=moved)
     assert special.digest(statistics) == special.digest(statistics)
     assert special.digest(statistics) != special.digest(changed)
+
+
+# --- steps ---
+
+
+def test_what_is_added_is_paired_by_rounds():
+    # The machine slows down threefold; every round says ten percent.
+    found = steps.added([1.1, 2.2, 3.3], [1.0, 2.0, 3.0])
+    assert found["added_percent"] == pytest.approx(10)
+    assert found["step_ms"] == pytest.approx(2200)
+    assert found["added_us"] == pytest.approx(200_000)
+    assert math.isnan(steps.added([math.nan], [1.0])["added_percent"])
+
+
+def test_verdict_of_steps_names_what_is_missed():
+    work = steps.workloads(CPU)[0]
+    assert work.target == "≤ 1%, memory ≤ 0.5%"
+    assert steps.verdict(work, 0.9, 1e9, 0.4) == "yes"
+    assert steps.verdict(work, 0.9, 0.0, math.nan) == "yes"
+    assert steps.verdict(work, 1.2, 0.0, 0.6) == "no: time 1.2%, memory 0.6%"
+    assert steps.verdict(work, math.nan, 0.0, 0.0) == "not measured"
+
+
+def tiny_step(**changes):
+    """A step small enough for a test."""
+
+    def build():
+        return fadiag_fast.zoo.ResidualMLP(5, 8, 3, 3)
+
+    def batch():
+        return torch.randn(6, 5), torch.randint(0, 3, (6,))
+
+    return steps.Workload("tiny", build, batch, "out_head", percent=1e9, **changes)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tiny_step_end_to_end(compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "workloads", lambda device: [tiny_step(compile=compiled)])
+    # The frameworks take seconds to import.
+    for name in ("_grad_norm", "_watch"):
+        monkeypatch.setattr(steps.Study, name, lambda *_: 1 / 0)
+    path = steps.run(CPU, tmp_path, quick=True)
+    found = {row["variant"]: row for row in rows.read(path)}
+    hooks = [steps.HOOKS, steps.COMPILED_HOOKS]
+    without_alarms = [] if compiled else [steps.QUIET_PROBE]
+    others = [*without_alarms, *hooks, steps.GRAD_NORM, steps.WATCH]
+    assert list(found) == [steps.BARE, steps.PROBE, *others]
+    probe = found[steps.PROBE]
+    assert (probe["states"], probe["met"], probe["note"]) == ("4", "yes", "")
+    assert float(found[steps.HOOKS]["step_ms"]) > 0
+    assert "ZeroDivisionError" in found[steps.WATCH]["note"]
+    assert "| tiny: StepProbe |" in tables.render("steps", list(found.values()))
+
+
+def test_plain_hooks_say_what_the_probe_says():
+    study = steps.Study(tiny_step(), CPU)
+    records = []
+    training = study.training()
+    probe = fadiag_fast.StepProbe(training.model, sink=records.append, example=study.example())
+    study.places = [(point.module, point.at == "input") for point in probe.taps.points]
+    hooks = steps.PlainHooks(training.model, study.places, "out_head", hide=False)
+    for _ in range(10):
+        training.step()
+        probe.step()
+        hooks.step()
+    probe.flush()
+    row, record = hooks.rows[-1].tolist(), records[-1]
+    n = len(record.layers)
+    assert row[:n] == pytest.approx(record.hidden_norms, rel=1e-5)
+    assert row[n : 2 * n] == pytest.approx(record.grad_norms, rel=1e-5)
+    assert row[2 * n : 3 * n] == pytest.approx(record.credit_gains, rel=1e-5)
+    assert row[3 * n] == pytest.approx(record.output_grad_norm, rel=1e-5)
+    middle = fadiag_fast.protocol.middle_layer(n)
+    cosines = row[3 * n + 1 : -1]
+    assert len(cosines) == record.num_directions == 8
+    assert sum(cosines) / 8 == pytest.approx(record.stabilities[middle], abs=1e-5)
+    assert row[-1] == pytest.approx(record.average_cosines[middle], abs=1e-5)
+
+
+def test_step_that_cannot_be_built_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "workloads", lambda device: [tiny_step(graphed=True)])
+    (row,) = rows.read(steps.run(CPU, tmp_path, quick=True))
+    assert row["note"] == "RuntimeError: a CUDA graph needs CUDA"
+    with pytest.raises(ValueError, match="no workload has 'nothing'"):
+        steps.run(CPU, tmp_path / "other", quick=True, only="nothing")
+
+
+def test_short_soak_has_every_record(tmp_path, monkeypatch):
+    named = dataclasses.replace(tiny_step(), name="MLP, eager")
+    monkeypatch.setattr(steps, "workloads", lambda device: [named])
+    path = steps.soak(CPU, tmp_path, quick=True, steps=40)
+    (row,) = rows.read(path)
+    assert (row["steps"], row["records"]) == ("40", "50")
+    assert "MLP, eager" in tables.render("steps-soak", [row])
 
 
 # --- rows and tables ---

@@ -1,0 +1,337 @@
+"""One test for each row of the README's table of training steps: what happens, and it is said."""
+
+import copy
+import pickle
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fadiag_fast import StepProbe
+from fadiag_fast.training.ring import Ring
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROWS = set()
+BATCH = 8
+
+
+def row(context):
+    """Say which row of the table a test is for."""
+    ROWS.add(context)
+    return lambda test: test
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, h):
+        return h + torch.tanh(self.layer(h))
+
+
+class Net(nn.Module):
+    """A stem, blocks that return the next state, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(5, 6)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(6, 4)
+        self.depth = 3
+        self.recompute = False
+
+    def forward(self, x):
+        h = self.stem(x)
+        for block in self.blocks[: self.depth]:
+            h = checkpoint(block, h, use_reentrant=False) if self.recompute else block(h)
+        return self.head(h)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def batch_of(size=BATCH):
+    return torch.randn(size, 5), torch.randint(0, 4, (size,))
+
+
+def loss_of(call, batch=None, factor=1.0):
+    x, y = batch or batch_of()
+    return factor * nn.functional.cross_entropy(call(x), y)
+
+
+def probed(model=None, **options):
+    model = model or Net()
+    records = []
+    return model, StepProbe(model, sink=records.append, **options), records
+
+
+def plain_record(model, batch):
+    """The record of one ordinary step."""
+    records = []
+    with StepProbe(model, sink=records.append) as probe:
+        loss_of(model, batch).backward()
+        probe.step()
+    model.zero_grad()
+    return records[0]
+
+
+def assert_same(record, expected):
+    for name in ("hidden_norms", "grad_norms", "credit_gains"):
+        assert getattr(record, name) == pytest.approx(getattr(expected, name), rel=1e-5), name
+
+
+@row("`step()` without a backward pass")
+def test_no_backward():
+    model, probe, records = probed()
+    with pytest.raises(RuntimeError, match="expected a backward pass through the model"):
+        probe.step()
+    batch = batch_of()
+    loss_of(model, batch).backward()
+    probe.step()
+    probe.flush()
+    (record,) = records
+    assert_same(record, plain_record(model, batch))
+
+
+@row("gradient accumulation, several forwards, several backwards through one graph")
+def test_micro_batches():
+    model, probe, records = probed()
+    first, second = loss_of(model), loss_of(model)
+    first.backward(retain_graph=True)
+    second.backward()
+    first.backward()
+    probe.step()
+    probe.flush()
+    assert (records[0].micro_batches, records[0].num_samples) == (3, 3 * BATCH)
+
+
+@row("a forward in eval mode, without gradients or never differentiated")
+def test_other_forwards():
+    model, probe, records = probed()
+    batch = batch_of()
+    loss_of(model, batch).backward()
+    loss_of(model)
+    with torch.no_grad():
+        loss_of(model)
+    model.eval()
+    loss_of(model).backward()
+    model.train()
+    probe.step()
+    probe.flush()
+    assert records[0].num_samples == BATCH
+    assert_same(records[0], plain_record(model, batch))
+
+
+@row("a state that a step does not reach")
+def test_unreached():
+    model, probe, records = probed()
+    for depth in (3, 2):
+        model.depth = depth
+        loss_of(model).backward()
+        probe.step()
+    probe.flush()
+    whole, short = records
+    assert whole.unreached == ()
+    assert short.unreached == whole.layers[-1:]
+    assert short.hidden_norms[-1] != short.hidden_norms[-1]
+    assert short.grad_norms[:-1] == pytest.approx(whole.grad_norms[:-1], rel=10)
+
+
+@row("an exception between forward and `step()`")
+def test_exception():
+    model, probe, records = probed()
+    batch = batch_of()
+
+    def broken(grad):
+        raise RuntimeError("in the backward pass")
+
+    loss = loss_of(model)
+    handle = model.blocks[0].layer.weight.register_hook(broken)
+    with pytest.raises(RuntimeError, match="in the backward pass"):
+        loss.backward()
+    handle.remove()
+    model.zero_grad()
+    loss_of(model).backward()
+    probe.discard()
+    loss_of(model, batch).backward()
+    probe.step()
+    probe.flush()
+    assert records[0].micro_batches == 1
+    assert_same(records[0], plain_record(model, batch))
+
+
+@row("activation checkpointing")
+def test_checkpointing():
+    model, probe, records = probed()
+    batch = batch_of()
+    model.recompute = True
+    loss_of(model, batch).backward()
+    probe.step()
+    probe.flush()
+    model.recompute = False
+    assert records[0].micro_batches == 1
+    assert_same(records[0], plain_record(model, batch))
+
+
+@row("a `GradScaler`")
+def test_scaler():
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model, probe, records = probed(scaler=scaler)
+    batch = batch_of()
+    for factor in (1.0, float("inf")):
+        model.zero_grad()
+        scaler.scale(loss_of(model, batch, factor)).backward()
+        probe.step()
+    probe.flush()
+    assert [record.skipped for record in records] == [False, True]
+    assert records[0].loss_scale == 1024
+    assert_same(records[0], plain_record(model, batch))
+
+
+@row("a model moved to another dtype or device")
+def test_moved():
+    model, probe, records = probed()
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        x, y = batch_of()
+        loss_of(model, (x.to(dtype), y)).backward()
+        probe.step()
+    probe.flush()
+    assert [record.num_directions for record in records] == [0, 0]
+    assert all(norm > 0 for norm in records[1].grad_norms)
+
+
+@row("a model copied or pickled")
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies(copied):
+    model, probe, records = probed()
+    loss_of(model).backward()
+    loss_of(copied(model)).backward()
+    probe.step()
+    probe.flush()
+    assert records[0].micro_batches == 1
+
+
+@row("a sink that raises")
+def test_raising_sink():
+    def broken(record):
+        raise OSError("disk full")
+
+    model, records = Net(), []
+    probe = StepProbe(model, sink=[broken, records.append])
+    with pytest.warns(RuntimeWarning, match="disk full; training goes on") as caught:
+        for _ in range(3):
+            loss_of(model).backward()
+            probe.step()
+        probe.flush()
+    assert len(caught) == 1
+    assert len(records) == 3
+
+
+@row("more recorded steps on their way than `ring`")
+def test_ring(monkeypatch):
+    monkeypatch.setattr(Ring, "_done", lambda self, at: False)  # a device that never hurries
+    model, probe, records = probed(ring=2)
+    for _ in range(7):
+        loss_of(model).backward()
+        probe.step()
+    assert len(records) == 5
+    monkeypatch.undo()
+    probe.flush()
+    assert [record.step for record in records] == list(range(7))
+
+
+@row("a probe built after the first compiled call")
+def test_too_late():
+    model = Net()
+    compiled = torch.compile(model, backend="aot_eager")
+    loss_of(compiled).backward()
+    probe = StepProbe(model, example=batch_of()[0])
+    loss_of(compiled).backward()
+    with pytest.raises(RuntimeError, match="built before its first compiled call"):
+        probe.step()
+
+
+@row("another network of the same class, compiled before without a probe")
+def test_compiled_before():
+    loss_of(torch.compile(Net(), backend="aot_eager")).backward()
+    model, probe, records = probed(example=batch_of()[0])
+    compiled = torch.compile(model, backend="aot_eager")
+    loss_of(compiled).backward()
+    with pytest.raises(RuntimeError, match="built before its first compiled call"):
+        probe.step()
+    torch.compiler.reset()
+    loss_of(compiled).backward()
+    probe.step()
+    probe.flush()
+    assert records[0].unreached == ()
+
+
+@row("a compiled network of which the taps are not known")
+def test_unknown_taps():
+    model, _probe, _ = probed()
+    with pytest.raises(Exception, match="expected the taps to be known before the model is comp"):
+        torch.compile(model, backend="aot_eager")(batch_of()[0])
+    compiled = torch.compile(Net(), backend="aot_eager")
+    _, probe, records = probed(compiled)
+    loss_of(compiled).backward()
+    probe.step()
+    probe.flush()
+    assert records[0].unreached == ()
+
+
+@row("compiled: a batch with more samples than the first one")
+def test_larger_batch():
+    model, _, _ = probed(example=batch_of()[0])
+    with pytest.raises(Exception, match="max_samples"):
+        loss_of(torch.compile(model, backend="aot_eager"), batch_of(BATCH + 1)).backward()
+    model, probe, records = probed(example=batch_of()[0], max_samples=BATCH + 1)
+    torch.compiler.reset()
+    loss_of(torch.compile(model, backend="aot_eager"), batch_of(BATCH + 1)).backward()
+    probe.step()
+    probe.flush()
+    assert records[0].num_samples == BATCH + 1
+
+
+@row("compiled: a state that no module returns")
+def test_nameless_state():
+    class Scaled(Net):
+        def forward(self, x):
+            return self.head(2 * super(Scaled, self).forward(x)[:, :1].expand(-1, 6))
+
+    model, _, _ = probed(Scaled(), taps="head:input", example=batch_of()[0])
+    with pytest.raises(Exception, match=r"input of head: expected a .*; name other taps"):
+        loss_of(torch.compile(model, backend="aot_eager")).backward()
+
+
+@row("`remove()`")
+def test_removed():
+    model, probe, records = probed()
+    loss_of(model).backward()
+    probe.step()
+    probe.remove()
+    assert len(records) == 1
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_of(model).backward()
+    assert len(records) == 1
+
+
+def test_every_row_has_its_test():
+    section = README.partition("\n## Limits\n")[2].partition("\n## ")[0]
+    table = section.partition("| training step |")[2].partition("\n\n")[0]
+    contexts = re.findall(r"^\| (.*?) \|", table, re.MULTILINE)
+    assert set(contexts) - {"---"} == ROWS
