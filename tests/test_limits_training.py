@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import threading
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fadiag_fast import StepProbe
 from fadiag_fast.training.ring import Ring
+from fadiag_fast.training.sinks import SinkWarning, guard
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 ROWS = set()
@@ -70,7 +72,7 @@ def loss_of(call, batch=None, factor=1.0):
 
 
 def probed(model=None, **options):
-    model = model or Net()
+    model = Net() if model is None else model
     records = []
     return model, StepProbe(model, sink=records.append, **options), records
 
@@ -222,29 +224,45 @@ def test_copies(copied):
     assert records[0].micro_batches == 1
 
 
-@row("a sink that raises")
-def test_raising_sink():
+@row("a sink that raises or blocks")
+def test_broken_sinks():
+    released = threading.Event()
+
     def broken(record):
         raise OSError("disk full")
 
+    def blocked(record):
+        released.wait(60)
+
     model, records = Net(), []
-    probe = StepProbe(model, sink=[broken, records.append])
-    with pytest.warns(RuntimeWarning, match="disk full; training goes on") as caught:
-        for _ in range(3):
+    slow = guard(blocked, queue_size=1, timeout=0.01)
+    probe = StepProbe(model, sink=[broken, slow, records.append])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(5):
             loss_of(model).backward()
             probe.step()
         probe.flush()
-    assert len(caught) == 1
-    assert len(records) == 3
+    said = [str(one.message) for one in caught if issubclass(one.category, SinkWarning)]
+    assert len(records) == 5
+    assert sum("disk full" in text for text in said) == 1
+    assert sum("blocked" in text for text in said) >= 1
+    released.set()
 
 
 @row("more recorded steps on their way than `ring`")
 def test_ring(monkeypatch):
     monkeypatch.setattr(Ring, "_done", lambda self, at: False)  # a device that never hurries
     model, probe, records = probed(ring=2)
-    for _ in range(7):
-        loss_of(model).backward()
-        probe.step()
+
+    def train():
+        for _ in range(7):
+            loss_of(model).backward()
+            probe.step()
+
+    with pytest.warns(RuntimeWarning, match="give a larger ring=") as caught:
+        train()
+    assert len(caught) == 1
     assert len(records) == 5
     monkeypatch.undo()
     probe.flush()
@@ -277,11 +295,12 @@ def test_compiled_before():
     assert records[0].unreached == ()
 
 
-@row("a compiled network of which the taps are not known")
+@row("a network compiled before its taps are known")
 def test_unknown_taps():
     model, _probe, _ = probed()
-    with pytest.raises(Exception, match="expected the taps to be known before the model is comp"):
-        torch.compile(model, backend="aot_eager")(batch_of()[0])
+    with pytest.raises(RuntimeError, match="give example="):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(batch_of()[0])
+    torch.compiler.reset()
     compiled = torch.compile(Net(), backend="aot_eager")
     _, probe, records = probed(compiled)
     loss_of(compiled).backward()
@@ -292,12 +311,10 @@ def test_unknown_taps():
 
 @row("compiled: a batch with more samples than the first one")
 def test_larger_batch():
-    model, _, _ = probed(example=batch_of()[0])
-    with pytest.raises(Exception, match="max_samples"):
-        loss_of(torch.compile(model, backend="aot_eager"), batch_of(BATCH + 1)).backward()
+    large = batch_of(BATCH + 1)
+    refused_or_unseen(Net(), large, "give max_samples=")
     model, probe, records = probed(example=batch_of()[0], max_samples=BATCH + 1)
-    torch.compiler.reset()
-    loss_of(torch.compile(model, backend="aot_eager"), batch_of(BATCH + 1)).backward()
+    loss_of(torch.compile(model, backend="aot_eager"), large).backward()
     probe.step()
     probe.flush()
     assert records[0].num_samples == BATCH + 1
@@ -307,11 +324,30 @@ def test_larger_batch():
 def test_nameless_state():
     class Scaled(Net):
         def forward(self, x):
-            return self.head(2 * super(Scaled, self).forward(x)[:, :1].expand(-1, 6))
+            h = self.stem(x)
+            for block in self.blocks:
+                h = 0.5 * h + 0.5 * block(h)
+            return self.head(h)
 
-    model, _, _ = probed(Scaled(), taps="head:input", example=batch_of()[0])
-    with pytest.raises(Exception, match=r"input of head: expected a .*; name other taps"):
-        loss_of(torch.compile(model, backend="aot_eager")).backward()
+    message = "input of head: expected a state that a module returns"
+    refused_or_unseen(Scaled(), batch_of(), message, taps="head:input")
+
+
+def refused_or_unseen(model, batch, message, **options):
+    """Say that an error names the cause in one graph, and that step() raises without."""
+    for fullgraph, error in ((True, message), (False, "expected a backward pass through")):
+        torch.compiler.reset()
+        _, probe, _ = probed(model, example=batch_of()[0], **options)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+
+        def step(compiled=compiled, probe=probe):
+            loss_of(compiled, batch).backward()
+            probe.step()
+
+        with pytest.raises(RuntimeError, match=error):
+            step()
+        probe.remove()
+    torch.compiler.reset()
 
 
 @row("`remove()`")

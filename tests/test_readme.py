@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fadiag_fast import cli
+from fadiag_fast.training.sinks import read_jsonlines
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -26,6 +27,9 @@ def test_programs_run(program, capsys, tmp_path, monkeypatch):
         assert "verdict: needs walk-back: (a)" in capsys.readouterr().out
     elif "found" in names:
         assert names["found"].grad_norm.shape == (5, 128)
+    elif "teacher" in names:
+        assert names["probe"].alarms.events == []
+        assert len(read_jsonlines("steps.jsonl").records) == 100
     elif "audit" in names:
         assert names["audit"].figures.layers == ("embed", *(f"blocks.{l}" for l in range(4)))
     elif "chosen" in names:
@@ -48,9 +52,20 @@ def test_commands_run_in_their_order(tmp_path, monkeypatch):
         "scan",
         "thresholds",
         "report",
+        "watch",
     ]
+    (loop,) = [program for program in PROGRAMS if "steps.jsonl" in program]
+    exec(compile(loop, "README.md", "exec"), {})
     own = [command for command in own if command[0] != "audit-cnn"]
-    expected = {"train": 0, "diagnose": 1, "doctor": 0, "scan": 1, "thresholds": 0, "report": 0}
+    expected = {
+        "train": 0,
+        "diagnose": 1,
+        "doctor": 0,
+        "scan": 1,
+        "thresholds": 0,
+        "report": 0,
+        "watch": 0,
+    }
     for command in own:
         result = CliRunner().invoke(cli.app, command)
         assert result.exit_code == expected[command[0]], result.output
