@@ -376,7 +376,12 @@ class Training:
                 self.after()
             self.optimizer.step()
         torch.cuda.synchronize()
-        return graph.replay
+
+        def replay() -> None:
+            assert self.optimizer is not None  # the graph reads weights that this holds
+            graph.replay()
+
+        return replay
 
 
 class Arrived(deque[Any]):

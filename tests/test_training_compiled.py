@@ -369,6 +369,31 @@ def test_small_steps_are_reduced_by_a_graph_and_others_among_them_are_not():
 
 
 @pytest.mark.cuda
+def test_a_graph_is_not_replayed_over_directions_that_have_moved():
+    """Sequences of another length begin their directions anew, in other memory."""
+    torch.manual_seed(0)
+
+    def build_sequence():
+        return nn.Sequential(
+            nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)
+        )
+
+    model = build_sequence().cuda()
+    records = []
+    taps = ["0", "2"]
+    with StepProbe(model, taps, sink=records.append, directions="all") as probe:
+        for step in range(24):
+            length = 3 if 8 <= step < 16 else 5
+            x = torch.randn(6, length, 4, device="cuda")
+            model(x).square().mean().backward()
+            probe.step()
+    assert [r.num_directions for r in records] == [
+        min(i % 8, 8) if i < 24 else 8 for i in range(24)
+    ]
+    assert all(abs(c) <= 1 + 1e-6 for r in records for c in r.stabilities if c == c)
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("mode", ["together", "passing"])
 def test_no_step_waits_for_the_gpu(mode, scaled):

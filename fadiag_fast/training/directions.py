@@ -75,6 +75,7 @@ class Directions:
         self._sketches: dict[tuple[int, torch.device], CountSketch] = {}
         self._next = 0
         self._device_next: Tensor | None = None
+        self.starts = 0  # how often the kept directions were put into other memory
 
     @property
     def width(self) -> int:
@@ -96,6 +97,7 @@ class Directions:
         return self._sketches[key](flat)
 
     def _start(self, directions: Sequence[Tensor]) -> None:
+        self.starts += 1
         self._past_of = [d.new_zeros((self.window, len(d))) for d in directions]
         self._past = [list(past.unbind(0)) for past in self._past_of]
         self._average = [torch.zeros_like(d) for d in directions]

@@ -397,6 +397,7 @@ class StepProbe:
         self._graphed: _Meta | None = None
         self._replay: Replay | None = None
         self._replay_refused = False
+        self._replayed_starts = 0
         self._like: list[Any] = []
         self._alike = 0
         self._has_gpu = torch.cuda.is_available()
@@ -777,11 +778,14 @@ class StepProbe:
         if tensors is None or not tensors[0].is_cuda:
             return False
         assert self._ring is not None
+        starts = 0 if self._directions is None else self._directions.starts
+        if self._replay is not None and self._replayed_starts != starts:
+            self._replay = None  # it reads and writes directions where they were
         if self._replay is None or self._replay.like != like_of(tensors):
             made = self._make_replay(tensors)
             if made is None:
                 return False
-            self._replay = made
+            self._replay, self._replayed_starts = made, starts
         of = observation.of
         self._autocast = of.autocast
         self._seconds += of.seconds

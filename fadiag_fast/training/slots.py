@@ -55,6 +55,10 @@ def _grad_squares(samples: Tensor) -> Tensor:
 
 
 def _summed(squares: Tensor) -> Tensor:
+    # Over the features first: that is how a normalisation beside it reads the state, forwards and
+    # backwards, so that the compiler lets both share one kernel and the state is not read again.
+    if squares.dim() > 2:
+        squares = squares.sum(-1)
     return squares.flatten(1).sum(1) if squares.dim() > 1 else squares
 
 
@@ -100,7 +104,8 @@ class _Slot(torch.autograd.Function):
             squares = count = torch.zeros_like(ctx.saved_tensors[0])
         state = ctx.saved_tensors[0] if ctx.saved_tensors else torch.zeros_like(squares)
         rows = torch.stack([state, squares, count])
-        rows = torch.nn.functional.pad(rows, (0, ctx.capacity - rows.shape[1]))
+        if rows.shape[1] != ctx.capacity:
+            rows = torch.nn.functional.pad(rows, (0, ctx.capacity - rows.shape[1]))
         total = reduced.float().sum(0) if ctx.summed else None
         return grad, rows, total, None, None, None, None, None, None
 
