@@ -236,4 +236,6 @@ def run(device: torch.device, results: Path, quick: bool) -> Path:
                         **here,
                     }
                 )
-    return rows.write(rows.results_path(results, "scan-rate", device, quick), written)
+        # After each: a run that is cut short leaves what it has.
+        path = rows.write(rows.results_path(results, "scan-rate", device, quick), written)
+    return path
