@@ -284,7 +284,7 @@ def diagnose_command(
         Path | None, typer.Option("--markdown", help="Write the reports here.")
     ] = None,
     max_growth: Annotated[float, typer.Option(help="(a) fires above.")] = 50.0,
-    min_gradient: Annotated[float, typer.Option(help="(b) fires below, paper protocol.")] = 1e-7,
+    min_gradient: Annotated[float, typer.Option(help="(b) fires below, as published.")] = 1e-7,
     min_gain: Annotated[float, typer.Option(help="(b) fires below, calibrated.")] = 1.28e-5,
     max_stability: Annotated[float, typer.Option(help="(c) fires above.")] = 0.30,
     min_utility: Annotated[float, typer.Option(help="(d) fires below, in points.")] = 2.0,

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
 from .capture import Captured
@@ -222,8 +222,11 @@ def class_errors(logits: Tensor, labels: object) -> Tensor | None:
         return None
     classes = logits.shape[-1]
     known = (labels >= 0) & (labels < classes)
-    onehot = nn.functional.one_hot(labels.long().clamp(0, classes - 1), classes)
-    errors = torch.linalg.vector_norm(logits.detach().double().softmax(-1) - onehot, dim=-1)
+    # Nothing here waits for a GPU, or looks at a label there.
+    onehot = labels[:, None] == torch.arange(classes, device=labels.device)
+    errors = torch.linalg.vector_norm(
+        logits.detach().double().softmax(-1) - onehot.double(), dim=-1
+    )
     return torch.where(known, errors, torch.nan)
 
 
