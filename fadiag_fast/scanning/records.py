@@ -274,7 +274,8 @@ def figures_of(row: Row, layers: Sequence[Row]) -> Figures:
 def _recorded(layers: Sequence[Row], column: str) -> tuple[float, ...]:
     """Return a column of the layers, nothing where an older version did not record it."""
     values = [layer.get(column) for layer in layers]
-    return () if any(value is None for value in values) else tuple(float(v) for v in values if v is not None)
+    known = [float(value) for value in values if value is not None]
+    return tuple(known) if len(known) == len(values) else ()
 
 
 def protocol_of(row: Row) -> Protocol:
