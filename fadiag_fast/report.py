@@ -89,6 +89,20 @@ class DiagnosticReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain Python values; NaN and infinity stay floats."""
+        figures = self.figures
+        # What the calibrated diagnostics read beyond the figures of either protocol.
+        pooled = {
+            "pooled_norms": list(figures.pooled_norms),
+            "pooled_gains": list(figures.pooled_gains),
+            "num_samples": figures.num_samples,
+            "num_measurable": figures.num_measurable,
+            "num_non_finite": figures.num_non_finite,
+            "output_error": figures.output_error,
+            "stability_errors": list(figures.stability_errors),
+            "stability_nulls": list(figures.stability_nulls),
+            "test_size": figures.test_size,
+            "frozen_test_size": figures.frozen_test_size,
+        }
         return {
             "method_name": self.method_name,
             "notes": self.notes,
@@ -106,6 +120,7 @@ class DiagnosticReport:
             "output_grad_norm": self.figures.output_grad_norm,
             "headline_acc": self.figures.headline_acc,
             "frozen_baseline_acc": self.figures.frozen_baseline_acc,
+            **(pooled if self.protocol == "calibrated" else {}),
             "diagnostics": {
                 d.key: {**dataclasses.asdict(d), "status": d.status.value} for d in self.diagnostics
             },

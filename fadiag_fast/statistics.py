@@ -233,6 +233,8 @@ def class_errors(logits: Tensor, labels: object) -> Tensor | None:
 def equal_logits(logits: Tensor) -> Tensor:
     """Say whether in every sample of ``[S, B, ..., C]`` all logits are one number, ``[S]``."""
     flat = torch.view_as_real(logits).flatten(-2) if logits.is_complex() else logits
+    if logits.dim() < 3:  # one number per sample has no others to be equal to
+        return torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     return (flat == flat[..., :1]).flatten(1).all(1) & (flat.shape[-1] > 1)
 
 
@@ -270,7 +272,7 @@ def batch_statistics(
         correct=correct,
         batch_size=len(captured.logits),
         measurable=measurable_errors(reduced.output_grad_norm, captured.logit_grads.dtype),
-        class_error=class_errors(captured.logits, labels),
+        class_error=class_errors(captured.logits, labels) if captured.logits.dim() == 2 else None,
         equal_logits=bool(equal_logits(captured.logits[None])),
         grad_dtype=(captured.grads[-1] if captured.grads else captured.logit_grads).dtype,
     )

@@ -348,6 +348,7 @@ def test_equal_logits_are_told():
     logits[1, 2, 1] = 1e-30
     assert equal_logits(logits).tolist() == [True, False]
     assert equal_logits(torch.zeros(1, 5, 1)).tolist() == [False]
+    assert equal_logits(torch.zeros(2, 5)).tolist() == [False, False]
 
 
 # ---- invariance
@@ -566,7 +567,9 @@ def test_a_paper_report_says_nothing_of_protocols(networks, test_batches):
     report = diagnose(networks["healthy"][0], test_batches)
     assert "protocol" not in str(report)
     assert "cause:" not in str(report)
-    assert json.loads(report.to_json())["protocol"] == "paper"
+    record = json.loads(report.to_json())
+    assert (record["protocol"], record["causes"]) == ("paper", [])
+    assert "pooled_gains" not in record
 
 
 def test_bad_input_is_named(networks, test_batches):
@@ -587,6 +590,8 @@ def test_on_the_command_line(networks, tmp_path):
     assert "judged by the calibrated protocol" in result.output
     (record,) = json.loads((tmp_path / "report.json").read_text())
     assert record["protocol"] == "calibrated"
+    assert record["num_samples"] == record["num_measurable"] == 1280
+    assert len(record["pooled_gains"]) == len(record["stability_nulls"]) == 5
     undecided = CliRunner().invoke(cli.app, [*arguments, "--frozen-acc", "0.80"])
     assert "over 2000 test images" in undecided.output
     wrong = CliRunner().invoke(cli.app, [*arguments, "--protocol", "strict"])

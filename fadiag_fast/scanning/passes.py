@@ -528,7 +528,9 @@ def _finite(weights: dict[str, Tensor], stack: int) -> Tensor:
 
 def _class_error(units: Sequence[_Unit]) -> Tensor:
     """Return the median ‖softmax − onehot‖ per checkpoint, NaN where labels are no classes."""
-    errors = [class_errors(unit.logits, unit.y) for unit in units]
+    errors = [
+        class_errors(unit.logits, unit.y) if unit.logits.dim() == 3 else None for unit in units
+    ]
     known = [error for error in errors if error is not None]
     if len(known) < len(errors):
         return torch.full_like(units[0].norms[3][:, 0], torch.nan)
