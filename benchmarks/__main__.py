@@ -8,6 +8,7 @@ import torch
 
 from . import (
     architectures,
+    calibration,
     capture,
     cpu,
     demo,
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "what",
         nargs="*",
-        help="operator, cpu, sweep, special, capture, architectures, demo, registers, "
+        help="operator, cpu, sweep, special, capture, architectures, calibration, demo, registers, "
         "scan-rate, scan-report, reading, steps, tables, plots; by default what fits the machine: "
         "on CUDA operator, sweep and special, else cpu and special; then tables and plots",
     )
@@ -43,8 +44,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--only",
         default="",
-        help="operator, architectures, steps: those whose name has this; steps: soak for a long "
-        "run that watches memory",
+        help="operator, architectures, calibration, steps: those whose name has this; steps: soak "
+        "for a long run that watches memory",
     )
     found.add_argument(
         "--no-compile", action="store_true", help="operator and capture: without torch.compile"
@@ -78,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         "special",
         "capture",
         "architectures",
+        "calibration",
         "demo",
         "registers",
         "scan-report",
@@ -109,6 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
         written.append(capture.run(device, asked.results, asked.quick, not asked.no_compile))
     if "architectures" in what:
         written.append(architectures.run(device, asked.results, asked.quick, asked.only))
+    if "calibration" in what:
+        written.append(calibration.run(torch.device("cpu"), asked.results, asked.quick, asked.only))
     if "demo" in what:
         written.append(demo.run(device, asked.results, asked.quick))
     if "registers" in what:

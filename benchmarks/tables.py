@@ -20,6 +20,7 @@ Rows = list[dict[str, str]]
 FILES = (
     rows.ROOT / "README.md",
     rows.ROOT / "docs" / "architectures.md",
+    rows.ROOT / "docs" / "calibration.md",
     rows.ROOT / "benchmarks" / "README.md",
     rows.ROOT / "benchmarks" / "NOTES.md",
 )
@@ -376,6 +377,76 @@ def _soak(found: Rows) -> str:
     return markdown(header, lines)
 
 
+def _calibration_counts(found: Rows, healthy: str) -> list[list[str]]:
+    """Return a line per family, per half and for all: cases, wrong ones, the extreme figures."""
+    chosen = [row for row in found if row["healthy"] == healthy]
+    families = dict.fromkeys(row["family"] for row in chosen)
+    groups = [(name, [row for row in chosen if row["family"] == name]) for name in families]
+    groups += [(f"half {half}", [row for row in chosen if row["half"] == half]) for half in "AB"]
+    groups.append(("all", chosen))
+    lines = []
+    for name, group in groups:
+        growth = [v for row in group if math.isfinite(v := number(row, "growth"))]
+        gain = [v for row in group if math.isfinite(v := number(row, "gain"))]
+        extremes = (max, min) if healthy == "1" else (min, max)
+        short = sum(row["verdict"] == "not enough data" for row in group)
+        lines.append(
+            [
+                name,
+                str(len(group)),
+                str(sum(row["paper_wrong"] == "1" for row in group)),
+                str(sum(row["wrong"] == "1" for row in group)),
+                str(short),
+                *(
+                    _show(extreme(values)) if values else "–"
+                    for extreme, values in zip(extremes, (growth, gain), strict=True)
+                ),
+            ]
+        )
+    return lines
+
+
+def _calibration_in_short(found: Rows) -> str:
+    parts = []
+    for healthy, what, ends in (
+        ("1", "false alarms", ("largest growth", "smallest gain")),
+        ("0", "misses", ("smallest growth", "largest gain")),
+    ):
+        header = ["healthy" if healthy == "1" else "broken", "cases", f"{what}, paper"]
+        header += [f"{what}, calibrated", "not enough data, calibrated", *ends]
+        parts.append(markdown(header, _calibration_counts(found, healthy)))
+    return "\n".join(parts)
+
+
+def _calibration_list(found: Rows, healthy: str) -> str:
+    lines = [
+        [
+            row["workload"],
+            row["dtype"],
+            _show(number(row, "paper_growth")),
+            f"{number(row, 'grad_norm'):.1e}",
+            _show(number(row, "stability"), 2),
+            row["paper_verdict"],
+            _show(number(row, "growth")),
+            f"{number(row, 'gain'):.1e}",
+            f"**{row['verdict']}**" if row["wrong"] == "1" else row["verdict"],
+            row["cause"] or "–",
+        ]
+        for row in found
+        if row["healthy"] == healthy
+    ]
+    header = ["case", "dtype", "growth", "‖g_L‖", "(c)", "paper", "RMS growth", "gain"]
+    return markdown([*header, "calibrated", "cause"], lines)
+
+
+def _calibration_healthy(found: Rows) -> str:
+    return _calibration_list(found, "1")
+
+
+def _calibration_broken(found: Rows) -> str:
+    return _calibration_list(found, "0")
+
+
 # Name between the markers: the CSVs' name, and what makes the table of one of them.
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "operator": ("operator", _operator),
@@ -390,6 +461,9 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "registers": ("registers", _registers),
     "architectures": ("architectures", _architectures),
     "architectures-in-short": ("architectures", _architectures_in_short),
+    "calibration-in-short": ("calibration", _calibration_in_short),
+    "calibration-healthy": ("calibration", _calibration_healthy),
+    "calibration-broken": ("calibration", _calibration_broken),
     "scan-report": ("scan-report", _scan_report),
     "reading": ("reading", _reading),
     "steps": ("steps", _steps),

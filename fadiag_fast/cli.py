@@ -29,6 +29,7 @@ from .protocol import (
     TRUSTWORTHY,
     Diagnostic,
     DiagnosticThresholds,
+    check_protocol,
     depth_utility,
 )
 from .report import DiagnosticReport, SummaryRow, summary_table
@@ -83,6 +84,13 @@ ModelOption = Annotated[
 OptionsOption = Annotated[
     list[str] | None,
     typer.Option("--model-option", help="NAME=VALUE for the model's builder; repeatable."),
+]
+ProtocolOption = Annotated[
+    str,
+    typer.Option(
+        help="paper, as published, or calibrated: independent of batch size, loss scale, dtype and "
+        "of how well the task is solved, with causes in words."
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
 
@@ -256,6 +264,11 @@ def diagnose_command(
     frozen_acc: Annotated[
         float | None, typer.Option(help="Accuracy with frozen blocks, 0 to 1: evaluates (d).")
     ] = None,
+    frozen_test_size: Annotated[
+        int | None,
+        typer.Option(help="Images behind --frozen-acc, for its interval; default: the test set's."),
+    ] = None,
+    protocol: ProtocolOption = "paper",
     batches: Annotated[int, typer.Option(help="Evaluation batches.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 128,
     flatten: Annotated[
@@ -271,7 +284,8 @@ def diagnose_command(
         Path | None, typer.Option("--markdown", help="Write the reports here.")
     ] = None,
     max_growth: Annotated[float, typer.Option(help="(a) fires above.")] = 50.0,
-    min_gradient: Annotated[float, typer.Option(help="(b) fires below.")] = 1e-7,
+    min_gradient: Annotated[float, typer.Option(help="(b) fires below, as published.")] = 1e-7,
+    min_gain: Annotated[float, typer.Option(help="(b) fires below, calibrated.")] = 1.28e-5,
     max_stability: Annotated[float, typer.Option(help="(c) fires above.")] = 0.30,
     min_utility: Annotated[float, typer.Option(help="(d) fires below, in points.")] = 2.0,
     model_option: OptionsOption = None,
@@ -292,13 +306,17 @@ def diagnose_command(
             "reduction": SampleReduction(cast(Reduction, reduction)),
             "batch_dim": batch_dim,
             "output": int(output) if output and output.isdecimal() else output,
+            "protocol": protocol,
+            "frozen_test_size": frozen_test_size,
         }
         thresholds = DiagnosticThresholds(
             scale_growth=max_growth,
             gradient_floor=min_gradient,
             direction_stability=max_stability,
             depth_utility=min_utility,
+            credit_gain_floor=min_gain,
         )
+        check_protocol(protocol, "--protocol")
         rows: list[SummaryRow] = []
         records: list[dict[str, Any]] = []
         failed = 0
@@ -405,6 +423,7 @@ def _diagnose_one(
         method_name=subject.stem if isinstance(subject, Path) else _name_of(subject),
         notes=f"{what} from {_name_of(subject)} on {dataset.name}",
         thresholds=thresholds,
+        test_size=len(labels),
         **observe,
     )
 

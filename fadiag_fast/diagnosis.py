@@ -3,6 +3,7 @@
 import platform
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch.export import ExportedProgram
 
 from . import ops
 from .batches import check_batch, check_labels, device_of, sample_counts, to_device
+from .calibrated import find_causes, judge_figures
 from .capture import Loss, Output, Probe, classification_loss, untouched
 from .packaged import as_module
 from .protocol import (
     DiagnosticThresholds,
     Figures,
-    evaluate,
+    Protocol,
+    check_protocol,
     explain_disagreement,
     explain_shapes,
 )
@@ -27,6 +30,7 @@ from .statistics import (
     SampleReduction,
     batch_statistics,
     direction_figures,
+    direction_uncertainty,
     medians,
 )
 from .taps import Select, unwrap
@@ -40,7 +44,10 @@ def diagnose(
     method_name: str = "network",
     notes: str = "",
     *,
+    protocol: Protocol = "paper",
     thresholds: DiagnosticThresholds | None = None,
+    test_size: int | None = None,
+    frozen_test_size: int | None = None,
     loss: Loss | None = None,
     taps: Select | None = None,
     reduction: Reduction | SampleReduction = "flatten",
@@ -65,7 +72,12 @@ def diagnose(
         frozen_baseline_acc: accuracy with frozen blocks; without it (d) is not evaluated.
         method_name: heading of the report.
         notes: a remark for the report.
+        protocol: ``"paper"`` judges as published; ``"calibrated"`` by figures that depend neither
+            on batch size, loss scale and dtype nor on how well the task is solved, with causes: see
+            :mod:`fadiag_fast.calibrated`. Its medians are over the samples of all batches.
         thresholds: other limits than the published ones.
+        test_size: images behind ``headline_acc``; the calibrated (d) asks for it.
+        frozen_test_size: images behind ``frozen_baseline_acc``; by default as many.
         loss: (model output, y) → scalar; None is cross-entropy, per sample or per token.
             Gradients carry its reduction: the mean over B samples puts 1/B into every ‖g‖, and
             (b)'s floor belongs to B = 128.
@@ -87,8 +99,8 @@ def diagnose(
 
     Raises:
         TapError: the hidden states cannot be found, or the loss does not depend on one.
-        ValueError: an accuracy outside [0, 1], labels out of range, batches that do not fit, a
-            loss that is no scalar.
+        ValueError: an unknown protocol, an accuracy outside [0, 1], a test size below 1, labels
+            out of range, batches that do not fit, a loss that is no scalar.
         TypeError: a batch is no (x, y) pair.
 
     Source: "Beyond Accuracy and Alignment" (arXiv 2606.21126).
@@ -100,6 +112,10 @@ def diagnose(
     ):
         if value is not None and not 0.0 <= value <= 1.0:
             raise ValueError(f"diagnose: {name}: expected a fraction from 0 to 1, got {value}")
+    for name, size in (("test_size", test_size), ("frozen_test_size", frozen_test_size)):
+        if size is not None and size < 1:
+            raise ValueError(f"diagnose: {name}: expected at least 1 image, got {size}")
+    check_protocol(protocol, "diagnose")
     limits = thresholds or DiagnosticThresholds()
     how = reduction if isinstance(reduction, SampleReduction) else SampleReduction(reduction)
     model = unwrap(as_module(model))
@@ -129,15 +145,23 @@ def diagnose(
             del captured  # before the next batch's, not after
             _check_shapes(index, probe, batches)
 
-    figures = _figures(probe, batches, headline_acc, frozen_baseline_acc, backend)
-    diagnostics = evaluate(figures, limits)
+    figures = replace(
+        _figures(probe, batches, headline_acc, frozen_baseline_acc, backend),
+        test_size=test_size,
+        frozen_test_size=frozen_test_size,
+    )
+    diagnostics = judge_figures(figures, limits, protocol)
     remarks = _remarks(probe, batches, empty, figures)
-    for sentence in (
-        explain_disagreement(figures, diagnostics[1], limits),
-        explain_shapes(figures, diagnostics[0]),
-    ):
-        if sentence is not None:
-            remarks.append(sentence)
+    causes: tuple[str, ...] = ()
+    if protocol == "calibrated":
+        causes = find_causes(figures, diagnostics, limits)
+    else:
+        for sentence in (
+            explain_disagreement(figures, diagnostics[1], limits),
+            explain_shapes(figures, diagnostics[0]),
+        ):
+            if sentence is not None:
+                remarks.append(sentence)
     provenance = _provenance(model, device, probe, batches, how, loss, backend)
     provenance["seconds"] = round(time.perf_counter() - started, 3)
     return DiagnosticReport(
@@ -147,6 +171,8 @@ def diagnose(
         notes=notes,
         remarks=tuple(remarks),
         provenance=provenance,
+        protocol=protocol,
+        causes=causes,
     )
 
 
@@ -191,6 +217,12 @@ def _figures(
     first = batches[0]
     cosines = ops.direction_cosines([batch.grad_mean for batch in batches], backend=backend)
     stabilities, num_directions = direction_figures(cosines)
+    errors, nulls = direction_uncertainty(cosines)
+    measurable = torch.cat([batch.measurable for batch in batches])
+    gains = torch.cat([batch.credit_gain for batch in batches], dim=1)
+    hidden = torch.cat([batch.hidden_norm for batch in batches], dim=1)
+    grad = torch.cat([batch.grad_norm for batch in batches], dim=1)
+    class_errors = [batch.class_error for batch in batches if batch.class_error is not None]
     return Figures(
         layers=probe.taps.labels,
         residual_norms=medians(first.hidden_norm),
@@ -203,6 +235,18 @@ def _figures(
         num_batches=len(batches),
         shapes=first.shapes,
         sizes=first.sizes,
+        pooled_norms=medians(hidden),
+        pooled_gains=medians(torch.where(measurable, gains, torch.nan)),
+        num_samples=len(measurable),
+        num_measurable=int(measurable.sum()),
+        num_non_finite=int((~(hidden.isfinite() & grad.isfinite()).all(0)).sum()),
+        equal_logits=all(batch.equal_logits for batch in batches),
+        output_error=medians(torch.cat(class_errors)[None])[0]
+        if len(class_errors) == len(batches)
+        else None,
+        grad_dtype=str(first.grad_dtype).removeprefix("torch."),
+        stability_errors=errors,
+        stability_nulls=nulls,
         headline_acc=headline_acc,
         frozen_baseline_acc=frozen_baseline_acc,
     )

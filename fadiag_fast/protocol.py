@@ -9,6 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from itertools import pairwise
+from typing import Literal, get_args
+
+# How figures are judged: as published, or calibrated (see fadiag_fast.calibrated).
+Protocol = Literal["paper", "calibrated"]
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 
 TRUSTWORTHY = "trustworthy"
 NOT_ENOUGH_DATA = "not enough data"
@@ -56,6 +61,23 @@ class DiagnosticThresholds:
                     f"DiagnosticThresholds: {field.name}: expected a finite number"
                     f"{'' if free else f' of at least {lowest}'}, got {value}"
                 )
+
+    @property
+    def total_growth(self) -> float:
+        """The limit of the calibrated (a) on growth over several blocks: the inverse gain floor.
+
+        A terminal norm divides the gradient by the stream's scale, so that this growth takes a
+        gain of 1 to its floor. With the defaults it is 7.8e4: above the largest of the published
+        healthy runs (equilibrium propagation, about 9e2 over four blocks), below the smallest of
+        the published exploded ones (direct feedback alignment, 4.6e7).
+        """
+        return 1.0 / self.credit_gain_floor if self.credit_gain_floor else math.inf
+
+
+def check_protocol(name: str, caller: str) -> None:
+    """Raise ValueError where a protocol is not one of :data:`PROTOCOLS`."""
+    if name not in PROTOCOLS:
+        raise ValueError(f"{caller}: protocol: expected {' or '.join(PROTOCOLS)}, got {name!r}")
 
 
 class Status(Enum):
@@ -117,6 +139,22 @@ class Figures:
         frozen_baseline_acc: fraction in [0, 1], or None.
         shapes: of one sample's state, ``n``; empty where not recorded.
         sizes: features under one norm, ``n``; empty where not recorded.
+        pooled_norms: median ‖h_l‖ over the samples of all batches, ``n``. This and all that
+            follows is read by the calibrated protocol only, and empty or None where not recorded.
+        pooled_gains: median ‖g_l‖ / ‖∂loss/∂logits‖ over the measurable samples of all batches,
+            ``n``: those whose ‖∂loss/∂logits‖ is at least the smallest normal number of its dtype.
+        num_samples: samples of all batches.
+        num_measurable: of these, the measurable ones.
+        num_non_finite: of these, those with a state or gradient that is not finite.
+        equal_logits: whether in every sample all logits are the same number.
+        output_error: median ‖softmax − onehot‖ over all batches, in [0, √2]: free of the loss's
+            scale. None where labels are no classes.
+        grad_dtype: of the deepest state's gradient, such as ``float16``.
+        stability_errors: jackknife standard error of ``stabilities`` over the batches, ``n``.
+        stability_nulls: what ``stabilities`` exceed in 5% of all sign flips of the batches'
+            directions, ``n``: as far as chance takes them without a common direction.
+        test_size: images behind ``headline_acc``.
+        frozen_test_size: images behind ``frozen_baseline_acc``; None: as many as ``test_size``.
     """
 
     layers: Sequence[str]
@@ -132,6 +170,18 @@ class Figures:
     frozen_baseline_acc: float | None = None
     shapes: Sequence[tuple[int, ...]] = ()
     sizes: Sequence[int] = ()
+    pooled_norms: Sequence[float] = ()
+    pooled_gains: Sequence[float] = ()
+    num_samples: int | None = None
+    num_measurable: int | None = None
+    num_non_finite: int | None = None
+    equal_logits: bool | None = None
+    output_error: float | None = None
+    grad_dtype: str | None = None
+    stability_errors: Sequence[float] = ()
+    stability_nulls: Sequence[float] = ()
+    test_size: int | None = None
+    frozen_test_size: int | None = None
 
     @property
     def rms_norms(self) -> list[float]:
@@ -332,12 +382,15 @@ def evaluate(
     )
 
 
-def verdict_of(diagnostics: Sequence[Diagnostic]) -> str:
+def verdict_of(diagnostics: Sequence[Diagnostic], protocol: Protocol = "paper") -> str:
     """Return ``trustworthy``, ``needs walk-back: (a)+(b)`` or ``not enough data``.
 
     What fired decides. Where nothing did, a diagnostic without enough data keeps the verdict open;
-    (d) without a frozen accuracy does not.
+    (d) without a frozen accuracy does not. In the calibrated protocol (c) names a mode of what (a)
+    or (b) found, and is not part of the verdict.
     """
+    if protocol == "calibrated":
+        diagnostics = [diagnostic for diagnostic in diagnostics if diagnostic.key != "c"]
     fired = [f"({diagnostic.key})" for diagnostic in diagnostics if diagnostic.fired]
     if fired:
         return f"needs walk-back: {'+'.join(fired)}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .protocol import Diagnostic, Figures, growth_ratios, verdict_of
+from .protocol import Diagnostic, Figures, Protocol, growth_ratios, verdict_of
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -42,6 +42,8 @@ class DiagnosticReport:
         notes: the caller's remark.
         remarks: sentences on what a reader should know: a solved task, samples left out, …
         provenance: versions, device, dtype, batch sizes, loss, taps.
+        protocol: by which the diagnostics were judged.
+        causes: sentences of the calibrated protocol on what made the figures what they are.
     """
 
     method_name: str
@@ -50,11 +52,13 @@ class DiagnosticReport:
     notes: str = ""
     remarks: tuple[str, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
+    protocol: Protocol = "paper"
+    causes: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
         """``trustworthy``, ``needs walk-back: (a)+(b)`` or ``not enough data``."""
-        return verdict_of(self.diagnostics)
+        return verdict_of(self.diagnostics, self.protocol)
 
     @property
     def residual_norms(self) -> list[float]:
@@ -85,10 +89,26 @@ class DiagnosticReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain Python values; NaN and infinity stay floats."""
+        figures = self.figures
+        # What the calibrated diagnostics read beyond the figures of either protocol.
+        pooled = {
+            "pooled_norms": list(figures.pooled_norms),
+            "pooled_gains": list(figures.pooled_gains),
+            "num_samples": figures.num_samples,
+            "num_measurable": figures.num_measurable,
+            "num_non_finite": figures.num_non_finite,
+            "output_error": figures.output_error,
+            "stability_errors": list(figures.stability_errors),
+            "stability_nulls": list(figures.stability_nulls),
+            "test_size": figures.test_size,
+            "frozen_test_size": figures.frozen_test_size,
+        }
         return {
             "method_name": self.method_name,
             "notes": self.notes,
             "verdict": self.verdict,
+            "protocol": self.protocol,
+            "causes": list(self.causes),
             "layers": list(self.figures.layers),
             "residual_norms": self.residual_norms,
             "bp_grad_norms": self.bp_grad_norms,
@@ -100,6 +120,7 @@ class DiagnosticReport:
             "output_grad_norm": self.figures.output_grad_norm,
             "headline_acc": self.figures.headline_acc,
             "frozen_baseline_acc": self.figures.frozen_baseline_acc,
+            **(pooled if self.protocol == "calibrated" else {}),
             "diagnostics": {
                 d.key: {**dataclasses.asdict(d), "status": d.status.value} for d in self.diagnostics
             },
@@ -171,12 +192,15 @@ class DiagnosticReport:
 
     def __str__(self) -> str:
         lines = [f"{self.method_name}: {self.verdict}"]
+        if self.protocol != "paper":
+            lines.append(f"judged by the {self.protocol} protocol")
         if self.notes:
             lines.append(self.notes)
         if rows := self.layer_rows():
             lines += ["", *text_table(self.layer_header(), rows)]
         lines += ["", *text_table(DIAGNOSTIC_HEADER, self.diagnostic_rows())]
         lines += ["", *(f"note: {remark}" for remark in self.remarks)] if self.remarks else []
+        lines += ["", *(f"cause: {cause}" for cause in self.causes)] if self.causes else []
         lines += ["", f"verdict: {self.verdict}", ""]
         lines += textwrap.wrap("; ".join(self._provenance_lines()), width=100)
         return "\n".join(lines)
@@ -189,7 +213,9 @@ class DiagnosticReport:
         if rows := self.layer_rows():
             lines += [*_markdown_table(self.layer_header(), rows), ""]
         lines += [*_markdown_table(DIAGNOSTIC_HEADER, self.diagnostic_rows()), ""]
-        lines += [f"- {remark}" for remark in self.remarks]
+        if self.protocol != "paper":
+            lines += [f"Judged by the {self.protocol} protocol.", ""]
+        lines += [f"- {remark}" for remark in (*self.causes, *self.remarks)]
         lines += ["", *(f"*{line}*  " for line in self._provenance_lines())]
         return "\n".join(lines) + "\n"
 
@@ -234,7 +260,7 @@ class SummaryRow:
             report.method_name,
             "-" if acc is None else f"{100 * acc:.1f}%",
             _number(report["a"].value),
-            _number(report["b"].value),
+            _number(report.bp_grad_norms[-1] if report.bp_grad_norms else None),
             _number(report.credit_gains[-1] if report.credit_gains else None),
             _number(report["c"].value),
             "-" if utility.value is None else f"{utility.value:+.1f} pp {utility.label}",

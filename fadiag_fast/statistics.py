@@ -1,9 +1,13 @@
 """Reduce one captured batch to the numbers that the protocol reads."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +17,13 @@ from .reference import LayerStatistics
 
 Reduction = Literal["flatten", "cls", "mean", "token"]
 REDUCTIONS: tuple[Reduction, ...] = ("flatten", "cls", "mean", "token")
+
+_Array = np.ndarray[Any, np.dtype[np.float64]]
+
+# Sign flips of so many directions are enumerated, 2¹¹ of them; of more, counted by their variance.
+_MOST_ENUMERATED = 12
+# 95% of a normal distribution lie below so many standard deviations.
+_NORMAL_95 = 1.6448536269514722
 
 
 @dataclass(frozen=True)
@@ -170,6 +181,11 @@ class BatchStatistics:
         loss: the batch's loss.
         correct: samples whose largest logit is the label's; None where labels are no classes.
         batch_size: samples in the batch.
+        measurable: whether each ‖∂loss/∂logits‖ is a normal number of its dtype, ``[N]`` bool: a
+            smaller one has lost digits, or all of them.
+        class_error: see :func:`class_errors`, ``[B]``; None where labels are no classes.
+        equal_logits: whether in every sample all logits are the same number.
+        grad_dtype: of the deepest state's gradient.
     """
 
     hidden_norm: Tensor
@@ -182,6 +198,49 @@ class BatchStatistics:
     loss: float
     correct: int | None
     batch_size: int
+    measurable: Tensor
+    class_error: Tensor | None
+    equal_logits: bool
+    grad_dtype: torch.dtype
+
+
+def class_errors(logits: Tensor, labels: object) -> Tensor | None:
+    """Return ‖softmax − onehot‖ per sample, ``[..., B]`` float64, from 0 to √2.
+
+    The output error as cross-entropy defines it, computed in float64 from the logits: unlike
+    ‖∂loss/∂logits‖ it has no loss scale, no 1/B and no dtype of its own.
+
+    Args:
+        logits: ``[..., B, C]``.
+        labels: ``[B]`` classes; a sample with another label (−100 is left out by losses) has NaN.
+
+    Returns None where labels are no classes.
+    """
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
+        return None
+    if logits.dim() < 2 or logits.shape[-2] != len(labels) or logits.is_complex():
+        return None
+    classes = logits.shape[-1]
+    known = (labels >= 0) & (labels < classes)
+    # Nothing here waits for a GPU, or looks at a label there.
+    onehot = labels[:, None] == torch.arange(classes, device=labels.device)
+    errors = torch.linalg.vector_norm(
+        logits.detach().double().softmax(-1) - onehot.double(), dim=-1
+    )
+    return torch.where(known, errors, torch.nan)
+
+
+def equal_logits(logits: Tensor) -> Tensor:
+    """Say whether in every sample of ``[S, B, ..., C]`` all logits are one number, ``[S]``."""
+    flat = torch.view_as_real(logits).flatten(-2) if logits.is_complex() else logits
+    if logits.dim() < 3:  # one number per sample has no others to be equal to
+        return torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    return (flat == flat[..., :1]).flatten(1).all(1) & (flat.shape[-1] > 1)
+
+
+def measurable_errors(output_grad_norm: Tensor, dtype: torch.dtype) -> Tensor:
+    """Say which ‖∂loss/∂logits‖ are normal numbers of the dtype they were computed in."""
+    return output_grad_norm >= torch.finfo(dtype).smallest_normal
 
 
 def batch_statistics(
@@ -212,6 +271,10 @@ def batch_statistics(
         loss=float(reduced.loss),
         correct=correct,
         batch_size=len(captured.logits),
+        measurable=measurable_errors(reduced.output_grad_norm, captured.logit_grads.dtype),
+        class_error=class_errors(captured.logits, labels) if captured.logits.dim() == 2 else None,
+        equal_logits=bool(equal_logits(captured.logits[None])),
+        grad_dtype=(captured.grads[-1] if captured.grads else captured.logit_grads).dtype,
     )
 
 
@@ -248,3 +311,51 @@ def direction_figures(cosines: Tensor) -> tuple[list[float], list[int]]:
     has_direction = cosines.diagonal(dim1=1, dim2=2) == 1
     stabilities: list[float] = cosines[:, rows, columns].nanmean(dim=1).tolist()
     return stabilities, has_direction.sum(dim=1).tolist()
+
+
+def direction_uncertainty(cosines: Tensor) -> tuple[list[float], list[float]]:
+    """Return per layer how far chance moves the mean cosine over all pairs of batches.
+
+    Args:
+        cosines: ``[n, K, K]`` of :func:`fadiag_fast.direction_cosines`, on the CPU or a GPU.
+
+    Returns:
+        The jackknife standard error over the batches (each left out in turn), ``n``; and the 95%
+        quantile over all sign flips of the batches' directions, ``n``. If the directions had no
+        sense in common, each would be as likely as its opposite: that is the null hypothesis. More
+        than 12 batches have their flips' exact variance in a normal distribution's place. Both
+        are NaN with fewer than three batches that have a direction.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 11, for the
+    jackknife of a U-statistic.
+    """
+    errors, nulls = [], []
+    for layer in np.asarray(cosines.detach().cpu(), dtype=np.float64):
+        kept = layer.diagonal() == 1
+        error, null = _uncertainty(layer[kept][:, kept])
+        errors.append(error)
+        nulls.append(null)
+    return errors, nulls
+
+
+def _uncertainty(cosines: _Array) -> tuple[float, float]:
+    count = len(cosines)
+    if count < 3:
+        return math.nan, math.nan
+    pairs = cosines - np.diag(cosines.diagonal())
+    total = pairs.sum()
+    # Without batch i its row and its column are missing.
+    without = (total - 2.0 * pairs.sum(1)) / ((count - 1) * (count - 2))
+    error = math.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum())
+    if count > _MOST_ENUMERATED:
+        spread = math.sqrt(2.0 * (pairs**2).sum()) / (count * (count - 1))
+        return error, _NORMAL_95 * spread
+    signs = _sign_flips(count)
+    flipped = ((signs @ pairs) * signs).sum(1) / (count * (count - 1))
+    return error, float(np.quantile(flipped, 0.95, method="higher"))
+
+
+@cache
+def _sign_flips(count: int) -> _Array:
+    """Return all choices of signs but for the sign of all together, ``[2^(count-1), count]``."""
+    return np.array([(1, *rest) for rest in itertools.product((1, -1), repeat=count - 1)], float)

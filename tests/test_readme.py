@@ -49,6 +49,7 @@ def test_commands_run_in_their_order(tmp_path, monkeypatch):
         "diagnose",
         "doctor",
         "audit-cnn",
+        "diagnose",
         "scan",
         "thresholds",
         "report",

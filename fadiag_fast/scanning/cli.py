@@ -66,7 +66,11 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
         ] = "auto",
         workers: Annotated[int | None, typer.Option(help="Threads that read ahead.")] = None,
         max_growth: Annotated[float, typer.Option(help="(a) fires above.")] = 50.0,
-        min_gradient: Annotated[float, typer.Option(help="(b) fires below.")] = 1e-7,
+        protocol: Annotated[str, typer.Option(help="As in fadiag diagnose.")] = "paper",
+        min_gradient: Annotated[
+            float, typer.Option(help="(b) fires below, paper protocol.")
+        ] = 1e-7,
+        min_gain: Annotated[float, typer.Option(help="(b) fires below, calibrated.")] = 1.28e-5,
         max_stability: Annotated[float, typer.Option(help="(c) fires above.")] = 0.30,
         min_utility: Annotated[float, typer.Option(help="(d) fires below, in points.")] = 2.0,
         model_option: Annotated[
@@ -94,6 +98,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
                 gradient_floor=min_gradient,
                 direction_stability=max_stability,
                 depth_utility=min_utility,
+                credit_gain_floor=min_gain,
             )
             with _shown(quiet, json_lines) as show:
                 try:
@@ -104,6 +109,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
                         out,
                         pattern=pattern,
                         manifest=manifest,
+                        protocol=protocol,  # type: ignore[arg-type]  # checked by scan
                         thresholds=thresholds,
                         taps=taps,
                         reduction=reduction,  # type: ignore[arg-type]  # checked by scan

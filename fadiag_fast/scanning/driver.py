@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ..batches import check_batch, device_of, sample_counts, to_device
 from ..capture import Loss, Output, untouched
 from ..checkpoints.remote import expand_url, is_url, open_filesystem
-from ..protocol import DiagnosticThresholds
+from ..protocol import DiagnosticThresholds, Protocol, check_protocol
 from ..statistics import Reduction, SampleReduction
 from ..taps import Select, unwrap
 from .hashing import ContentHasher
@@ -28,7 +28,7 @@ from .records import CheckpointRecord
 from .results import ScanResult
 from .search import Search
 from .series import Entry, read_manifest, series
-from .store import ScanWriter
+from .store import ScanWriter, test_size_of
 from .weights import Fit
 
 # A reader reaches 1 to 2 GB/s of files in the page cache.
@@ -79,6 +79,7 @@ def scan(
     *,
     pattern: str | Sequence[str] | None = None,
     manifest: str | os.PathLike[str] | None = None,
+    protocol: Protocol = "paper",
     thresholds: DiagnosticThresholds | None = None,
     loss: Loss | None = None,
     taps: Select | None = None,
@@ -105,6 +106,8 @@ def scan(
             :func:`fadiag_fast.scanning.series`.
         manifest: a CSV, Parquet or TOML file with run, step and accuracies per path; see
             :func:`fadiag_fast.scanning.read_manifest`. ``checkpoints`` may then be empty.
+        protocol: ``"paper"`` or ``"calibrated"``, see :func:`fadiag_fast.diagnose`. Rows that were
+            judged by another are judged again, from their figures.
         thresholds: other limits than the published ones.
         loss, taps, reduction, output, batch_dim: see :func:`fadiag_fast.diagnose`.
         stack: checkpoints computed together; ``"auto"`` grows it while that is faster and memory
@@ -119,12 +122,13 @@ def scan(
     Raises:
         TapError: the model cannot be observed.
         ResultsError: the folder cannot be written, or another scan is at it.
-        ValueError: there is nothing to scan, or no batch.
+        ValueError: there is nothing to scan, or no batch; an unknown protocol.
 
     What is wrong with one checkpoint stands in its row, with a kind of error as in
     :class:`~fadiag_fast.scanning.records.CheckpointRecord`, and stops nothing. After Ctrl-C, what
     is finished is on the disk.
     """
+    check_protocol(protocol, "scan")
     entries = _entries(checkpoints, pattern, manifest)
     model = unwrap(model)
     device = device_of(model)
@@ -136,7 +140,7 @@ def scan(
     if not batches:
         raise ValueError("scan: expected at least one evaluation batch, got none")
     how = reduction if isinstance(reduction, SampleReduction) else SampleReduction(reduction)
-    with untouched(model), ScanWriter(out, thresholds=thresholds) as writer:
+    with untouched(model), ScanWriter(out, thresholds=thresholds, protocol=protocol) as writer:
         loss = None if loss is nn.functional.cross_entropy else loss
         options = {"select": taps, "loss": loss, "output": output, "batch_dim": batch_dim}
         auditor = Auditor(model, batches, options, how)
@@ -379,6 +383,8 @@ class _Scan:
                 figures,
                 headline_acc=accuracy if entry.accuracy is None else entry.accuracy,
                 frozen_baseline_acc=entry.frozen_accuracy,
+                test_size=test_size_of(entry, accuracy, figures.num_samples),
+                frozen_test_size=entry.frozen_test_size,
             )
         return CheckpointRecord(
             path=entry.path,

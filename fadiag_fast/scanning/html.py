@@ -208,6 +208,7 @@ def provenance(result: ScanResult) -> dict[str, Any]:
         if seconds > 0
         else ("rate", "–"),
         ("per checkpoint", _duration(seconds / len(rows)) if rows else "–"),
+        *([("protocol", result.protocol)] if result.protocol != "paper" else []),
         ("thresholds", _limits_text(limits)),
         ("schema", f"version {SCHEMA_VERSION}"),
         ("report written", _time(utc_now())),

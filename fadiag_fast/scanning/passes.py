@@ -22,7 +22,15 @@ from .. import ops
 from ..batches import check_labels
 from ..capture import Captured, Path, Probe, choose_output, classification_loss
 from ..protocol import Figures
-from ..statistics import SampleReduction, direction_figures, reduce_captured
+from ..statistics import (
+    SampleReduction,
+    class_errors,
+    direction_figures,
+    direction_uncertainty,
+    equal_logits,
+    measurable_errors,
+    reduce_captured,
+)
 from ..taps import TapError, Taps
 from .weights import Fit
 
@@ -33,6 +41,10 @@ _TOLERANCE = 1e-2
 
 # Samples of a pass whose states stay in a core's cache, for images of CIFAR's size.
 _CACHED_SAMPLES = 32
+
+# Columns after the cosines: whether weights are finite, accuracy; then samples that are measurable
+# and not finite, and whether all logits are equal.
+_COUNTS = 5
 
 # Each holds its own memory.
 _MOST_GRAPHS = 4
@@ -78,6 +90,18 @@ class _Unit:
         self.means = [mean[:, index] for mean in means]
         self.logits = logits[:, index]
         self.y = y
+
+    def measurable_gain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return gains ``[S, n, N]``, NaN where there is no measurable output error, and where."""
+        _, _, gain, error = self.norms
+        known = measurable_errors(error, dtype)
+        return torch.where(known[:, None], gain, torch.nan), known
+
+    def non_finite(self) -> Tensor:
+        """Return how many samples have a state or gradient that is not finite, ``[S]``."""
+        hidden, grad, _, _ = self.norms
+        clean: Tensor = (hidden.isfinite() & grad.isfinite()).all(1)
+        return (~clean).sum(-1)
 
 
 class _UnitLoss:
@@ -283,15 +307,24 @@ class Auditor:
         )
         self._shapes = tuple(tuple(mean.shape[1:]) for mean in first[0].means)
         cosines = ops.direction_cosines(self._directions(units), stacked=True)
+        gains, known = zip(*(unit.measurable_gain(self._dtypes[0]) for unit in units), strict=True)
+        pooled = torch.cat([unit.norms[0] for unit in units], dim=-1)
         columns = [
             torch.nanmedian(hidden, dim=-1).values,
             torch.nanmedian(grad, dim=-1).values,
             torch.nanmedian(gain, dim=-1).values,
             torch.nanmedian(error, dim=-1).values[:, None],
+            torch.nanmedian(pooled, dim=-1).values,
+            torch.nanmedian(torch.cat(gains, dim=-1), dim=-1).values,
+            _class_error(units)[:, None],
             cosines.flatten(1),
             _finite(weights, len(rows))[:, None],
             _accuracy(units)[:, None],
+            torch.cat(known, dim=-1).sum(-1, dtype=torch.float64)[:, None],
+            torch.stack([unit.non_finite() for unit in units]).sum(0).double()[:, None],
+            torch.stack([equal_logits(unit.logits) for unit in units]).all(0).double()[:, None],
         ]
+        self._samples = pooled.shape[-1]
         return torch.cat(columns, dim=1)
 
     def _units(
@@ -315,6 +348,7 @@ class Auditor:
         else:
             captured = tree_map(lambda t: t[None], tuple(probe.capture(x, y, constants=weights)))
         hiddens, grads, logits, logit_grads, loss = captured
+        self._dtypes = (logit_grads.dtype, (grads[-1] if len(grads) else logit_grads).dtype)
         n = len(parts)
 
         def by_unit(state: Tensor) -> Tensor:
@@ -355,8 +389,13 @@ class Auditor:
         figures = []
         batch_size = self._first_batch_size(x)
         for row in rows:
-            hidden, grad, gain, error, cosines = row[:-2].split([n, n, n, 1, n * k * k])
+            hidden, grad, gain, error, pooled, gains, class_error, cosines, counts = row.split(
+                [n, n, n, 1, n, n, 1, n * k * k, _COUNTS]
+            )
             stabilities, num_directions = direction_figures(cosines.view(n, k, k))
+            errors, nulls = direction_uncertainty(cosines.view(n, k, k))
+            measurable, non_finite, equal = counts[2:].tolist()
+            median_error = float(class_error)
             figures.append(
                 Figures(
                     layers=self.labels,
@@ -370,14 +409,25 @@ class Auditor:
                     num_batches=k,
                     shapes=self._shapes,
                     sizes=tuple(math.prod(shape) for shape in self._shapes),
+                    pooled_norms=tuple(pooled.tolist()),
+                    pooled_gains=tuple(gains.tolist()),
+                    num_samples=self._samples,
+                    num_measurable=int(measurable),
+                    num_non_finite=int(non_finite),
+                    equal_logits=bool(equal),
+                    output_error=None if math.isnan(median_error) else median_error,
+                    grad_dtype=str(self._dtypes[1]).removeprefix("torch."),
+                    stability_errors=tuple(errors),
+                    stability_nulls=tuple(nulls),
                 )
             )
-        accuracies = [None if value != value else value for value in rows[:, -1].tolist()]
-        return Measured(figures, (rows[:, -2] == 1).tolist(), accuracies)
+        finite, accuracy = rows[:, -_COUNTS], rows[:, 1 - _COUNTS]
+        accuracies = [None if value != value else value for value in accuracy.tolist()]
+        return Measured(figures, (finite == 1).tolist(), accuracies)
 
     def alike(self, columns: Tensor, others: Tensor) -> bool:
         """Say whether two ways of sharing passes give the same figures but for rounding."""
-        norms = 3 * len(self.labels) + 1
+        norms = 5 * len(self.labels) + 2
         states = self._probe(False, 0).prepare(self.batches[0][0]).spots
         narrow = any(spot.dtype.itemsize < 4 for spot in states)
         rtol = _TOLERANCE if narrow else _TOLERANCE / 10
@@ -386,7 +436,11 @@ class Auditor:
         )
         # Cosines of directions, a truth value, and an accuracy in which a tie may fall otherwise.
         return same_norms and torch.allclose(
-            columns[:, norms:], others[:, norms:], rtol=0.0, atol=_TOLERANCE, equal_nan=True
+            columns[:, norms : 2 - _COUNTS],
+            others[:, norms : 2 - _COUNTS],
+            rtol=0.0,
+            atol=_TOLERANCE,
+            equal_nan=True,
         )
 
     def _first_batch_size(self, x: Any) -> int:
@@ -470,6 +524,18 @@ def _finite(weights: dict[str, Tensor], stack: int) -> Tensor:
         device = next(iter(weights.values())).device if weights else None
         return torch.ones(stack, dtype=torch.float64, device=device)
     return torch.stack(largest).isfinite().all(0).double()
+
+
+def _class_error(units: Sequence[_Unit]) -> Tensor:
+    """Return the median ‖softmax − onehot‖ per checkpoint, NaN where labels are no classes."""
+    errors = [
+        class_errors(unit.logits, unit.y) if unit.logits.dim() == 3 else None for unit in units
+    ]
+    known = [error for error in errors if error is not None]
+    if len(known) < len(errors):
+        return torch.full_like(units[0].norms[3][:, 0], torch.nan)
+    together: Tensor = torch.nanmedian(torch.cat(known, dim=-1), dim=-1).values
+    return together
 
 
 def _accuracy(units: Sequence[_Unit]) -> Tensor:

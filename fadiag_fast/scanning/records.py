@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from ..calibrated import find_causes, judge_figures
 from ..protocol import (
     DiagnosticThresholds,
     Figures,
-    evaluate,
+    Protocol,
     growth_ratios,
     middle_layer,
     verdict_of,
@@ -108,7 +109,9 @@ def fields_text(fields: Mapping[str, str]) -> str:
     return clean(json.dumps(dict(fields), sort_keys=True, ensure_ascii=False))
 
 
-def row_of(record: CheckpointRecord, thresholds: DiagnosticThresholds) -> Row:
+def row_of(
+    record: CheckpointRecord, thresholds: DiagnosticThresholds, protocol: Protocol = "paper"
+) -> Row:
     """Return a record as a row of a part file: all but what only the writer knows."""
     from .. import __version__
 
@@ -136,7 +139,7 @@ def row_of(record: CheckpointRecord, thresholds: DiagnosticThresholds) -> Row:
     }
     if record.figures is not None:
         row.update(_figure_columns(record.figures))
-        row.update(judgement(record.figures, thresholds))
+        row.update(judgement(record.figures, thresholds, protocol))
         row["layers"] = _layers(record.figures, record.sample_shapes)
     return row
 
@@ -157,14 +160,29 @@ def _figure_columns(figures: Figures) -> Row:
         "num_layers": states,
         "accuracy": figures.headline_acc,
         "frozen_accuracy": figures.frozen_baseline_acc,
+        "test_size": figures.test_size,
+        "frozen_test_size": figures.frozen_test_size,
+        "num_samples": figures.num_samples,
+        "num_measurable": figures.num_measurable,
+        "num_non_finite": figures.num_non_finite,
+        "equal_logits": None if figures.equal_logits is None else int(figures.equal_logits),
+        "output_error": figures.output_error,
+        "grad_dtype": figures.grad_dtype,
     }
 
 
-def judgement(figures: Figures, thresholds: DiagnosticThresholds) -> Row:
-    """Return the columns that depend on the thresholds: the diagnostics and the verdict."""
-    diagnostics = evaluate(figures, thresholds)
+def judgement(
+    figures: Figures, thresholds: DiagnosticThresholds, protocol: Protocol = "paper"
+) -> Row:
+    """Return the columns that depend on thresholds and protocol: diagnostics, verdict, causes."""
+    diagnostics = judge_figures(figures, thresholds, protocol)
+    calibrated = protocol == "calibrated"
     row: Row = {
-        "verdict": verdict_of(diagnostics),
+        "verdict": verdict_of(diagnostics, protocol),
+        "protocol": protocol,
+        "causes": list(find_causes(figures, diagnostics, thresholds)) if calibrated else None,
+        # Whichever of the two limits (b) does not read stands here for the other protocol.
+        "gradient_floor": thresholds.gradient_floor,
         "min_batches": thresholds.min_batches,
         "credit_gain_floor": thresholds.credit_gain_floor,
         "depth_utility": diagnostics[3].value,
@@ -200,9 +218,18 @@ def _layers(figures: Figures, shapes: Sequence[Sequence[int]] | None) -> list[Ro
                 "rms": norm / math.sqrt(math.prod(shape))
                 if shape is not None and 0 not in shape
                 else None,
+                "pooled_norm": _of(figures.pooled_norms, l),
+                "pooled_gain": _of(figures.pooled_gains, l),
+                "stability_error": _of(figures.stability_errors, l),
+                "stability_null": _of(figures.stability_nulls, l),
             }
         )
     return rows
+
+
+def _of(values: Sequence[float], layer: int) -> float | None:
+    """Return a state's figure; None where none was recorded."""
+    return float(values[layer]) if len(values) else None
 
 
 def figures_of(row: Row, layers: Sequence[Row]) -> Figures:
@@ -229,14 +256,40 @@ def figures_of(row: Row, layers: Sequence[Row]) -> Figures:
         frozen_baseline_acc=row["frozen_accuracy"],
         shapes=shapes,
         sizes=tuple(math.prod(shape) for shape in shapes),
+        pooled_norms=_recorded(layers, "pooled_norm"),
+        pooled_gains=_recorded(layers, "pooled_gain"),
+        num_samples=row.get("num_samples"),
+        num_measurable=row.get("num_measurable"),
+        num_non_finite=row.get("num_non_finite"),
+        equal_logits=None if row.get("equal_logits") is None else bool(row["equal_logits"]),
+        output_error=row.get("output_error"),
+        grad_dtype=row.get("grad_dtype"),
+        stability_errors=_recorded(layers, "stability_error"),
+        stability_nulls=_recorded(layers, "stability_null"),
+        test_size=row.get("test_size"),
+        frozen_test_size=row.get("frozen_test_size"),
     )
+
+
+def _recorded(layers: Sequence[Row], column: str) -> tuple[float, ...]:
+    """Return a column of the layers, nothing where an older version did not record it."""
+    values = [layer.get(column) for layer in layers]
+    known = [float(value) for value in values if value is not None]
+    return tuple(known) if len(known) == len(values) else ()
+
+
+def protocol_of(row: Row) -> Protocol:
+    """Return the protocol by which a row was judged."""
+    return "calibrated" if row.get("protocol") == "calibrated" else "paper"
 
 
 def thresholds_of(row: Row) -> DiagnosticThresholds:
     """Return the limits by which an audited row was judged."""
     return DiagnosticThresholds(
         scale_growth=row["a_threshold"],
-        gradient_floor=row["b_threshold"],
+        gradient_floor=(
+            row["b_threshold"] if row.get("gradient_floor") is None else row["gradient_floor"]
+        ),
         direction_stability=row["c_threshold"],
         depth_utility=row["d_threshold"],
         min_batches=row["min_batches"],

@@ -18,11 +18,13 @@ from ..protocol import (
     TRUSTWORTHY,
     DiagnosticThresholds,
     Figures,
+    Protocol,
     Status,
+    check_protocol,
 )
 from ..report import text_table
 from .extras import arrow, require
-from .records import AUDITED, Row, figures_of, thresholds_of
+from .records import AUDITED, Row, figures_of, protocol_of, thresholds_of
 from .store import Tables, UnreadableResults, judge, layers_by_record, read_tables
 
 KEYS = ("a", "b", "c", "d")
@@ -239,9 +241,30 @@ class ScanResult:
             return DiagnosticThresholds()
         return thresholds_of(max(audited, key=lambda row: int(row["record"])))
 
-    def judged(self, thresholds: DiagnosticThresholds) -> ScanResult:
-        """Return the same figures judged by other limits; nothing on the disk changes."""
-        return ScanResult(judge(self._tables, thresholds), self.folder)
+    @property
+    def protocol(self) -> Protocol:
+        """The protocol by which the last audited row was judged; the paper's without any."""
+        audited = [row for row in self.rows if row["status"] == AUDITED]
+        return protocol_of(max(audited, key=lambda row: int(row["record"]))) if audited else "paper"
+
+    def judged(
+        self, thresholds: DiagnosticThresholds | None = None, protocol: Protocol | None = None
+    ) -> ScanResult:
+        """Return the same figures judged by other limits or another protocol.
+
+        Nothing on the disk changes.
+
+        Args:
+            thresholds: the limits; None for the present ones.
+            protocol: ``"paper"`` or ``"calibrated"``; None for the present one.
+
+        Raises:
+            ValueError: an unknown protocol.
+        """
+        chosen = protocol or self.protocol
+        check_protocol(chosen, "ScanResult.judged")
+        limits = thresholds or self.thresholds
+        return ScanResult(judge(self._tables, limits, protocol=chosen), self.folder)
 
     def verdicts(self) -> dict[str, str]:
         """Return the verdict per path; ``failed: KIND`` where there is none."""
@@ -337,6 +360,8 @@ class ScanResult:
             f"{where}{audited:,} of {len(self):,} checkpoints audited, {failed:,} failed, "
             f"in {len(runs):,} run{'' if len(runs) == 1 else 's'}"
         ]
+        if self.protocol != "paper":
+            lines.append(f"judged by the {self.protocol} protocol")
         counts = [[verdict, f"{count:,}"] for verdict, count in self.verdict_counts().items()]
         if counts:
             lines += ["", *text_table(["verdict", "checkpoints"], counts)]

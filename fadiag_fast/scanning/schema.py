@@ -8,6 +8,10 @@ moved without the checkpoints.
 A version only ever adds columns, all nullable, and never changes what one means. So an older file
 is read by adding empty columns, and a newer one is refused: its rows may need columns to be
 understood that are not known here.
+
+Version 2 adds what the calibrated protocol reads, and by which protocol a row was judged. A row of
+version 1 has nulls there: it was judged as published, and the calibrated protocol judges it by the
+figures of the first batch, without intervals of (c) and with (d) undecided.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from typing import Any
 
 from .extras import arrow
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Where the version stands in a file's key-value metadata.
 VERSION_KEY = b"fadiag_scan_schema_version"
@@ -111,6 +115,24 @@ CHECKPOINT_COLUMNS: tuple[Column, ...] = (
     Column("seconds", "number", "wall time spent on it: its share, where several went together"),
     Column("finished_at", "time", "when it was done"),
     Column("session_started_at", "time", "start of the process that wrote the row"),
+    # Since version 2:
+    Column("protocol", "text", "`paper` or `calibrated`: how it was judged; null: as published"),
+    Column("causes", "texts", "sentences of the calibrated protocol; null where not judged by it"),
+    Column(
+        "gradient_floor",
+        "number",
+        "the paper protocol's limit of (b), whichever judged; null: `b_threshold`",
+    ),
+    Column("test_size", "integer", "images behind `accuracy`; null if not known"),
+    Column("frozen_test_size", "integer", "images behind `frozen_accuracy`; null: as many"),
+    Column("num_samples", "integer", "samples of all batches"),
+    Column("num_measurable", "integer", "of these, those whose ‖∂loss/∂logits‖ is a normal number"),
+    Column("num_non_finite", "integer", "of these, those with a state or gradient not finite"),
+    Column("equal_logits", "integer", "1 where in every sample all logits are one number, else 0"),
+    Column(
+        "output_error", "number", "median ‖softmax − onehot‖ over all batches; null without classes"
+    ),
+    Column("grad_dtype", "text", "dtype of the deepest state's gradient"),
 )
 
 LAYER_COLUMNS: tuple[Column, ...] = (
@@ -130,6 +152,11 @@ LAYER_COLUMNS: tuple[Column, ...] = (
     Column("num_directions", "integer", "batches that have a direction"),
     Column("sample_shape", "integers", "shape of one sample's state; null if not recorded"),
     Column("rms", "number", "hidden_norm / √(elements of a sample); null without a shape"),
+    # Since version 2:
+    Column("pooled_norm", "number", "median ‖h_l‖ over the samples of all batches"),
+    Column("pooled_gain", "number", "median credit gain over all batches' measurable samples"),
+    Column("stability_error", "number", "jackknife standard error of `stability` over the batches"),
+    Column("stability_null", "number", "95% quantile of `stability` over all sign flips"),
 )
 
 # What a part file adds to its checkpoints: the layers' own columns, nested.

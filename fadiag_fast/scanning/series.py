@@ -29,7 +29,15 @@ DEFAULT_PATTERNS = (
     "{run}/epoch={step}.*",
 )
 
-_KNOWN = ("run", "step", "accuracy", "frozen_accuracy", "frozen_run")
+_KNOWN = (
+    "run",
+    "step",
+    "accuracy",
+    "frozen_accuracy",
+    "frozen_run",
+    "test_size",
+    "frozen_test_size",
+)
 _FIELD = re.compile(r"\{([^{}]*)\}")
 _DIGITS = re.compile(r"(\d+)")
 
@@ -51,6 +59,8 @@ class Entry:
         frozen_accuracy: with frozen blocks, a fraction: evaluates (d).
         frozen_run: the run whose accuracy is the frozen baseline.
         matched: whether the pattern or the manifest knew it.
+        test_size: images behind ``accuracy``.
+        frozen_test_size: images behind ``frozen_accuracy``; None for as many.
     """
 
     path: str
@@ -61,6 +71,8 @@ class Entry:
     frozen_accuracy: float | None = None
     frozen_run: str | None = None
     matched: bool = True
+    test_size: int | None = None
+    frozen_test_size: int | None = None
 
 
 def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
@@ -209,7 +221,8 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Entry]:
     """Read the checkpoints of a study from a CSV, Parquet or TOML file.
 
     Columns: ``path`` (required; relative to the manifest's folder, or absolute, or a URL), ``run``,
-    ``step``, ``accuracy``, ``frozen_accuracy``, ``frozen_run``; any other becomes a field. An empty
+    ``step``, ``accuracy``, ``frozen_accuracy``, ``frozen_run``, ``test_size`` and
+    ``frozen_test_size`` (images behind the two accuracies); any other becomes a field. An empty
     cell is as good as none. In TOML, ``[[checkpoint]]`` tables hold the same keys, and
     ``[runs.NAME]`` what all checkpoints of a run share.
 
@@ -335,16 +348,23 @@ def _entry(manifest: Path, place: str, cells: Mapping[str, Any]) -> Entry:
             raise fail(name, "a fraction from 0 to 1")
         return value
 
-    step = None
-    if "step" in known:
-        text = str(known["step"]).strip()
+    def whole(name: str, lowest: int | None = None) -> int | None:
+        if name not in known:
+            return None
+        expected = "a whole number" if lowest is None else f"a whole number of at least {lowest}"
+        text = str(known[name]).strip()
         try:
             # Where one is missing, pandas writes the others of the column as 9.0.
             if not float(text).is_integer():
                 raise ValueError
         except ValueError:
-            raise fail("step", "a whole number") from None
-        step = int(text) if text.isdigit() else int(float(text))
+            raise fail(name, expected) from None
+        number = int(text) if text.isdigit() else int(float(text))
+        if lowest is not None and number < lowest:
+            raise fail(name, expected)
+        return number
+
+    step = whole("step")
     return Entry(
         path=location,
         run=str(known.get("run", "")),
@@ -353,4 +373,6 @@ def _entry(manifest: Path, place: str, cells: Mapping[str, Any]) -> Entry:
         accuracy=fraction("accuracy"),
         frozen_accuracy=fraction("frozen_accuracy"),
         frozen_run=str(known["frozen_run"]) if "frozen_run" in known else None,
+        test_size=whole("test_size", 1),
+        frozen_test_size=whole("frozen_test_size", 1),
     )

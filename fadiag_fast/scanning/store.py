@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from ..protocol import DiagnosticThresholds
+from ..protocol import DiagnosticThresholds, Protocol, check_protocol
 from .extras import arrow, compute, parquet, require
 from .hashing import config_hash, config_text
 from .records import (
@@ -43,7 +43,9 @@ from .records import (
     fields_text,
     figures_of,
     judgement,
+    protocol_of,
     row_of,
+    thresholds_of,
     utc_now,
 )
 from .schema import (
@@ -334,10 +336,23 @@ class _Known:
     row: tuple[Any, ...]
 
 
+# What a row says beyond content and configuration.
+_PLACE = (
+    *("run", "step", "fields", "accuracy", "frozen_accuracy", "frozen_run"),
+    *("test_size", "frozen_test_size"),
+)
+
+
 def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what a row says beyond content and configuration, to see whether it still holds."""
-    names = ("run", "step", "fields", "accuracy", "frozen_accuracy", "frozen_run")
-    return tuple(row[name] for name in names)
+    return tuple(row[name] for name in _PLACE)
+
+
+def test_size_of(entry: Entry, measured: float | None, num_samples: int | None) -> int | None:
+    """Return how many images are behind the accuracy that a row judges; None if not known."""
+    if entry.accuracy is not None or entry.test_size is not None:
+        return entry.test_size
+    return None if measured is None else num_samples
 
 
 class ScanWriter:
@@ -350,6 +365,7 @@ class ScanWriter:
         folder: where the tables are or will be; made if need be.
         thresholds: the limits to judge by. Rows that were judged by others are judged again, from
             their figures, when the writer is closed.
+        protocol: by which to judge; the same holds for rows judged by another.
         flush_rows: rows that may wait in memory.
         flush_seconds: how long they may wait, looked at when the next one comes.
         disk: the file operations, for tests.
@@ -367,12 +383,15 @@ class ScanWriter:
         folder: str | os.PathLike[str],
         *,
         thresholds: DiagnosticThresholds | None = None,
+        protocol: Protocol = "paper",
         flush_rows: int = 256,
         flush_seconds: float = 2.0,
         disk: Disk | None = None,
     ) -> None:
         self.folder = Path(folder)
+        check_protocol(protocol, "ScanWriter")
         self.thresholds = thresholds or DiagnosticThresholds()
+        self.protocol: Protocol = protocol
         self._flush_rows = flush_rows
         self._flush_seconds = flush_seconds
         self._disk = disk or Disk()
@@ -384,6 +403,7 @@ class ScanWriter:
         self._paths: dict[str, _Known] = {}
         self._next_record = 0
         self._measured: dict[int, float] = {}
+        self._samples: dict[int, int | None] = {}
         # The folder's rows, read when an earlier audit is given to another entry.
         self._tables: Tables | None = None
         self._stored_at: dict[int, tuple[int, int, int]] | None = None
@@ -442,8 +462,7 @@ class ScanWriter:
         if (self.folder / CHECKPOINTS_FILE).exists() or _part_files(self.folder):
             tables = read_tables(self.folder)
             names = ["record", "path", "status", "content_hash", "config_hash", "config"]
-            names += ["run", "step", "fields", "accuracy", "frozen_accuracy", "frozen_run"]
-            names += ["measured_accuracy"]
+            names += [*_PLACE, "measured_accuracy", "num_samples"]
             # In the order of writing, so that the last row of a path is the one remembered.
             for row in tables.checkpoints.select(names).sort_by("record").to_pylist():
                 self._remember(row)
@@ -460,6 +479,7 @@ class ScanWriter:
             self._audited[row["content_hash"], config] = record
             if row["measured_accuracy"] is not None:
                 self._measured[record] = row["measured_accuracy"]
+                self._samples[record] = row["num_samples"]
         self._paths[row["path"]] = _Known(record, row["content_hash"], config, _place(row))
 
     def configure(self, config: Mapping[str, Any]) -> str:
@@ -492,7 +512,9 @@ class ScanWriter:
         record = self._audited.get((content_hash, config_hash))
         if record is None:
             return False
-        accuracy = self._measured.get(record) if entry.accuracy is None else entry.accuracy
+        measured = self._measured.get(record)
+        accuracy = measured if entry.accuracy is None else entry.accuracy
+        test_size = test_size_of(entry, measured, self._samples.get(record))
         changed = {
             "run": clean(entry.run),
             "step": entry.step,
@@ -500,6 +522,8 @@ class ScanWriter:
             "accuracy": accuracy,
             "frozen_accuracy": entry.frozen_accuracy,
             "frozen_run": None if entry.frozen_run is None else clean(entry.frozen_run),
+            "test_size": test_size,
+            "frozen_test_size": entry.frozen_test_size,
         }
         path = clean(entry.path)
         known = self._paths.get(path)
@@ -514,12 +538,14 @@ class ScanWriter:
             figures_of(row, layers),
             headline_acc=accuracy,
             frozen_baseline_acc=entry.frozen_accuracy,
+            test_size=test_size,
+            frozen_test_size=entry.frozen_test_size,
         )
         self._append(
             {
                 **row,
                 **changed,
-                **judgement(figures, self.thresholds),
+                **judgement(figures, self.thresholds, self.protocol),
                 "path": path,
                 "layers": layers,
                 # Only the time of an audit counts as the scan's cost.
@@ -560,7 +586,7 @@ class ScanWriter:
                     f"ScanWriter: {record.path}: expected a config_hash from configure(), got "
                     f"{record.config_hash!r}"
                 )
-            self._append(row_of(record, self.thresholds))
+            self._append(row_of(record, self.thresholds, self.protocol))
         waited = time.monotonic() - self._last_flush
         if len(self._waiting) >= self._flush_rows or waited > self._flush_seconds:
             self.flush()
@@ -569,7 +595,7 @@ class ScanWriter:
         row["record"] = self._next_record
         row["config"] = self._configs[row["config_hash"]]
         row["session_started_at"] = self._started
-        for name in ("accuracy", "frozen_accuracy", "frozen_run"):
+        for name in (*_PLACE, "num_samples"):
             row.setdefault(name, None)
         self._waiting.append(row)
         self._remember(row)
@@ -654,19 +680,27 @@ class ScanWriter:
         mine = self.thresholds
         limits = {
             "a_threshold": mine.scale_growth,
-            "b_threshold": mine.gradient_floor,
             "c_threshold": mine.direction_stability,
             "d_threshold": mine.depth_utility,
             "min_batches": mine.min_batches,
             "credit_gain_floor": mine.credit_gain_floor,
         }
-        rows = tables.checkpoints.select(["status", *limits]).to_pylist()
-        wanted = {"status": AUDITED, **limits}
-        return [i for i, row in enumerate(rows) if row["status"] == AUDITED and row != wanted]
+        names = ["status", "protocol", "gradient_floor", "b_threshold", *limits]
+        rows = tables.checkpoints.select(names).to_pylist()
+        return [
+            index
+            for index, row in enumerate(rows)
+            if row["status"] == AUDITED
+            and (
+                any(row[name] != limit for name, limit in limits.items())
+                or thresholds_of(row).gradient_floor != mine.gradient_floor
+                or protocol_of(row) != self.protocol
+            )
+        ]
 
     def _judged(self, tables: Tables) -> Tables:
         others = self._judged_by_others(tables)
-        return judge(tables, self.thresholds, others) if others else tables
+        return judge(tables, self.thresholds, others, self.protocol) if others else tables
 
     def __enter__(self) -> ScanWriter:
         return self
@@ -719,7 +753,10 @@ class ScanWriter:
 
 
 def judge(
-    tables: Tables, thresholds: DiagnosticThresholds, rows: Sequence[int] | None = None
+    tables: Tables,
+    thresholds: DiagnosticThresholds,
+    rows: Sequence[int] | None = None,
+    protocol: Protocol = "paper",
 ) -> Tables:
     """Return the tables judged by other limits, from the figures that they hold.
 
@@ -727,17 +764,21 @@ def judge(
         tables: as :func:`read_tables` returns them.
         thresholds: the limits.
         rows: which checkpoints; None for all. Failed ones stay as they are.
+        protocol: how.
     """
     pa = arrow()
     everything = tables.checkpoints.to_pylist()
     where = layers_by_record(tables.layers)
     read = ["name", "hidden_norm", "grad_norm", "credit_gain", "stability", "num_directions"]
+    if protocol == "calibrated":
+        read += ["sample_shape", "pooled_norm", "pooled_gain", "stability_error", "stability_null"]
     layers = tables.layers.select(read).to_pylist()
     for index in range(len(everything)) if rows is None else rows:
         row = everything[index]
         if row["status"] == AUDITED:
             start, count = where.get(row["record"], (0, 0))
-            row.update(judgement(figures_of(row, layers[start : start + count]), thresholds))
+            figures = figures_of(row, layers[start : start + count])
+            row.update(judgement(figures, thresholds, protocol))
     checkpoints = pa.Table.from_pylist(everything, schema=checkpoint_schema())
     return Tables(checkpoints, tables.layers)
 

@@ -184,8 +184,9 @@ def sweep_thresholds(
             in training.
 
     Returns:
-        (a) to (d), then the batches that (c) asks for, then the credit gain's floor. The latter is
-        in no verdict: the report says with it that the gradient is lost on its way.
+        Of the paper protocol's diagnostics, whichever protocol judged the rows: (a) to (d), then
+        the batches that (c) asks for, then the credit gain's floor. The latter is in no verdict:
+        the report says with it that the gradient is lost on its way.
     """
     limits = thresholds or result.thresholds
     rows = [row for row in result.rows if row["status"] == AUDITED]

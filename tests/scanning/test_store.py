@@ -420,7 +420,7 @@ def test_a_newer_version_is_refused_and_left_alone(tmp_path):
     rewrite(tmp_path / "checkpoints.parquet", lambda t: t.replace_schema_metadata(newer))
     before = (tmp_path / "checkpoints.parquet").read_bytes()
     for use in (ScanResult.load, ScanWriter):
-        with pytest.raises(NewerResults, match="expected schema version 1 or older, got 2"):
+        with pytest.raises(NewerResults, match="expected schema version 2 or older, got 3"):
             use(tmp_path)
     assert (tmp_path / "checkpoints.parquet").read_bytes() == before
     # The refused writer has let go of the folder.
