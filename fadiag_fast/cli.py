@@ -37,6 +37,7 @@ from .statistics import REDUCTIONS, Reduction, SampleReduction
 from .taps import SELECTOR_HELP, TapError
 from .training.cli import register as register_watch
 from .zoo import (
+    RULES,
     ImageDataset,
     TrainedNetwork,
     accuracy,
@@ -152,7 +153,9 @@ def _progress(quiet: bool) -> Iterator[Callable[[str], Callable[[int, int, str],
 def train_command(
     out: Annotated[Path, typer.Option(help="Checkpoint to write.")],
     model: ModelOption = "resmlp",
-    rule: Annotated[str, typer.Option(help="bp, frozen, dfa or ep.")] = "bp",
+    rule: Annotated[
+        str, typer.Option(help=f"{', '.join(RULES)}, or package.module:Class of your own.")
+    ] = "bp",
     data: DataOption = "fashion-mnist-mini",
     data_option: DataOptionsOption = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1200,
@@ -162,6 +165,9 @@ def train_command(
     rule_option: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE for the rule; repeatable.")
     ] = None,
+    penalty: Annotated[
+        float, typer.Option(help="λ of the residual penalty λ‖f_l(h_l)‖² in each local loss.")
+    ] = 0.0,
     device: DeviceOption = "auto",
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
@@ -176,6 +182,7 @@ def train_command(
                 steps=steps,
                 batch_size=batch_size,
                 seed=seed,
+                penalty=penalty,
                 model_options=_options(model_option),
                 rule_options=_options(rule_option),
                 device=_device(device),

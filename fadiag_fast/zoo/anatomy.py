@@ -10,6 +10,7 @@ computes its branch f_l from h_l. With a skip h_{l+1} = h_l + f_l(h_l); without,
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, cast
 
 from torch import Tensor, nn
@@ -69,10 +70,15 @@ class Anatomy:
         return self.model.get_parameter("out_head.weight").shape[0]
 
     @property
+    def feature_shapes(self) -> list[tuple[int, ...]]:
+        """List the shapes, for one sample, of what :meth:`features` flattens in h_0 … h_L."""
+        width = self.model.get_parameter("out_head.weight").shape[1]
+        return [(width,)] * (len(self.blocks) + 1)
+
+    @property
     def feature_counts(self) -> list[int]:
         """List how many features :meth:`features` finds in h_0 … h_L."""
-        width = self.model.get_parameter("out_head.weight").shape[1]
-        return [width] * (len(self.blocks) + 1)
+        return [math.prod(shape) for shape in self.feature_shapes]
 
     # The way of a state.
 
