@@ -15,6 +15,8 @@ from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
+from ..statistics import Reduction
+
 
 class Anatomy:
     """Read a network by the residual contract.
@@ -29,6 +31,7 @@ class Anatomy:
     Attributes:
         model: the network.
         skip: whether the caller adds h_l to the branch.
+        credit_reduction: which part of a state credit is compared at: what :meth:`features` takes.
 
     Raises TypeError for a model without the attributes named above. Source: 'Beyond Accuracy and
     Alignment' protocol, arXiv 2606.21126.
@@ -36,6 +39,7 @@ class Anatomy:
 
     skip: ClassVar[bool] = True
     required: ClassVar[tuple[str, ...]] = ("embed", "blocks", "out_head")
+    credit_reduction: ClassVar[Reduction] = "flatten"
 
     def __init__(self, model: nn.Module) -> None:
         missing = [part for part in self.required if not hasattr(model, part)]
