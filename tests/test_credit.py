@@ -396,6 +396,7 @@ def test_without_its_feedback_a_checkpoint_has_no_alignment(rule, tmp_path):
     ("saved", "message"),
     [
         ({}, "does not say by which rule"),
+        ({"config": {"rule": "dfa"}, "rule_state": [1]}, "rule_state: expected tensors by name"),
         ({"config": {"rule": "os:system"}}, "'os:system' is none of the package's"),
         (
             {"config": {"rule": "dfa"}, "rule_state": {"x": torch.ones(1)}},

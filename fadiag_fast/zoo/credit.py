@@ -52,6 +52,10 @@ def restore_rule(
     if rule_name is None and name not in RULES:
         raise ValueError(f"the checkpoint's rule {name!r} is none of the package's; name it")
     state = saved.get("rule_state", {})
+    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(
+            "the checkpoint's rule_state: expected tensors by name, got something else"
+        )
     rule = make_rule(
         name,
         model,

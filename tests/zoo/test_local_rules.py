@@ -171,33 +171,36 @@ def test_fa_can_train_the_embedding_through_one_matrix_more():
 # State Bridge
 
 
-def test_state_bridge_credit_is_the_gradient_through_the_predicted_last_state():
+@pytest.mark.parametrize(("place", "offset"), [(None, 0), ("input", 0), ("output", 1)])
+def test_state_bridge_credit_is_the_gradient_through_the_predicted_last_state(place, offset):
     model, x, y = make_problem()
-    rule = make_rule("state-bridge", model, total_steps=1, width=9, num_layers=4)
+    options = {"width": 9, "num_layers": 4, "credit_at": place}
+    rule = make_rule("state-bridge", model, total_steps=1, **options)
     states, _, logits = walk("resmlp", model, x)
     error = error_of(logits, y)
-    for index, credit in enumerate(rule.credit(x, y)):
-        h = states[index + 1].clone().requires_grad_()
-        predicted = perceptron(rule.predictor, h, (index + 1) / BLOCKS, error)
+    for index, credit in enumerate(rule.credit(x, y), start=offset):
+        h = states[index].clone().requires_grad_()
+        predicted = perceptron(rule.predictor, h, index / BLOCKS, error)
         losses = F.cross_entropy(head(model, predicted), y, reduction="sum")
         (expected,) = torch.autograd.grad(losses, [h])
         torch.testing.assert_close(credit, expected, rtol=1e-9, atol=1e-13)
 
 
-def test_state_bridge_learns_to_predict_and_leaves_the_model_out_of_it():
+@pytest.mark.parametrize(("place", "read"), [("input", (0, 1, 2)), ("output", (1, 2, 3))])
+def test_state_bridge_learns_to_predict_and_leaves_the_model_out_of_it(place, read):
     model, x, y = make_problem()
-    rule = make_rule("state-bridge", model, total_steps=1, width=9)
+    rule = make_rule("state-bridge", model, total_steps=1, width=9, credit_at=place)
     states, _, logits = walk("resmlp", model, x)
     error = error_of(logits, y)
     errors = [
         (perceptron(rule.predictor, states[l], l / BLOCKS, error) - states[-1]).square().mean()
-        for l in (1, 2, 3)
+        for l in read
     ]
-    bias = torch.stack(
-        [perceptron(rule.predictor, states[l], l / BLOCKS, error) for l in (1, 2, 3)]
+    predicted = torch.stack(
+        [perceptron(rule.predictor, states[l], l / BLOCKS, error) for l in read]
     )
     # The output layer's bias enters every prediction with the factor 1.
-    expected = 2 * (bias - states[-1]).mean((0, 1)) / DIM
+    expected = 2 * (predicted - states[-1]).mean((0, 1)) / DIM
     weights = [*model.out_head.parameters()]
     without = torch.autograd.grad(F.cross_entropy(head(model, states[-1]), y), weights)
     parameter = rule.predictor.layers[-1].bias
@@ -211,20 +214,24 @@ def test_state_bridge_learns_to_predict_and_leaves_the_model_out_of_it():
 # Credit Bridge
 
 
-def test_credit_bridge_credit_is_the_gradient_of_its_value():
+@pytest.mark.parametrize(("place", "offset"), [(None, 0), ("input", 0), ("output", 1)])
+def test_credit_bridge_credit_is_the_gradient_of_its_value(place, offset):
     model, x, y = make_problem()
-    rule = make_rule("credit-bridge", model, total_steps=1, **BRIDGES["credit-bridge"])
+    options = {**BRIDGES["credit-bridge"], "credit_at": place}
+    rule = make_rule("credit-bridge", model, total_steps=1, **options)
     states, _, logits = walk("resmlp", model, x)
-    for index, credit in enumerate(rule.credit(x, y)):
-        h = states[index + 1].clone().requires_grad_()
-        value = perceptron(rule.value, h, (index + 1) / BLOCKS, error_of(logits, y))
+    for index, credit in enumerate(rule.credit(x, y), start=offset):
+        h = states[index].clone().requires_grad_()
+        value = perceptron(rule.value, h, index / BLOCKS, error_of(logits, y))
         (expected,) = torch.autograd.grad(value.sum(), [h])
         torch.testing.assert_close(credit, expected, rtol=1e-9, atol=1e-13)
 
 
-def test_credit_bridge_descends_consistency_and_the_terminal_gradient():
+@pytest.mark.parametrize(("place", "read"), [("input", (0, 1, 2)), ("output", (1, 2))])
+def test_credit_bridge_descends_consistency_and_the_terminal_gradient(place, read):
     model, x, y = make_problem()
     options = {"width": 9, "num_noises": 3, "temperature": 0.2, "noise_scale": 0.5}
+    options["credit_at"] = place
     rule = make_rule("credit-bridge", model, total_steps=1, terminal_weight=0.7, **options)
     with torch.no_grad():
         for parameter in rule.average.parameters():
@@ -235,7 +242,7 @@ def test_credit_bridge_descends_consistency_and_the_terminal_gradient():
     stream = torch.Generator()
     stream.set_state(rule.noise.get_state())
     consistency = 0.0
-    for l in (1, 2):
+    for l in read:
         noise = torch.randn(3, BATCH, DIM, generator=stream).double() * 0.5
         samples = [
             perceptron(rule.average, states[l + 1] + one, (l + 1) / BLOCKS, error)[:, 0]
@@ -243,7 +250,7 @@ def test_credit_bridge_descends_consistency_and_the_terminal_gradient():
         ]
         target = -0.2 * torch.log(sum(torch.exp(-value / 0.2) for value in samples) / 3)
         own = perceptron(rule.value, states[l], l / BLOCKS, error)[:, 0]
-        consistency += float((own - target).square().mean()) / 2
+        consistency += float((own - target).square().mean()) / len(read)
     h = states[-1].clone().requires_grad_()
     (reached,) = torch.autograd.grad(perceptron(rule.value, h, 1.0, error).sum(), [h])
     (wanted,) = torch.autograd.grad(F.cross_entropy(head(model, h), y, reduction="sum"), [h])
@@ -306,6 +313,14 @@ def test_the_average_follows_its_value_network():
 def test_credit_bridge_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         make_rule("credit-bridge", make_problem()[0], total_steps=1, **options)
+
+
+@pytest.mark.parametrize("name", BRIDGES)
+def test_where_a_bridge_is_read_has_to_exist(name):
+    with pytest.raises(ValueError, match="credit_at: expected output for a model without skips"):
+        make_rule(name, make_problem("smallcnn")[0], total_steps=1, credit_at="input")
+    with pytest.raises(ValueError, match="credit_at: expected input or output, got 'above'"):
+        make_rule(name, make_problem()[0], total_steps=1, credit_at="above")
 
 
 # Equilibrium propagation without skips

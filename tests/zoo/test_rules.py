@@ -415,6 +415,23 @@ def test_the_registry_has_the_protocols_rules():
     assert all(rule.name == name for name, rule in RULES.items())
 
 
+def test_underscores_name_the_same_rule():
+    assert make_rule("state_bridge", make_problem()[0], total_steps=1).name == "state-bridge"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.at_all:Rule", "expected package.module:Class, got 'nowhere.at_all:Rule': No"),
+        ("torch:nothing", "expected package.module:Class, got 'torch:nothing'"),
+        ("torch.nn:Linear", "expected torch.nn:Linear to be a subclass of Rule"),
+    ],
+)
+def test_what_is_no_rule_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        make_rule(name, make_problem()[0], total_steps=1)
+
+
 def test_an_unknown_rule_lists_those_that_exist():
     with pytest.raises(
         ValueError, match=r"expected one of bp, credit-bridge, dfa, ep, fa, frozen, .*'hebb'"

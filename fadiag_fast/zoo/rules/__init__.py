@@ -48,18 +48,19 @@ RULES: dict[str, type[Rule]] = {
 def rule_class(name: str) -> type[Rule]:
     """Look a training rule up: a key of ``RULES``, or ``package.module:Class`` of one's own.
 
+    ``state_bridge`` is ``state-bridge``, as in the names of the CNN audit's files.
     The module is imported, so a name with a colon must come from a trusted place. Raises
     ValueError that lists the names that exist, or says what was found in place of a rule.
     """
     module_name, colon, class_name = name.partition(":")
     if not colon:
-        try:
-            return RULES[name]
-        except KeyError:
-            known = ", ".join(sorted(RULES))
+        known = RULES.get(name, RULES.get(name.replace("_", "-")))
+        if known is None:
+            names = ", ".join(sorted(RULES))
             raise ValueError(
-                f"make_rule: expected one of {known}, or package.module:Class, got {name!r}"
-            ) from None
+                f"make_rule: expected one of {names}, or package.module:Class, got {name!r}"
+            )
+        return known
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:

@@ -11,6 +11,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..anatomy import Anatomy
+
+
+def credit_offset(owner: str, anatomy: Anatomy, credit_at: str | None) -> int:
+    """Return 0 where block l's credit is read at its input h_l, 1 for its output h_{l+1}.
+
+    Args:
+        owner: the rule's name, for messages.
+        anatomy: of the model.
+        credit_at: "input", "output", or None for the input where there are skips, else the output.
+
+    Raises ValueError for another text, and for "input" without skips: credit has the shape of the
+    block's output.
+    """
+    if credit_at is None:
+        credit_at = "input" if anatomy.skip else "output"
+    if credit_at not in ("input", "output"):
+        raise ValueError(f"{owner}: credit_at: expected input or output, got {credit_at!r}")
+    if credit_at == "input" and not anatomy.skip:
+        raise ValueError(
+            f"{owner}: credit_at: expected output for a model without skips, whose states change "
+            f"their shape, got input"
+        )
+    return 1 if credit_at == "output" else 0
+
 
 class BridgeNetwork(nn.Module):
     """Compute a function of (h_l, t_l, e): a GELU perceptron with one input layer per state shape.

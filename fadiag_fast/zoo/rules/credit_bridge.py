@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import ForwardStates
-from .bridge import BridgeNetwork
+from .bridge import BridgeNetwork, credit_offset
 from .dfa import DirectFeedbackAlignment
 
 
 class CreditBridge(DirectFeedbackAlignment):
     """Train the blocks with the gradient of a scalar network V(h_l, t_l, e), a value of the state.
 
-    Formulas, per sample, with t_l = l/L and e = softmax − onehot: a_l = ∂V(h, t_{l+1}, e)/∂h at
-    h = h_{l+1}. V learns from the forward pass beside the blocks, all states detached; it descends
-    the batch mean of
+    Formulas, per sample, with t_l = l/L and e = softmax − onehot: a_l = ∂V(h, t_l, e)/∂h at
+    h = h_l, or at h_{l+1} and t_{l+1} where the credit is read at the block's output. V learns from
+    the forward pass beside the blocks, all states detached; it descends the batch mean of
 
     - consistency: the mean over l < L of (V(h_l) − T_l)², where T_l is the soft-min over noise of
       V̄, a copy of V whose weights follow by an exponential moving average:
@@ -33,12 +33,14 @@ class CreditBridge(DirectFeedbackAlignment):
 
     Choices where the protocol is open: V and V̄ are GELU perceptrons on the raw states (see
     :class:`~fadiag_fast.zoo.rules.bridge.BridgeNetwork`), shared by all layers; consistency runs
-    over the states that get credit, h_1 … h_{L−1}, and h_0 where the embedding learns; no level of
+    over the states below h_L at which V is read; no level of
     V is fixed, because its gradient alone is used; V learns by the model's optimiser at the
     model's learning rate. State means the class token in a transformer and the flattened map in a
     convolutional network.
 
     Args:
+        credit_at: "input" or "output" of block l; None takes the input, as the protocol's formula
+            does, or the output in a network without skips, whose states change their shape.
         width: of V's hidden layers.
         num_layers: of V, from input to output.
         temperature: λ of the soft-min.
@@ -62,6 +64,7 @@ class CreditBridge(DirectFeedbackAlignment):
         self,
         model: nn.Module,
         *,
+        credit_at: str | None = None,
         width: int = 256,
         num_layers: int = 3,
         temperature: float = 0.1,
@@ -82,6 +85,7 @@ class CreditBridge(DirectFeedbackAlignment):
         ):
             if not fits:
                 raise ValueError(f"CreditBridge: expected {what}, got {value}")
+        self.credit_at = credit_at
         self.width, self.num_layers = width, num_layers
         self.temperature = temperature
         self.num_noises = num_noises
@@ -93,6 +97,7 @@ class CreditBridge(DirectFeedbackAlignment):
 
     def setup(self, generator: torch.Generator) -> None:
         super().setup(generator)
+        self.offset = credit_offset("CreditBridge", self.anatomy, self.credit_at)
         value = BridgeNetwork(
             self.anatomy.feature_shapes,
             self.anatomy.num_classes,
@@ -129,7 +134,9 @@ class CreditBridge(DirectFeedbackAlignment):
     def block_credit(self, states: ForwardStates) -> list[Tensor]:
         if self.carried_by_dfa:
             return super().block_credit(states)
-        return [self._value_gradient(index, states) for index in range(1, len(states.hiddens))]
+        return [
+            self._value_gradient(index + self.offset, states) for index in range(len(self.blocks))
+        ]
 
     def embed_credit(self, states: ForwardStates) -> Tensor:
         if self.carried_by_dfa:
@@ -160,7 +167,7 @@ class CreditBridge(DirectFeedbackAlignment):
         )
         mismatch = gradient - self._terminal_gradient(states)
         terminal = mismatch.square().sum(dim=1).mean()
-        lowest = 0 if self.train_embed else 1
+        lowest = 0 if self.train_embed else self.offset
         consistency = [
             F.mse_loss(
                 self.value(features[index], index, states.error).squeeze(1),

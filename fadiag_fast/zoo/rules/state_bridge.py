@@ -9,25 +9,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import ForwardStates, Rule
-from .bridge import BridgeNetwork
+from .bridge import BridgeNetwork, credit_offset
 
 
 class StateBridge(Rule):
-    """Train the blocks with the gradient through a network that predicts h_L from their output.
+    """Train the blocks with the gradient through a network that predicts h_L from a state.
 
-    Formulas, per sample: a_l = ∂/∂h CE(head(norm(G(h, t_{l+1}, e))), y) at h = h_{l+1}, with
-    t_l = l/L and e = softmax − onehot, held fixed. G learns from the forward pass beside the
-    blocks: it descends the mean over l = 1 … L and over the batch of ‖G(h_l, t_l, e) − h_L‖² / D,
-    D the number of features, all states detached. Block l descends mean_b ⟨f_l(h_l), a_l⟩, norm
-    and head descend mean_b CE_b at the true h_L.
+    Formulas, per sample: a_l = ∂/∂h CE(head(norm(G(h, t_l, e))), y) at h = h_l, with t_l = l/L and
+    e = softmax − onehot, held fixed. G learns from the forward pass beside the blocks, all states
+    detached: it descends ‖G(h_l, t_l, e) − h_L‖² / D, D the number of features, in the mean over
+    the batch and the states at which G is read. Block l descends mean_b ⟨f_l(h_l), a_l⟩, norm and
+    head descend mean_b CE_b at the true h_L.
+
+    **Where G is read decides the verdict.** The protocol's formula reads it at h_l, the INPUT of
+    block l, though what the block adds is felt at h_{l+1}. Where h_0 does not learn, G has to reach
+    a growing h_L from an h_0 that stays as it is; the credit of block 0 grows stale and the stream
+    inflates, as the protocol reports of ResidualMLPs. Read at the block's OUTPUT, which
+    ``credit_at`` can ask for, the stream stays bounded, and so it does where there is no skip and
+    the shapes leave no other place, as the protocol reports of SmallCNN.
 
     Choices where the protocol is open: G is a GELU perceptron on the raw states (see
-    :class:`~fadiag_fast.zoo.rules.bridge.BridgeNetwork`), shared by all layers, learns by the
-    model's optimiser at the model's learning rate, and predicts h_L from h_L too, so that the last
-    block gets its credit as the others do. In a transformer "state" means the class token, in a
-    convolutional network the flattened map.
+    :class:`~fadiag_fast.zoo.rules.bridge.BridgeNetwork`), shared by all layers, and learns by the
+    model's optimiser at the model's learning rate. In a transformer "state" means the class token,
+    in a convolutional network the flattened map.
 
     Args:
+        credit_at: "input" or "output" of block l; None takes the input where there are skips.
         width: of G's hidden layers.
         num_layers: of G, from input to output.
         train_embed: also let the embedding descend ⟨embed(x), a⟩ with the credit at h_0. Off by
@@ -41,12 +48,20 @@ class StateBridge(Rule):
     trains_embed: ClassVar[bool] = False
 
     def __init__(
-        self, model: nn.Module, *, width: int = 256, num_layers: int = 3, **common: Any
+        self,
+        model: nn.Module,
+        *,
+        credit_at: str | None = None,
+        width: int = 256,
+        num_layers: int = 3,
+        **common: Any,
     ) -> None:
+        self.credit_at = credit_at
         self.width, self.num_layers = width, num_layers
         super().__init__(model, **common)
 
     def setup(self, generator: torch.Generator) -> None:
+        self.offset = credit_offset("StateBridge", self.anatomy, self.credit_at)
         self.networks["predictor"] = BridgeNetwork(
             self.anatomy.feature_shapes,
             self.anatomy.num_classes,
@@ -60,18 +75,13 @@ class StateBridge(Rule):
     def predictor(self) -> BridgeNetwork:
         return cast(BridgeNetwork, self.networks["predictor"])
 
-    @property
-    def first_predicted(self) -> int:
-        """Index of the lowest state that gets credit: h_0 where the embedding learns."""
-        return 0 if self.train_embed else 1
-
     def block_credit(self, states: ForwardStates) -> list[Tensor]:
-        return [self._credit_at(index, states) for index in range(1, len(states.hiddens))]
+        return [self._gradient_at(index + self.offset, states) for index in range(len(self.blocks))]
 
     def embed_credit(self, states: ForwardStates) -> Tensor:
-        return self._credit_at(0, states)
+        return self._gradient_at(0, states)
 
-    def _credit_at(self, index: int, states: ForwardStates) -> Tensor:
+    def _gradient_at(self, index: int, states: ForwardStates) -> Tensor:
         with torch.enable_grad():
             h = self.anatomy.features(states.hiddens[index]).detach().requires_grad_()
             predicted = self.predictor(h, index, states.error)
@@ -86,6 +96,6 @@ class StateBridge(Rule):
         losses = [
             F.mse_loss(self.predictor(self.anatomy.features(h), index, states.error), last)
             for index, h in enumerate(states.hiddens)
-            if index >= self.first_predicted
+            if 0 <= index - self.offset < len(self.blocks) or (index == 0 and self.train_embed)
         ]
         return torch.stack(losses).mean()
