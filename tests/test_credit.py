@@ -321,6 +321,34 @@ def test_gradients_by_hooks_are_the_gradient_on_any_network(kind):
         assert layer.nudge < 0
 
 
+def test_states_may_count_samples_in_another_dimension():
+    """Credit has the samples first, as the captured gradients have; the network has not."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double().eval()
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = encoder, nn.Linear(8, 4).double()
+
+        def forward(self, x):
+            return self.head(self.encoder(x)[0])
+
+    model, x, y = First(), torch.randn(3, 8, 8, dtype=torch.float64), torch.arange(8) % 4
+    states = [x.clone().requires_grad_()]
+    for block in encoder.layers:
+        states.append(block(states[-1]))
+    loss = F.cross_entropy(model.head(states[-1][0]), y, reduction="sum")
+    grads = [g.transpose(0, 1) for g in torch.autograd.grad(loss, states[1:])]
+    report = measure_credit(
+        model, lambda x, y: grads, (x, y), taps="encoder.layers.*", batch_dim=1, num_directions=8
+    )
+    for layer in report.layers:
+        assert layer.gamma == pytest.approx(1, abs=1e-9)
+        assert layer.perturbation > 0.99
+
+
 def test_a_loss_of_ones_own():
     model, x, y = make_problem()
 
