@@ -22,11 +22,11 @@ class StateBridge(Rule):
     head descend mean_b CE_b at the true h_L.
 
     **Where G is read decides the verdict.** The protocol's formula reads it at h_l, the INPUT of
-    block l, though what the block adds is felt at h_{l+1}. Where h_0 does not learn, G has to reach
-    a growing h_L from an h_0 that stays as it is; the credit of block 0 grows stale and the stream
-    inflates, as the protocol reports of ResidualMLPs. Read at the block's OUTPUT, which
-    ``credit_at`` can ask for, the stream stays bounded, and so it does where there is no skip and
-    the shapes leave no other place, as the protocol reports of SmallCNN.
+    block l, though what the block adds is felt at h_{l+1}. Block 0, whose input does not grow with
+    what G has to predict, then inflates the stream of a ResidualMLP, as the protocol reports. Read
+    at the block's OUTPUT, which ``credit_at`` can ask for, the stream stays bounded, and so it does
+    in SmallCNN, where without skips the shapes leave no other place and the protocol reports a
+    healthy growth too. The width of G and its number of layers do not change the verdict.
 
     Choices where the protocol is open: G is a GELU perceptron on the raw states (see
     :class:`~fadiag_fast.zoo.rules.bridge.BridgeNetwork`), shared by all layers, and learns by the
