@@ -479,6 +479,51 @@ class Probe:
         self._captured_once = True
         return captured
 
+    def logits_with(self, x: Any, l: int | None, offset: Tensor | None) -> Tensor:
+        """Return the logits, a row for each sample, of a forward pass with one state moved.
+
+        Args:
+            x: input batch, as for :meth:`capture`.
+            l: index of the tap whose state is moved; every later use of it sees the moved state,
+                a skip around the next block included. None moves nothing.
+            offset: what is added to the state, ``[B, ...]`` with the samples first.
+
+        Raises:
+            TapError: the state is not what a torch call returned, and cannot be replaced.
+        """
+        x = as_plain(x)
+        plan = self.prepare(x)
+        index = None if l is None else plan.of_tap[l]
+        if l is not None and index is None:
+            raise TapError(
+                f"{type(self.model).__name__}: {self.taps.points[l].where}: expected a state that "
+                f"a torch call returned, got one that cannot be replaced in the forward pass"
+            )
+        moved = False
+
+        def move(spot: int, tensor: Tensor) -> Tensor:
+            nonlocal moved
+            if spot != index or offset is None:
+                return tensor
+            moved = True
+            by = offset if self.batch_dim == 0 else offset.movedim(0, self.batch_dim)
+            return tensor + by
+
+        with torch.inference_mode(False), torch.no_grad(), eager():
+            leaves = list(tree_leaves(x))
+            if plan.writes_input:
+                leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            for spot, place in enumerate(plan.spots):
+                if place.source is not None and place.source.kind == "input":
+                    leaves[place.source.number] = move(spot, leaves[place.source.number])
+            with _Calls(plan, move):
+                output = self._forward(with_leaves(x, leaves), None)
+        if l is not None and not moved:
+            raise self._changed(self.taps.points[l])
+        logits = self.logits_of(output)
+        samples = logits.shape[0] if offset is None else offset.shape[0]
+        return sample_rows(logits, samples, self.batch_dim, type(self.model).__name__)
+
     @contextmanager
     def _gradients_required(self) -> Iterator[None]:
         """Refuse operators without a gradient, of which torch only warns and passes nothing on."""

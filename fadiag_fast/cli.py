@@ -21,6 +21,7 @@ from torch import nn
 from . import __version__, ops
 from .capture import choose_output, untouched
 from .checkpoints import CheckpointError, load_checkpoint, load_into, save_checkpoint
+from .credit import CreditReport
 from .diagnosis import diagnose as run_diagnosis
 from .libraries import LIBRARIES, build_from
 from .packaged import load_packaged, packaging_of
@@ -38,12 +39,15 @@ from .statistics import REDUCTIONS, Reduction, SampleReduction
 from .taps import SELECTOR_HELP, TapError
 from .training.cli import register as register_watch
 from .zoo import (
+    RULES,
     ImageDataset,
     TrainedNetwork,
     accuracy,
     build_model,
     load_dataset,
     model_spec,
+    restore_rule,
+    rule_credit,
     train,
 )
 from .zoo.audit_cnn import METHODS, SEEDS, audit_cnn
@@ -160,7 +164,9 @@ def _progress(quiet: bool) -> Iterator[Callable[[str], Callable[[int, int, str],
 def train_command(
     out: Annotated[Path, typer.Option(help="Checkpoint to write.")],
     model: ModelOption = "resmlp",
-    rule: Annotated[str, typer.Option(help="bp, frozen, dfa or ep.")] = "bp",
+    rule: Annotated[
+        str, typer.Option(help=f"{', '.join(RULES)}, or package.module:Class of your own.")
+    ] = "bp",
     data: DataOption = "fashion-mnist-mini",
     data_option: DataOptionsOption = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1200,
@@ -170,6 +176,9 @@ def train_command(
     rule_option: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE for the rule; repeatable.")
     ] = None,
+    penalty: Annotated[
+        float, typer.Option(help="λ of the residual penalty λ‖f_l(h_l)‖² in each local loss.")
+    ] = 0.0,
     device: DeviceOption = "auto",
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
@@ -184,6 +193,7 @@ def train_command(
                 steps=steps,
                 batch_size=batch_size,
                 seed=seed,
+                penalty=penalty,
                 model_options=_options(model_option),
                 rule_options=_options(rule_option),
                 device=_device(device),
@@ -277,6 +287,16 @@ def diagnose_command(
             "--flatten/--no-flatten", help="Give images as vectors; default: the model's."
         ),
     ] = None,
+    credit: Annotated[
+        bool,
+        typer.Option(
+            "--credit", help="Also compare the rule's saved credit with the gradient: Γ and ρ."
+        ),
+    ] = False,
+    rule: Annotated[
+        str | None,
+        typer.Option(help="Rule of --credit, package.module:Class too; default: the checkpoint's."),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the reports here.")
     ] = None,
@@ -323,7 +343,7 @@ def diagnose_command(
         subjects: list[Path | int] = [*(checkpoints or []), *(init or [])]
         for path in subjects:
             try:
-                report = _diagnose_one(
+                report, found = _diagnose_one(
                     path,
                     model_name=model,
                     dataset=dataset,
@@ -335,6 +355,8 @@ def diagnose_command(
                     device=target,
                     unsafe_pickle=unsafe_pickle,
                     observe=observe,
+                    credit=credit,
+                    rule=rule,
                 )
             except (CheckpointError, TapError, ValueError, TypeError, RuntimeError) as error:
                 failed += 1
@@ -343,7 +365,11 @@ def diagnose_command(
                 continue
             print(report, end="\n\n")
             rows.append(SummaryRow(report))
-            records.append({"checkpoint": _name_of(path), **json.loads(report.to_json())})
+            record = {"checkpoint": _name_of(path), **json.loads(report.to_json())}
+            if found is not None:
+                print(found, end="\n\n")
+                record["credit"] = found.to_dict()
+            records.append(record)
         if len(rows) > 1:
             print(summary_table(rows))
         if json_file is not None:
@@ -384,13 +410,16 @@ def _diagnose_one(
     device: torch.device,
     unsafe_pickle: bool,
     observe: dict[str, Any],
-) -> DiagnosticReport:
-    """Audit a file, or the weights that a seed draws."""
+    credit: bool,
+    rule: str | None,
+) -> tuple[DiagnosticReport, CreditReport | None]:
+    """Audit a file, or the weights that a seed draws, and its credit where asked for."""
     num_batches, batch_size = shape
     images, labels = dataset.test_images, dataset.test_labels
     # Samples per pass for the accuracy, on which it does not depend.
     scored = max(batch_size, 128)
     what = model_name
+    beside: dict[str, Any] | None = None
     if isinstance(subject, int):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(subject)
@@ -398,6 +427,7 @@ def _diagnose_one(
         model = model.to(device)
     elif packaging_of(subject) is None:
         checkpoint = load_checkpoint(subject, unsafe_pickle=unsafe_pickle)
+        beside = checkpoint.extra
         saved = checkpoint.extra.get("config")
         model, flat = _build(model_name, dataset, saved if isinstance(saved, dict) else {}, options)
         for note in load_into(model, checkpoint):
@@ -415,7 +445,7 @@ def _diagnose_one(
     flat = flat if flatten is None else flatten
     output = observe["output"]
     scorer = model if output is None else _Chosen(model, output)
-    return run_diagnosis(
+    report = run_diagnosis(
         model,
         dataset.eval_batches(batch_size, num_batches, flatten=flat, device=device),
         accuracy(scorer, images, labels, batch_size=scored, flatten=flat),
@@ -426,6 +456,23 @@ def _diagnose_one(
         test_size=len(labels),
         **observe,
     )
+    if not credit:
+        return report, None
+    if beside is None:
+        return report, CreditReport(reason="there is no checkpoint of a rule")
+    (batch,) = dataset.eval_batches(batch_size, 1, flatten=flat, device=device)
+    return report, _credit_of(model, beside, batch, rule)
+
+
+def _credit_of(
+    model: nn.Module, beside: dict[str, Any], batch: Any, rule_name: str | None
+) -> CreditReport:
+    """Measure the credit of the rule in a checkpoint, or say why it cannot be."""
+    try:
+        restored = restore_rule(model, beside, rule_name=rule_name)
+    except (ValueError, TypeError) as error:
+        return CreditReport(reason=str(error))
+    return rule_credit(restored, batch)
 
 
 def _takes_vectors(model: nn.Module, images: torch.Tensor) -> bool:

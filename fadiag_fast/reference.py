@@ -91,6 +91,72 @@ def layer_statistics(
     )
 
 
+class CreditStatistics(NamedTuple):
+    """What one batch says of the credit vectors of L layers beside the gradients there.
+
+    All ``[L, B]`` float64, one figure per layer and sample.
+
+    Attributes:
+        dot: ⟨a, g⟩; infinite only where the true product leaves float64.
+        credit_norm: ‖a‖.
+        grad_norm: ‖g‖.
+        cosine: ⟨a, g⟩ / (max(‖a‖, 1e-30)·max(‖g‖, 1e-30)); 0 where either vector is zero, NaN
+            where either is not finite. There is no other clamp.
+    """
+
+    dot: Tensor
+    credit_norm: Tensor
+    grad_norm: Tensor
+    cosine: Tensor
+
+
+# Below this norm a vector counts as gone: the protocol's floor, in place of an epsilon of the
+# product's size, which would make two equal vectors of norm 1e-9 look unrelated.
+NORM_FLOOR = 1e-30
+
+
+def sample_products(credit: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ⟨a, g⟩, ‖a‖, ‖g‖ and their cosine for each sample, ``[B]`` float64 each.
+
+    Args:
+        credit: ``[B, ...]``, any floating type.
+        grad: of the same shape, any floating type.
+
+    Both are scaled by powers of two, which rounds nothing, so that no product leaves the range.
+    """
+
+    def scaled(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        wide = states.reshape(states.shape[0], math.prod(states.shape[1:])).double()
+        if wide.shape[1] == 0:
+            return wide, wide.new_ones(len(wide)), wide.new_zeros(len(wide))
+        largest = wide.abs().amax(dim=1)
+        usable = torch.isfinite(largest) & (largest > 0)
+        _, exponent = torch.frexp(torch.where(usable, largest, 1.0))
+        scale = torch.ldexp(torch.ones_like(largest), exponent - 1)
+        wide = wide / scale[:, None]
+        return wide, scale, torch.linalg.vector_norm(wide, dim=1)
+
+    def floored(scale: Tensor, norm: Tensor) -> Tensor:
+        """Return what turns the scaled vector into one divided by its floored norm."""
+        return torch.where(norm * scale < NORM_FLOOR, scale / NORM_FLOOR, 1 / norm)
+
+    a, a_scale, a_norm = scaled(credit)
+    g, g_scale, g_norm = scaled(grad)
+    product = (a * g).sum(dim=1)
+    cosine = product * floored(a_scale, a_norm) * floored(g_scale, g_norm)
+    finite = torch.isfinite(a_norm) & torch.isfinite(g_norm)
+    cosine = torch.where(finite, cosine.clamp(-1.0, 1.0), torch.nan)
+    # The larger scale last: the other order could underflow on the way to a product in range.
+    low, high = torch.minimum(a_scale, g_scale), torch.maximum(a_scale, g_scale)
+    return product * low * high, a_norm * a_scale, g_norm * g_scale, cosine
+
+
+def credit_statistics(credits: Sequence[Tensor], grads: Sequence[Tensor]) -> CreditStatistics:
+    """Compute :class:`CreditStatistics` of L ≥ 1 pairs ``[B, ...]`` of equal shapes."""
+    columns = zip(*map(sample_products, credits, grads), strict=True)
+    return CreditStatistics(*(torch.stack(column) for column in columns))
+
+
 def cosine_matrix(directions: Tensor) -> Tensor:
     """Return the cosines between the rows of a matrix.
 

@@ -1,5 +1,6 @@
 """Small networks, credit rules and data that show what the probe sees."""
 
+from .credit import restore_rule, rule_credit
 from .data import ImageDataset, load_dataset, teacher_dataset
 from .models import (
     MODELS,
@@ -30,6 +31,8 @@ __all__ = [
     "load_dataset",
     "make_rule",
     "model_spec",
+    "restore_rule",
+    "rule_credit",
     "teacher_dataset",
     "train",
 ]

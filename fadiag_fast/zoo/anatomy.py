@@ -10,9 +10,12 @@ computes its branch f_l from h_l. With a skip h_{l+1} = h_l + f_l(h_l); without,
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, cast
 
 from torch import Tensor, nn
+
+from ..statistics import Reduction
 
 
 class Anatomy:
@@ -28,6 +31,7 @@ class Anatomy:
     Attributes:
         model: the network.
         skip: whether the caller adds h_l to the branch.
+        credit_reduction: which part of a state credit is compared at: what :meth:`features` takes.
 
     Raises TypeError for a model without the attributes named above. Source: 'Beyond Accuracy and
     Alignment' protocol, arXiv 2606.21126.
@@ -35,6 +39,7 @@ class Anatomy:
 
     skip: ClassVar[bool] = True
     required: ClassVar[tuple[str, ...]] = ("embed", "blocks", "out_head")
+    credit_reduction: ClassVar[Reduction] = "flatten"
 
     def __init__(self, model: nn.Module) -> None:
         missing = [part for part in self.required if not hasattr(model, part)]
@@ -69,10 +74,15 @@ class Anatomy:
         return self.model.get_parameter("out_head.weight").shape[0]
 
     @property
+    def feature_shapes(self) -> list[tuple[int, ...]]:
+        """List the shapes, for one sample, of what :meth:`features` flattens in h_0 … h_L."""
+        width = self.model.get_parameter("out_head.weight").shape[1]
+        return [(width,)] * (len(self.blocks) + 1)
+
+    @property
     def feature_counts(self) -> list[int]:
         """List how many features :meth:`features` finds in h_0 … h_L."""
-        width = self.model.get_parameter("out_head.weight").shape[1]
-        return [width] * (len(self.blocks) + 1)
+        return [math.prod(shape) for shape in self.feature_shapes]
 
     # The way of a state.
 

@@ -62,6 +62,7 @@ def train(
     seed: int = 42,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.01,
+    penalty: float = 0.0,
     model_options: Mapping[str, Any] | None = None,
     rule_options: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
@@ -71,7 +72,7 @@ def train(
 
     Args:
         model_name: a key of ``MODELS``: "resmlp", "smallcnn", "student" or "vit-mini".
-        rule_name: a key of ``RULES``: "bp", "dfa", "ep" or "frozen".
+        rule_name: a key of ``RULES``, or ``package.module:Class``; see :func:`make_rule`.
         dataset: see :func:`load_dataset`.
         steps: number of updates; the cosine schedule spans all of them.
         batch_size: samples in a batch. Every epoch is shuffled anew and its incomplete last batch
@@ -80,6 +81,7 @@ def train(
             independent streams; non-negative.
         learning_rate: of AdamW, before the cosine schedule.
         weight_decay: of AdamW.
+        penalty: λ of the residual penalty in every block's local loss.
         model_options: options of the model (see :func:`build_model`).
         rule_options: options of the rule (see :func:`make_rule`).
         device: where to train. Initial weights, order of samples and feedback matrices do not
@@ -124,6 +126,7 @@ def train(
         weight_decay=weight_decay,
         total_steps=steps,
         seed=rule_seed,
+        penalty=penalty,
         **dict(rule_options or {}),
     )
     images = dataset.train_images.flatten(1) if flatten else dataset.train_images
@@ -154,6 +157,7 @@ def train(
         "seed": seed,
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
+        "penalty": penalty,
     }
     # One transfer for the whole run rather than one wait per step.
     history = list(enumerate(torch.stack(losses).tolist(), start=1))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fadiag_fast.zoo import ImageDataset, build_model, make_rule, train
+from fadiag_fast.zoo import RULES, ImageDataset, build_model, make_rule, train
 from fadiag_fast.zoo.anatomy import Anatomy, anatomy_of
 
 # Small enough to be quick; the CNN's states have three shapes, the ViT's have tokens.
@@ -278,11 +278,6 @@ def test_ep_on_tokens_is_plain_gradient_descent_on_the_energy():
     torch.testing.assert_close(rule.update(x, y)["local_loss"], energy / beta)
 
 
-def test_ep_refuses_a_network_without_skips():
-    with pytest.raises(TypeError, match="expected a model whose blocks have skips, got SmallCNN"):
-        make_rule("ep", make_problem("smallcnn")[0], total_steps=1)
-
-
 # Whole runs
 
 
@@ -306,8 +301,7 @@ WIDE = {
     "student": {"d_hidden": 16, "num_blocks": 2},
     "vit-mini": {"d_hidden": 16, "num_blocks": 2, "num_heads": 2, "mlp_ratio": 2},
 }
-RUNS = [(name, rule) for name in WIDE for rule in ("bp", "dfa", "ep", "frozen")]
-RUNS.remove(("smallcnn", "ep"))
+RUNS = [(name, rule) for name in WIDE for rule in RULES]
 
 
 @pytest.mark.parametrize(("name", "rule"), RUNS)
@@ -324,7 +318,8 @@ def test_every_network_learns_an_easy_set_and_its_run_repeats(name, rule, tiny):
         )
 
     first, again = run(), run()
-    assert first.accuracy > 0.8
+    # A bridge still learns what it predicts in its first fifty steps; chance is .25.
+    assert first.accuracy > (0.6 if rule.endswith("bridge") else 0.8)
     assert first.history == again.history
     weights = again.model.state_dict()
     for key, value in first.model.state_dict().items():

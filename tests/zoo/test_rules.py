@@ -409,13 +409,33 @@ def test_ep_refuses_a_nudge_that_cannot_be_divided_out(options, message):
 # Names, errors and new rules
 
 
-def test_the_registry_has_the_four_rules():
-    assert set(RULES) == {"bp", "dfa", "ep", "frozen"}
+def test_the_registry_has_the_protocols_rules():
+    expected = {"bp", "credit-bridge", "dfa", "ep", "fa", "frozen", "state-bridge"}
+    assert set(RULES) == expected
     assert all(rule.name == name for name, rule in RULES.items())
 
 
+def test_underscores_name_the_same_rule():
+    assert make_rule("state_bridge", make_problem()[0], total_steps=1).name == "state-bridge"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.at_all:Rule", "expected package.module:Class, got 'nowhere.at_all:Rule': No"),
+        ("torch:nothing", "expected package.module:Class, got 'torch:nothing'"),
+        ("torch.nn:Linear", "expected torch.nn:Linear to be a subclass of Rule"),
+    ],
+)
+def test_what_is_no_rule_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        make_rule(name, make_problem()[0], total_steps=1)
+
+
 def test_an_unknown_rule_lists_those_that_exist():
-    with pytest.raises(ValueError, match="expected one of bp, dfa, ep, frozen, got 'hebb'"):
+    with pytest.raises(
+        ValueError, match=r"expected one of bp, credit-bridge, dfa, ep, fa, frozen, .*'hebb'"
+    ):
         make_rule("hebb", make_problem()[0], total_steps=1)
 
 

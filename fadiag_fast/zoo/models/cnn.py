@@ -22,9 +22,9 @@ class StackAnatomy(Anatomy):
         return None
 
     @property
-    def feature_counts(self) -> list[int]:
+    def feature_shapes(self) -> list[tuple[int, ...]]:
         model = cast(SmallCNN, self.model)
-        return [math.prod(shape) for shape in (model.input_shape, *model.state_shapes)]
+        return [model.input_shape, *model.state_shapes]
 
     def branch(self, index: int, h: Tensor) -> Tensor:
         return cast(SmallCNN, self.model).step(index, h)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from ...statistics import Reduction
 from ..anatomy import Anatomy
 from .sizes import check_image_shape, check_sizes
 
@@ -22,6 +23,8 @@ class ClassTokenAnatomy(Anatomy):
     Credit goes to that token alone: it is the only one for which an error at the output says what
     the network should have done. The others learn as far as it attends to them.
     """
+
+    credit_reduction: ClassVar[Reduction] = "cls"
 
     def features(self, h: Tensor) -> Tensor:
         return h[:, 0]

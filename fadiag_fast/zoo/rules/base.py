@@ -12,40 +12,37 @@ training mode mixes the samples of a batch, so "own" holds for it in eval mode o
 
 **Reduction.** Every loss here is the mean over the samples of a batch. The local rules minimise
 
-    CE(head(norm(h_L)))  +  Σ_l mean_b ⟨f_l(h_l), a_l⟩
+    mean_b CE_b(head(norm(h_L)))  +  Σ_l mean_b ⟨f_l(h_l), a_l⟩
 
 with every h_l and a_l detached, so that no gradient crosses from one block to another: block l
 learns from its own term, ``out_ln`` and ``out_head`` from the first.
 
-A new rule is a subclass that says what its credit is; a vector per sample becomes a state by
-``as_state``, whatever shape the states have::
+With a ``penalty`` λ > 0 every block's term also has λ·mean_b ‖f_l(h_l)‖². Where the network has no
+skips f_l(h_l) is h_{l+1} itself, and the penalty one on activity.
 
-    class SignSymmetricTop(Rule):
-        "Send the head's own feedback, signs only, to every block."
-
-        name = "sign-top"
-
-        def block_credit(self, states):
-            feedback = torch.sign(self.model.out_head.weight)  # [C, d]
-            credit = states.error @ feedback
-            return [self.anatomy.as_state(credit, h) for h in states.hiddens[1:]]
-
-    RULES["sign-top"] = SignSymmetricTop
+A new rule is a subclass that says what its credit is, in ``block_credit``, and draws what it needs
+beside the model in ``setup``: ``docs/rules.md`` has one. A vector per sample becomes a state by
+``self.anatomy.as_state``, whatever shape the states have.
 
 Source: 'Beyond Accuracy and Alignment' protocol, arXiv 2606.21126.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..anatomy import anatomy_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -83,10 +80,16 @@ class Rule(ABC):
         total_steps: number of updates the cosine spans, at least 1.
         seed: of whatever the rule draws (feedback matrices). Torch's random state is not used.
         train_embed: whether the embedding learns; None takes the rule's own ``trains_embed``.
+        penalty: λ of the residual penalty λ·mean_b ‖f_l(h_l)‖² in every block's local loss.
+
+    Attributes:
+        tensors: what ``setup`` drew and does not train, by name: feedback matrices.
+        networks: what ``setup`` made and the rule trains beside the model, by name.
 
     Raises TypeError for a model without the attributes named above and ValueError for
-    ``total_steps`` below 1 or a ``train_embed`` for a model without an embedding. Source:
-    'Beyond Accuracy and Alignment' protocol, arXiv 2606.21126.
+    ``total_steps`` below 1, a ``train_embed`` for a model without an embedding, or a ``penalty``
+    that is negative or not finite. Source: 'Beyond Accuracy and Alignment' protocol, arXiv
+    2606.21126 (λ from 1e-4 to 1e-1).
     """
 
     name: ClassVar[str]
@@ -101,6 +104,7 @@ class Rule(ABC):
         total_steps: int,
         seed: int = 0,
         train_embed: bool | None = None,
+        penalty: float = 0.0,
     ) -> None:
         self.anatomy = anatomy_of(model)
         if total_steps < 1:
@@ -112,10 +116,20 @@ class Rule(ABC):
                 f"{type(self).__name__}: train_embed: expected a model with an embedding, "
                 f"got {type(model).__name__}, which has none"
             )
+        if not 0 <= penalty < float("inf"):  # false for NaN too
+            raise ValueError(
+                f"{type(self).__name__}: expected a finite penalty of at least 0, got {penalty}"
+            )
         self.model = model
         self.seed = seed
+        self.total_steps = total_steps
+        self.penalty = penalty
         self.train_embed = self.trains_embed if train_embed is None else train_embed
-        self.parameters = self.trained_parameters()
+        self.tensors: dict[str, Tensor] = {}
+        self.networks = nn.ModuleDict()
+        self._set_up(seed)
+        own = [parameter for parameter in self.networks.parameters() if parameter.requires_grad]
+        self.parameters = [*self.trained_parameters(), *own]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=learning_rate, weight_decay=weight_decay
         )
@@ -147,15 +161,59 @@ class Rule(ABC):
         for a rule that gives its blocks no credit. Whoever calls this detaches them.
         """
 
+    def setup(self, generator: torch.Generator) -> None:  # noqa: B027 - optional
+        """Draw what the rule needs beside the model; nothing by default.
+
+        Feedback matrices go into ``self.tensors``, networks that are trained along into
+        ``self.networks``, in the dtype and on the device of ``self.like``. Both are saved with a
+        checkpoint. Everything random comes from ``generator``, on the CPU, so that the draws are
+        the same on every device, and nothing depends on what was set up before.
+        """
+
+    def embed_credit(self, states: ForwardStates) -> Tensor | None:
+        """Return the credit of h_0 for an embedding that learns locally, detached like a_l.
+
+        None, the default, leaves the embedding without a loss.
+        """
+        return None
+
+    def auxiliary_loss(self, states: ForwardStates) -> Tensor:
+        """Return the loss of ``self.networks``, a scalar; it must not reach the model."""
+        return states.logits.new_zeros(())
+
+    def finish_step(self) -> None:  # noqa: B027 - optional
+        """Do what follows an optimiser step; nothing by default."""
+
+    # What every rule gets.
+
+    @property
+    def like(self) -> Tensor:
+        """Return a tensor of the dtype and device that the rule's own tensors should have."""
+        return self.model.get_parameter("out_head.weight")
+
+    def _set_up(self, seed: int) -> None:
+        self.setup(torch.Generator().manual_seed(seed))
+        self.networks.to(self.like)
+
+    def redrawn(self, seed: int) -> Self:
+        """Return this rule on the same model with everything it draws drawn anew.
+
+        The copy shares the model and is there to compute credit with, not to train.
+        """
+        other = copy.copy(self)
+        other.tensors, other.networks = {}, nn.ModuleDict()
+        other._set_up(seed)
+        return other
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return what the rule needs, beside the model, to compute its credit again.
 
-        Only tensors (feedback matrices); empty for a rule that draws nothing. The optimiser's
-        state is not part of it.
+        Only tensors: feedback matrices and the weights of auxiliary networks; empty for a rule
+        that draws nothing. The optimiser's state is not part of it.
         """
-        return {}
+        return {**self.tensors, **self.networks.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` returned.
 
         Raises ValueError when names or shapes differ from this rule's own.
@@ -172,10 +230,9 @@ class Rule(ABC):
                     f"{list(tensor.shape)}, got {list(state[key].shape)}"
                 )
         # Only when everything fits, so that a refused state leaves the rule as it was.
-        for key, tensor in own.items():
-            tensor.copy_(state[key])
-
-    # What every rule gets.
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(state[key])
 
     def forward_states(self, x: Tensor, y: Tensor) -> ForwardStates:
         """Run the model on ``x`` with labels ``y`` and cut the graph between the blocks."""
@@ -214,9 +271,17 @@ class Rule(ABC):
             y: labels ``[B]``, int64.
 
         Returns scalar tensors, on the model's device and without a graph, so that no step waits
-        for a value: ``loss``, the mean cross-entropy before the step, and ``local_loss``,
-        Σ_l mean_b ⟨f_l(h_l), a_l⟩.
+        for a value: ``loss``, the mean cross-entropy before the step; and for a local rule
+        ``local_loss``, Σ_l mean_b ⟨f_l(h_l), a_l⟩ with penalty, and ``auxiliary_loss`` where the
+        rule trains networks of its own.
         """
+        losses = self.losses(x, y)
+        self.descend(torch.stack(list(losses.values())).sum())
+        self.finish_step()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def losses(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Compute the losses whose sum a step descends, by the names of :meth:`update`."""
         states = self.forward_states(x, y)
         # Detached here, so that a credit made from the head's weights does not train the head.
         credits = _detached(self.block_credit(states))
@@ -225,13 +290,20 @@ class Rule(ABC):
         for branch, credit in zip(states.branches, credits, strict=True):
             if credit is not None:
                 local_loss = local_loss + mean_inner_product(branch, credit)
-        local_loss = local_loss + self.embed_loss(states)
-        self.descend(loss + local_loss)
-        return {"loss": loss.detach(), "local_loss": local_loss.detach()}
+                local_loss = local_loss + self.penalty_of(branch)
+        if self.train_embed and (embed_credit := self.embed_credit(states)) is not None:
+            local_loss = local_loss + mean_inner_product(states.embedded, embed_credit.detach())
+        losses = {"loss": loss, "local_loss": local_loss}
+        return (
+            {**losses, "auxiliary_loss": self.auxiliary_loss(states)} if self.networks else losses
+        )
 
-    def embed_loss(self, states: ForwardStates) -> Tensor:
-        """Return the local loss the embedding descends: zero unless a rule defines one."""
-        return states.logits.new_zeros(())
+    def penalty_of(self, branch: Tensor) -> Tensor:
+        """Compute λ·mean_b ‖f_l(h_l)‖² of one branch, a scalar."""
+        if self.penalty == 0:
+            # Not zero times a square, which is NaN where a branch has left the range.
+            return branch.new_zeros(())
+        return self.penalty * mean_inner_product(branch, branch)
 
     def descend(self, loss: Tensor) -> None:
         """Make one optimiser step down ``loss`` and one step of the schedule.

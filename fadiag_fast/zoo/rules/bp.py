@@ -14,7 +14,8 @@ from .base import ForwardStates, Rule
 class Backpropagation(Rule):
     """Descend the gradient of the mean cross-entropy through the whole network.
 
-    Formula: a_l = ∂CE_b/∂h_{l+1} per sample; the update is plain autograd on mean_b CE_b. See
+    Formula: a_l = ∂CE_b/∂h_{l+1} per sample; the update is plain autograd on mean_b CE_b, plus
+    Σ_l λ·mean_b ‖f_l(h_l)‖² with a penalty, whose gradient also runs through the whole network. See
     :class:`Rule` for the arguments. Source: 'Beyond Accuracy and Alignment' protocol, arXiv
     2606.21126.
     """
@@ -34,7 +35,13 @@ class Backpropagation(Rule):
             loss = F.cross_entropy(logits, states.labels, reduction="sum")
         return list(torch.autograd.grad(loss, outputs))
 
-    def update(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        loss = F.cross_entropy(self.model(x), y)
-        self.descend(loss)
-        return {"loss": loss.detach()}
+    def losses(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        if self.penalty == 0:
+            return {"loss": F.cross_entropy(self.model(x), y)}
+        h = self.anatomy.embed(x)
+        penalty = h.new_zeros(())
+        for index in range(len(self.blocks)):
+            branch = self.anatomy.branch(index, h)
+            penalty = penalty + self.penalty_of(branch)
+            h = self.anatomy.advance(h, branch)
+        return {"loss": F.cross_entropy(self.anatomy.logits(h), y), "local_loss": penalty}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import ForwardStates, Rule, mean_inner_product
+from .base import ForwardStates, Rule
 
 
 class DirectFeedbackAlignment(Rule):
@@ -36,35 +36,26 @@ class DirectFeedbackAlignment(Rule):
     name: ClassVar[str] = "dfa"
     trains_embed: ClassVar[bool] = False
 
-    def __init__(self, model: nn.Module, *, seed: int = 0, **common: Any) -> None:
-        super().__init__(model, seed=seed, **common)
+    def setup(self, generator: torch.Generator) -> None:
         num_classes = self.anatomy.num_classes
         embed_count, *block_counts = self.anatomy.feature_counts
-        head_weight = model.get_parameter("out_head.weight")
-        generator = torch.Generator().manual_seed(seed)
 
         def draw(count: int) -> Tensor:
             matrix = torch.randn(count, num_classes, generator=generator) / math.sqrt(num_classes)
-            return matrix.to(head_weight)
+            return matrix.to(self.like)
 
-        self.feedback = [draw(count) for count in block_counts]
+        for index, count in enumerate(block_counts):
+            self.tensors[f"feedback.{index}"] = draw(count)
         # Drawn last, so that the blocks' matrices do not depend on the option.
-        self.embed_feedback = draw(embed_count) if self.train_embed else None
+        if self.train_embed:
+            self.tensors["embed_feedback"] = draw(embed_count)
 
     def block_credit(self, states: ForwardStates) -> list[Tensor]:
         return [
-            self.anatomy.as_state(states.error @ matrix.T, like=h)
-            for matrix, h in zip(self.feedback, states.hiddens[1:], strict=True)
+            self.anatomy.as_state(states.error @ self.tensors[f"feedback.{index}"].T, like=h)
+            for index, h in enumerate(states.hiddens[1:])
         ]
 
-    def embed_loss(self, states: ForwardStates) -> Tensor:
-        if self.embed_feedback is None:
-            return super().embed_loss(states)
-        embedded = self.anatomy.features(states.embedded)
-        return mean_inner_product(embedded, states.error @ self.embed_feedback.T)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        state = {f"feedback.{index}": matrix for index, matrix in enumerate(self.feedback)}
-        if self.embed_feedback is not None:
-            state["embed_feedback"] = self.embed_feedback
-        return state
+    def embed_credit(self, states: ForwardStates) -> Tensor:
+        credit = states.error @ self.tensors["embed_feedback"].T
+        return self.anatomy.as_state(credit, like=states.hiddens[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,11 +22,19 @@ class FrozenBlocks(Rule):
         train_embed: let the embedding learn, as in the protocol. ``False`` keeps it as it was
             drawn too, which leaves a linear read-out of random features: a weaker baseline.
 
-    The other arguments are those of :class:`Rule`. Source: 'Beyond Accuracy and Alignment'
-    protocol, arXiv 2606.21126 (the baseline of depth utility).
+    The other arguments are those of :class:`Rule`; raises ValueError for a penalty. Source:
+    'Beyond Accuracy and Alignment' protocol, arXiv 2606.21126 (the baseline of depth utility).
     """
 
     name: ClassVar[str] = "frozen"
+
+    def __init__(self, model: nn.Module, **common: Any) -> None:
+        super().__init__(model, **common)
+        if self.penalty != 0:
+            raise ValueError(
+                "FrozenBlocks: expected no penalty, because no block has a local loss, "
+                f"got {self.penalty}"
+            )
 
     def fixed_modules(self) -> list[nn.Module]:
         return [*super().fixed_modules(), *self.blocks]
@@ -34,7 +42,5 @@ class FrozenBlocks(Rule):
     def block_credit(self, states: ForwardStates) -> list[None]:
         return [None] * len(self.blocks)
 
-    def update(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        loss = F.cross_entropy(self.model(x), y)
-        self.descend(loss)
-        return {"loss": loss.detach()}
+    def losses(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"loss": F.cross_entropy(self.model(x), y)}
