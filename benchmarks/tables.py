@@ -317,6 +317,26 @@ def _scan_report(found: Rows) -> str:
     return markdown(["what", "s", "MB", "GB/s", "target"], lines)
 
 
+def _scan_rate(found: Rows) -> str:
+    lines = []
+    for row in found:
+        target, ratio = number(row, "target"), number(row, "ratio")
+        verdict = "" if math.isnan(target) else "met" if ratio >= target else "missed"
+        lines.append(
+            [
+                f"{row['study']}: {row['variant']}",
+                row["checkpoints"],
+                _show(number(row, "ms_each")),
+                _show(ratio, unit="×"),
+                verdict and f"≥ {target:g}× {verdict}",
+                row["stack"],
+                _percent(number(row, "device_busy")),
+            ]
+        )
+    header = ["study", "checkpoints", "ms each", "of the loop's rate", "target", "stack", "GPU busy"]
+    return markdown(header, lines)
+
+
 def _reading(found: Rows) -> str:
     lines = [
         [
@@ -465,6 +485,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "calibration-healthy": ("calibration", _calibration_healthy),
     "calibration-broken": ("calibration", _calibration_broken),
     "scan-report": ("scan-report", _scan_report),
+    "scan-rate": ("scan-rate", _scan_rate),
     "reading": ("reading", _reading),
     "steps": ("steps", _steps),
     "steps-soak": ("steps-soak", _soak),

@@ -503,6 +503,60 @@ def test_ten_kills_at_random_moments_leave_the_same_table(tmp_path):
         assert figures.residual_norms == pytest.approx(expected[path][1].residual_norms, rel=1e-6)
 
 
+@pytest.mark.slow
+def test_a_thousand_checkpoints_of_which_fifty_are_faulty(tmp_path):
+    """950 are audited, 50 explained, each in the words of its fault."""
+    models = study(tmp_path / "runs", range(475))
+    kinds = {}
+    for number in range(8):
+        kinds |= faulty(tmp_path / f"bad{number}")
+    kinds = dict(list(kinds.items())[:50])
+    paths = list(models)
+    for place, path in enumerate(kinds):
+        paths.insert(20 * place, path)
+    batches = batches_of()
+    result = scan(paths, Branching(), batches, tmp_path / "out")
+    assert len(result) == 1000
+    rows = {row["path"]: row for row in result.rows}
+    assert {path: rows[path]["error_kind"] for path in kinds} == kinds
+    audited = [row for row in result.rows if row["status"] == "audited"]
+    assert {row["path"] for row in audited} == set(models)
+    for path in list(models)[::95]:
+        assert rows[path]["verdict"] == diagnose(models[path], batches).verdict
+
+
+PEAK = textwrap.dedent(
+    """
+    import resource, sys, torch
+    sys.path[:0] = {path!r}
+    from networks import Branching
+    from test_driver import batches_of
+    from fadiag_fast.scanning import scan
+    torch.set_num_threads(1)
+    scan({glob!r}, Branching(), batches_of(), {out!r})
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    """
+)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_files(tmp_path):
+    peaks = {}
+    for count in (100, 10_000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        state = Branching().state_dict()
+        for step in range(count):
+            state["embed.bias"] = state["embed.bias"] + 1e-6
+            torch.save(state, folder / f"step_{step}.pt")
+        code = PEAK.format(path=sys.path, glob=f"{folder}/*.pt", out=f"{folder}-out")
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        peaks[count] = int(done.stdout)
+    assert peaks[10_000] < 1.1 * peaks[100], peaks
+
+
 def test_two_scans_into_one_folder(tmp_path):
     from fadiag_fast.scanning import LockedResults
 
