@@ -132,7 +132,7 @@ def _variants(files: dict[str, list[Path]], size: int) -> dict[tuple[str, int], 
         add("readinto", "zip", threads, lambda: _bare_reader(size))
         for kind in ("zip", "safetensors"):
             for hashed in (False, True):
-                name = f"read_into, {kind}{', SHA-256' if hashed else ''}"
+                name = f"read_into, {kind}{', XXH3' if hashed else ''}"
                 add(name, kind, threads, partial(_slab_reader, size, hashed))
     add("torch.load + load_state_dict", "zip", 1, lambda: _loader(False))
     add("torch.load(mmap) + load_state_dict", "zip", 1, lambda: _loader(True))
