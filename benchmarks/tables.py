@@ -333,7 +333,15 @@ def _scan_rate(found: Rows) -> str:
                 _percent(number(row, "device_busy")),
             ]
         )
-    header = ["study", "checkpoints", "ms each", "of the loop's rate", "target", "stack", "GPU busy"]
+    header = [
+        "study",
+        "checkpoints",
+        "ms each",
+        "rate of the loop's",
+        "target",
+        "stack",
+        "GPU busy",
+    ]
     return markdown(header, lines)
 
 
