@@ -252,7 +252,19 @@ def test_broken_sinks():
 
 @row("more recorded steps on their way than `ring`")
 def test_ring(monkeypatch):
-    monkeypatch.setattr(Ring, "_done", lambda self, at: False)  # a device that never hurries
+    class Late:  # of a device that never hurries
+        sent = arrived = 0
+
+        def record(self):
+            self.number, Late.sent = Late.sent, Late.sent + 1
+
+        def query(self):
+            return self.number < Late.arrived
+
+        def synchronize(self):
+            Late.arrived = max(Late.arrived, self.number + 1)
+
+    monkeypatch.setattr(Ring, "_new_event", lambda self: Late())
     model, probe, records = probed(ring=2)
 
     def train():
@@ -264,7 +276,6 @@ def test_ring(monkeypatch):
         train()
     assert len(caught) == 1
     assert len(records) == 5
-    monkeypatch.undo()
     probe.flush()
     assert [record.step for record in records] == list(range(7))
 
