@@ -27,10 +27,11 @@ from ..capture import Output, Probe, check_model, choose_output, untouched
 from ..protocol import middle_layer
 from ..statistics import Reduction, SampleReduction
 from ..taps import Select, TapError, Taps, find_taps, is_sum, sighting_at, unwrap
-from ..tracing import Trace, argument_state, clean_name, state_in
+from ..tracing import Trace, clean_name
 from .alarms import Alarms, TrainingStopped
 from .directions import Directions
 from .distributed import Exchange, Pending, default_group
+from .hooks import EndHook, Hook, InputHook, OutputHook, PrepareHook, RootHook
 from .passes import Figures, Observation, Pass, Settings, merged
 from .records import StepRecord
 from .replay import STEPS_BEFORE, Replay, like_of
@@ -71,156 +72,6 @@ class _Meta:
     compared: bool
     scaled: bool
     world_size: int = 1
-
-
-class _Inert:
-    """What is left of the probe's hooks in a copy of a probed model."""
-
-    def __call__(self, *_: Any, **__: Any) -> None:
-        return None
-
-
-class _Hook:
-    """One hook of the probe; a copied or pickled model takes an inert one along instead."""
-
-    def __init__(self, probe: StepProbe, number: int) -> None:
-        self.probe = probe
-        self.number = number
-        self.taps: tuple[tuple[int, int], ...] = ()  # (which call, which state)
-        self.several = False
-        self.jobs: tuple[Job, ...] = ()
-        # States of a module that is compiled on its own, seen where they are made: eagerly.
-        self.stand_ins: tuple[int, ...] = ()
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        raise NotImplementedError
-
-    def __deepcopy__(self, memo: Any) -> _Inert:
-        return _Inert()
-
-    def __reduce__(self) -> Any:
-        return _Inert, ()
-
-    def _see(self, state: Tensor) -> None:
-        probe = self.probe
-        current = probe._current
-        if torch._C._current_graph_task_id() != -1:
-            # A checkpointed block runs its forward again inside of the backward pass. What the
-            # first forward saw is not counted twice; with use_reentrant=True it saw no gradient.
-            current = probe._backward_of
-            if current is not None and not self.several:
-                current.see(self.taps[0][1], state)
-            return
-        if current is None:
-            return
-        if not self.several:
-            current.see(self.taps[0][1], state)
-            return
-        call = current.counts.get(self.number, 0)
-        current.counts[self.number] = call + 1
-        for which, l in self.taps:
-            if which == call:
-                current.see(l, state)
-
-
-class _OutputHook(_Hook):
-    """A forward hook."""
-
-    def __call__(self, module: nn.Module, args: Any, result: Any) -> Any:
-        if torch.compiler.is_compiling():
-            probe = self.probe
-            if not self.jobs or not probe._compiled_observes():
-                return None
-            state = self._logits(result) if self.jobs[0].slot == probe._n else state_in(result)
-            if state is None:
-                return None
-            passed = probe._through(self.jobs, state)
-            return _replaced(result, state, passed)
-        if self.stand_ins and self.probe._current is not None:
-            for l in self.stand_ins:
-                state = state_in(result)
-                if l in (self.probe._in_compiled or ()) and state is not None:
-                    self.probe._current.see(l, state)
-        if self.taps and self.probe._looking():
-            if self.taps[0][1] == self.probe._n:
-                self._see(self._logits(result))
-                return None
-            state = result if type(result) is Tensor else state_in(result)
-            if state is not None:
-                self._see(state)
-        return None
-
-    def _logits(self, result: Any) -> Tensor:
-        return choose_output(result, self.probe.output)
-
-
-class _InputHook(_Hook):
-    """A forward pre-hook."""
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            probe = self.probe
-            if not self.jobs or not probe._compiled_observes():
-                return None
-            state = argument_state(args, kwargs)
-            if state is None:
-                return None
-            passed = probe._through(self.jobs, state)
-            return _replaced(args, state, passed), _replaced(kwargs, state, passed)
-        if self.taps and self.probe._looking():
-            state = argument_state(args, kwargs)
-            if state is not None:
-                self._see(state)
-        return None
-
-
-class _RootHook(_Hook):
-    """The forward pre-hook of the model: a pass begins."""
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.probe._begin(args, kwargs)
-
-
-class _EndHook(_Hook):
-    """The forward hook of the model: a pass has ended."""
-
-    def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.probe._current = None
-
-
-class _PrepareHook(_Hook):
-    """The forward pre-hook of what was given as the model, until the taps are known."""
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            if not self.probe._prepared:
-                raise RuntimeError(
-                    "StepProbe: expected the taps to be known before the model is compiled; give "
-                    "example=, or build the probe on what torch.compile returned"
-                )
-            return
-        probe = self.probe
-        probe._prepare_from_call(args, kwargs)
-        if module is probe.model and probe._prepared:
-            # torch does not call hooks of this very call that came during it.
-            probe._begin(args, kwargs)
-
-
-def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
-    """Return a structure with one tensor replaced wherever it stands."""
-    if value is old:
-        return new
-    if type(value) in (tuple, list):
-        return type(value)([_replaced(item, old, new) for item in value])
-    if type(value) is dict:
-        return {key: _replaced(item, old, new) for key, item in value.items()}
-    if isinstance(value, Mapping):  # the ModelOutput of transformers
-        for key in list(value.keys()):
-            if value[key] is old:
-                value[key] = new  # type: ignore[index]
-    return value
 
 
 def _as_input(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -408,7 +259,7 @@ class StepProbe:
         if example is not None:
             self._prepare(example if not isinstance(example, Tensor) else (example,))
         else:
-            hook = _PrepareHook(self, -1)
+            hook = PrepareHook(self, -1)
             self._preparing.append(
                 model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
             )
@@ -477,12 +328,12 @@ class StepProbe:
             clean_name(name): module for name, module in self.model.named_modules()
         }
         logits_at = self._logits_module(seen)
-        hooks: dict[tuple[str, str], _Hook] = {}
+        hooks: dict[tuple[str, str], Hook] = {}
 
-        def hook_at(name: str, at: str) -> _Hook:
+        def hook_at(name: str, at: str) -> Hook:
             key = (name, at)
             if key not in hooks:
-                kind = _OutputHook if at == "output" else _InputHook
+                kind = OutputHook if at == "output" else InputHook
                 hooks[key] = kind(self, len(hooks))
             return hooks[key]
 
@@ -494,14 +345,14 @@ class StepProbe:
             if at == "output":
                 own = [job.slot for job in more if job.state and points[job.slot].at == "input"]
                 hook_at(name, at).stand_ins += tuple(own)
-        logits_hook = _OutputHook(self, len(hooks))
+        logits_hook = OutputHook(self, len(hooks))
         logits_hook.taps, logits_hook.jobs = ((0, n),), (Job(n, False, True),)
         calls: dict[str, int] = {}
         for call in seen.calls:
             calls[call.name] = calls.get(call.name, 0) + 1
         root = self.model
         self._handles.append(
-            root.register_forward_pre_hook(_RootHook(self, -1), prepend=True, with_kwargs=True)
+            root.register_forward_pre_hook(RootHook(self, -1), prepend=True, with_kwargs=True)
         )
         for (name, at), hook in hooks.items():
             hook.several = calls.get(name, 0) > 1
@@ -513,7 +364,7 @@ class StepProbe:
                     module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
                 )
         self._handles.append(modules[logits_at].register_forward_hook(logits_hook))
-        self._handles.append(root.register_forward_hook(_EndHook(self, -2), always_call=True))
+        self._handles.append(root.register_forward_hook(EndHook(self, -2), always_call=True))
         self._make_slots(found, seen, refusals)
 
     def _features(self, state: Tensor) -> int:

@@ -1,0 +1,169 @@
+"""The hooks that a training probe leaves on modules: they see states, and nothing else.
+
+Inside of ``torch.compile`` they are traced, and send states through slots in place of noting them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import choose_output
+from ..tracing import argument_state, state_in
+from .slots import Job
+
+if TYPE_CHECKING:
+    from .probe import StepProbe
+
+
+class Inert:
+    """What is left of the probe's hooks in a copy of a probed model."""
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+class Hook:
+    """One hook of the probe; a copied or pickled model takes an inert one along instead."""
+
+    def __init__(self, probe: StepProbe, number: int) -> None:
+        self.probe = probe
+        self.number = number
+        self.taps: tuple[tuple[int, int], ...] = ()  # (which call, which state)
+        self.several = False
+        self.jobs: tuple[Job, ...] = ()
+        # States of a module that is compiled on its own, seen where they are made: eagerly.
+        self.stand_ins: tuple[int, ...] = ()
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: Any) -> Inert:
+        return Inert()
+
+    def __reduce__(self) -> Any:
+        return Inert, ()
+
+    def _see(self, state: Tensor) -> None:
+        probe = self.probe
+        current = probe._current
+        if torch._C._current_graph_task_id() != -1:
+            # A checkpointed block runs its forward again inside of the backward pass. What the
+            # first forward saw is not counted twice; with use_reentrant=True it saw no gradient.
+            current = probe._backward_of
+            if current is not None and not self.several:
+                current.see(self.taps[0][1], state)
+            return
+        if current is None:
+            return
+        if not self.several:
+            current.see(self.taps[0][1], state)
+            return
+        call = current.counts.get(self.number, 0)
+        current.counts[self.number] = call + 1
+        for which, l in self.taps:
+            if which == call:
+                current.see(l, state)
+
+
+class OutputHook(Hook):
+    """A forward hook."""
+
+    def __call__(self, module: nn.Module, args: Any, result: Any) -> Any:
+        if torch.compiler.is_compiling():
+            probe = self.probe
+            if not self.jobs or not probe._compiled_observes():
+                return None
+            state = self._logits(result) if self.jobs[0].slot == probe._n else state_in(result)
+            if state is None:
+                return None
+            passed = probe._through(self.jobs, state)
+            return _replaced(result, state, passed)
+        if self.stand_ins and self.probe._current is not None:
+            for l in self.stand_ins:
+                state = state_in(result)
+                if l in (self.probe._in_compiled or ()) and state is not None:
+                    self.probe._current.see(l, state)
+        if self.taps and self.probe._looking():
+            if self.taps[0][1] == self.probe._n:
+                self._see(self._logits(result))
+                return None
+            state = result if type(result) is Tensor else state_in(result)
+            if state is not None:
+                self._see(state)
+        return None
+
+    def _logits(self, result: Any) -> Tensor:
+        return choose_output(result, self.probe.output)
+
+
+class InputHook(Hook):
+    """A forward pre-hook."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            probe = self.probe
+            if not self.jobs or not probe._compiled_observes():
+                return None
+            state = argument_state(args, kwargs)
+            if state is None:
+                return None
+            passed = probe._through(self.jobs, state)
+            return _replaced(args, state, passed), _replaced(kwargs, state, passed)
+        if self.taps and self.probe._looking():
+            state = argument_state(args, kwargs)
+            if state is not None:
+                self._see(state)
+        return None
+
+
+class RootHook(Hook):
+    """The forward pre-hook of the model: a pass begins."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.probe._begin(args, kwargs)
+
+
+class EndHook(Hook):
+    """The forward hook of the model: a pass has ended."""
+
+    def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.probe._current = None
+
+
+class PrepareHook(Hook):
+    """The forward pre-hook of what was given as the model, until the taps are known."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            if not self.probe._prepared:
+                raise RuntimeError(
+                    "StepProbe: expected the taps to be known before the model is compiled; give "
+                    "example=, or build the probe on what torch.compile returned"
+                )
+            return
+        probe = self.probe
+        probe._prepare_from_call(args, kwargs)
+        if module is probe.model and probe._prepared:
+            # torch does not call hooks of this very call that came during it.
+            probe._begin(args, kwargs)
+
+
+def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
+    """Return a structure with one tensor replaced wherever it stands."""
+    if value is old:
+        return new
+    if type(value) in (tuple, list):
+        return type(value)([_replaced(item, old, new) for item in value])
+    if type(value) is dict:
+        return {key: _replaced(item, old, new) for key, item in value.items()}
+    if isinstance(value, Mapping):  # the ModelOutput of transformers
+        for key in list(value.keys()):
+            if value[key] is old:
+                value[key] = new  # type: ignore[index]
+    return value
