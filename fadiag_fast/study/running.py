@@ -38,9 +38,6 @@ from .suites import StudyModel, Suite
 AUDIT_VERSION = 1
 
 TRAINED, FAILED = "trained", "failed"
-# Not only ValueError: whatever a rule of the user's own raises is that run's failure, not the
-# study's.
-_RUN_ERRORS = (Exception,)
 
 
 @dataclass(frozen=True)
@@ -99,6 +96,12 @@ class StepRecord:
     @cached_property
     def _calibrated(self) -> tuple[Diagnostic, ...]:
         return judge_figures(self.figures, protocol="calibrated")
+
+    @cached_property
+    def alone(self) -> StepRecord:
+        """The same checkpoint without its baseline: (d) is not evaluated."""
+        figures = replace(self.figures, frozen_baseline_acc=None, frozen_test_size=None)
+        return StepRecord(self.step, figures, self.credit)
 
     @cached_property
     def causes(self) -> tuple[str, ...]:
@@ -457,7 +460,7 @@ def _train_run(
                 network.checkpoint(), plan.checkpoint(step)
             ),
         )
-    except _RUN_ERRORS as error:
+    except Exception as error:  # whatever a rule raises is its run's failure, not the study's
         record |= {"status": FAILED, "reason": _said(error)}
     else:
         record |= {"status": TRAINED, "seconds": round(clock.trained(plan), 3)}
@@ -485,7 +488,7 @@ def _audited(
     if audit is None or audit.get("key") != key:
         try:
             steps = [_audit_checkpoint(plan, step, suite, dataset, device) for step in plan.marks]
-        except _RUN_ERRORS as error:
+        except Exception as error:  # a checkpoint damaged meanwhile, or one that fits no probe
             return replace(run, reason=f"audit: {_said(error)}")
         audit = {"key": key, "steps": [_step_to_dict(step) for step in steps]}
         _write(path, audit)

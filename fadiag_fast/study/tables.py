@@ -59,9 +59,11 @@ def _outcome(diagnostic: Diagnostic) -> Decision:
     return None
 
 
-def _verdict(protocol: Protocol) -> Callable[[StepRecord, float], Decision]:
+def _verdict(
+    protocol: Protocol, *, baseline: bool = True
+) -> Callable[[StepRecord, float], Decision]:
     def decide(step: StepRecord, chance: float) -> Decision:
-        verdict = step.verdict(protocol)
+        verdict = (step if baseline else step.alone).verdict(protocol)
         return None if verdict == NOT_ENOUGH_DATA else verdict != TRUSTWORTHY
 
     return decide
@@ -76,6 +78,9 @@ STRATEGIES: dict[str, Callable[[StepRecord, float], Decision]] = {
     "(d) alone": _one("d"),
     "full, paper": _verdict("paper"),
     "full, calibrated": _verdict("calibrated"),
+    # On an easy set depth is worth nothing to any rule, and (d) says so of all of them.
+    "without (d), paper": _verdict("paper", baseline=False),
+    "without (d), calibrated": _verdict("calibrated", baseline=False),
 }
 
 
@@ -276,12 +281,13 @@ def mean_table(result: StudyResult, *, beside: bool = False) -> list[list[str]]:
 
 
 def _walked(steps: Sequence[StepRecord], protocol: Protocol) -> str:
-    """Return "2/3 (a)+(d)": runs walked back, and what fired in any of them."""
-    decide = _verdict(protocol)
-    back = [step for step in steps if decide(step, 0.0)]
+    """Return "2/3 (a)+(d), 1 undecided": runs walked back, and what fired in any of them."""
+    decisions = [_verdict(protocol)(step, 0.0) for step in steps]
+    back = [step for step, decision in zip(steps, decisions, strict=True) if decision]
+    undecided = decisions.count(None)
     fired = sorted({d.key for step in back for d in step.diagnostics(protocol) if d.fired})
     named = " " + "+".join(f"({key})" for key in fired) if fired else ""
-    return f"{len(back)}/{len(steps)}{named}"
+    return f"{len(back)}/{len(steps)}{named}{f', {undecided} undecided' if undecided else ''}"
 
 
 def decision_lines(result: StudyResult, model: str) -> tuple[list[str], list[list[str]]]:
@@ -384,7 +390,8 @@ def markdown(result: StudyResult, *, command: str = "", images: Sequence[str] = 
         "",
         "## Decisions",
         "",
-        "Runs walked back, of those that a strategy can judge. A rule counts as walked back where "
+        "Runs walked back, of those that a strategy can judge (N/A: none, or not enough data for "
+        "an interval to decide). A rule counts as walked back where "
         "more than half of its runs are; the frozen baseline does not count. *Accuracy only*: the "
         "95% interval reaches chance. *Accuracy + Γ*: that, or a mean Γ over all blocks that is "
         "not above 0.",
