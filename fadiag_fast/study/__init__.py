@@ -2,7 +2,7 @@
 
 from .running import RunRecord, StepRecord, StudyProgress, StudyResult, run_study
 from .suites import SUITES, StudyModel, Suite, load_suite
-from .tables import decision_table, first_fired, write_tables
+from .tables import decision_table, first_fired, threshold_gaps, write_tables
 
 __all__ = [
     "SUITES",
@@ -16,5 +16,6 @@ __all__ = [
     "first_fired",
     "load_suite",
     "run_study",
+    "threshold_gaps",
     "write_tables",
 ]

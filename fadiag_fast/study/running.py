@@ -161,7 +161,7 @@ class RunRecord:
 
     Attributes:
         model: the suite's label.
-        builder: key of ``zoo.MODELS``.
+        variant: key of the published figures: see :attr:`StudyModel.variant`.
         rule: the rule's name.
         penalty: λ of the residual penalty.
         seed: of the run.
@@ -171,7 +171,7 @@ class RunRecord:
     """
 
     model: str
-    builder: str
+    variant: str
     rule: str
     penalty: float
     seed: int
@@ -436,8 +436,10 @@ def _train_run(
 ) -> dict[str, Any]:
     """Train one run, keep its checkpoints and return its record, also of a failure."""
     plan.folder.mkdir(parents=True, exist_ok=True)
-    for old in (plan.folder / "run.json", plan.folder / "audit.json"):
-        old.unlink(missing_ok=True)
+    # What a stopped run left would stand beside the new one's, perhaps at other steps.
+    for pattern in ("run.json", "audit.json", "step_*.pt"):
+        for old in plan.folder.glob(pattern):
+            old.unlink(missing_ok=True)
     record: dict[str, Any] = {"key": plan.key, "config": plan.config}
     clock.start()
     try:
@@ -477,10 +479,10 @@ def _audited(
 ) -> RunRecord:
     """Return one run with the figures of its checkpoints, from ``audit.json`` if they are there."""
     assert record is not None
-    run = RunRecord(plan.model.label, plan.model.model, plan.rule, plan.penalty, plan.seed)
+    run = RunRecord(plan.model.label, plan.model.variant, plan.rule, plan.penalty, plan.seed)
     if record["status"] != TRAINED:
         return replace(run, reason=str(record["reason"]))
-    run = replace(run, seconds=float(record["seconds"]))
+    run = replace(run, seconds=float(record.get("seconds", 0.0)))
     shape = [suite.eval_batches, suite.eval_batch_size]
     key = _hash({"run": plan.key, "batches": shape, "version": AUDIT_VERSION})
     path = plan.folder / "audit.json"

@@ -64,6 +64,12 @@ class StudyModel:
         if self.steps is not None:
             _check_count(f"{where}.steps", self.steps)
 
+    @property
+    def variant(self) -> str:
+        """The name under which published figures of such a network are found."""
+        removed = self.options.get("terminal_norm", True) is False
+        return f"{self.model} without out_ln" if removed else self.model
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -221,7 +227,32 @@ PAPER = Suite(
     checkpoints=16,
 )
 
-SUITES = {suite.name: suite for suite in (QUICK, PAPER)}
+# The residual penalty from 1e-4 to 1e-1, in the published penalty runs' 30 epochs.
+PENALTY = Suite(
+    name="penalty",
+    models=PAPER.models[:1],
+    epochs=30,
+    penalties=(0.0, 1e-4, 1e-3, 1e-2, 1e-1),
+    checkpoints=12,
+)
+
+# The same network with and without the norm that divides the gradient by the stream's scale.
+TERMINAL_NORM = Suite(
+    name="terminal-norm",
+    models=(
+        StudyModel("resmlp", "resmlp", {"d_hidden": 256, "num_blocks": 4}),
+        StudyModel(
+            "resmlp-no-norm",
+            "resmlp",
+            {"d_hidden": 256, "num_blocks": 4, "terminal_norm": False},
+        ),
+    ),
+    rules=("bp", "frozen", "dfa"),
+    epochs=100,
+    checkpoints=16,
+)
+
+SUITES = {suite.name: suite for suite in (QUICK, PAPER, PENALTY, TERMINAL_NORM)}
 
 
 def load_suite(name: str) -> Suite:

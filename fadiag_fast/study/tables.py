@@ -153,6 +153,54 @@ def first_fired(run: RunRecord, protocol: Protocol = "paper") -> dict[str, int |
     }
 
 
+# ---- thresholds
+
+
+@dataclass(frozen=True)
+class ThresholdGap:
+    """How far one limit of the paper protocol may move before a decision of a study changes.
+
+    Attributes:
+        model: the suite's label.
+        key: of the diagnostic, ``a`` … ``d``.
+        limit: the published one.
+        low, high: the same runs fire for every limit strictly between; infinite where no run
+            lies on that side.
+        fired: runs that fire, at their last checkpoint.
+        judged: runs with a figure.
+    """
+
+    model: str
+    key: str
+    limit: float
+    low: float
+    high: float
+    fired: int
+    judged: int
+
+
+def threshold_gaps(runs: Sequence[RunRecord]) -> list[ThresholdGap]:
+    """Return per model and diagnostic the nearest figures on both sides of the published limit.
+
+    Figures that are not finite are counted as fired, and do not bound the gap.
+    """
+    gaps = []
+    for model in dict.fromkeys(run.model for run in runs):
+        steps = [run.last for run in runs if run.model == model and run.last is not None]
+        for index, key in enumerate("abcd"):
+            found = [step.diagnostics("paper")[index] for step in steps]
+            judged = [d for d in found if _outcome(d) is not None and d.value is not None]
+            if not judged:
+                continue
+            limit = judged[0].threshold
+            values = [d.value for d in judged if d.value is not None and math.isfinite(d.value)]
+            low = max((value for value in values if value <= limit), default=-math.inf)
+            high = min((value for value in values if value > limit), default=math.inf)
+            fired = sum(d.fired for d in judged)
+            gaps.append(ThresholdGap(model, key, limit, low, high, fired, len(judged)))
+    return gaps
+
+
 # ---- rows
 
 
@@ -160,7 +208,7 @@ def run_rows(result: StudyResult) -> list[dict[str, Any]]:
     """Return a row per run, at its last checkpoint: plain values, None where there is none."""
     rows = []
     for run in result.runs:
-        published = PUBLISHED.get((run.builder, run.rule)) if run.penalty == 0 else None
+        published = PUBLISHED.get((run.variant, run.rule)) if run.penalty == 0 else None
         row: dict[str, Any] = {**_identity(run), "status": "failed" if run.reason else "audited"}
         row |= {"reason": run.reason, "seconds": run.seconds}
         row |= _figures(run.last)
@@ -263,7 +311,7 @@ def mean_table(result: StudyResult, *, beside: bool = False) -> list[list[str]]:
             row.append(spread([step.deep_rho for step in steps]))
             row += [_walked(steps, "paper"), _walked(steps, "calibrated")]
             if beside:
-                one = PUBLISHED.get((group[0].builder, group[0].rule))
+                one = PUBLISHED.get((group[0].variant, group[0].rule))
                 row += (
                     [MISSING] * len(PUBLISHED_HEADER)
                     if one is None or group[0].penalty
@@ -294,9 +342,9 @@ def decision_lines(result: StudyResult, model: str) -> tuple[list[str], list[lis
     """Return header and rows of one model's decision table."""
     table = [row for row in decision_table(result.runs, result.num_classes) if row.model == model]
     rules = list(table[0].walked) if table else []
-    builder = next(run.builder for run in result.runs if run.model == model)
+    variant = next(run.variant for run in result.runs if run.model == model)
     header = ["strategy", *rules, "rules walked back"]
-    published = builder == "resmlp"
+    published = variant == "resmlp"
     header += ["published (CIFAR-10)"] if published else []
     rows = []
     for row in table:
@@ -324,6 +372,25 @@ def first_table(result: StudyResult) -> list[list[str]]:
             + [MISSING if step is None else str(step) for step in cells]
         )
     return rows
+
+
+GAP_HEADER = ["model", "diagnostic", "fired", "nearest below", "published limit", "nearest above"]
+
+
+def gap_table(result: StudyResult) -> list[list[str]]:
+    """Return the columns of ``GAP_HEADER`` for every model and diagnostic."""
+    return [
+        [
+            gap.model,
+            f"({gap.key})",
+            f"{gap.fired}/{gap.judged}",
+            *(
+                _number(value) if math.isfinite(value) else MISSING
+                for value in (gap.low, gap.limit, gap.high)
+            ),
+        ]
+        for gap in threshold_gaps(result.runs)
+    ]
 
 
 def spread(values: Sequence[float | None]) -> str:
@@ -408,12 +475,21 @@ def markdown(result: StudyResult, *, command: str = "", images: Sequence[str] = 
         *_markdown_table(FIRST_HEADER, first_table(result)),
         "",
     ]
-    builders = dict.fromkeys(run.builder for run in result.runs)
+    variants = dict.fromkeys(run.variant for run in result.runs)
     lines += [
-        f"Published first epochs of DFA on {builder}, (a)/(b) of seeds 42, 123, 456: "
-        f"{PUBLISHED_FIRST[builder]}; BP never."
-        for builder in builders
-        if builder in PUBLISHED_FIRST
+        f"Published first epochs of DFA on {variant}, (a)/(b) of seeds 42, 123, 456: "
+        f"{PUBLISHED_FIRST[variant]}; BP never."
+        for variant in variants
+        if variant in PUBLISHED_FIRST
+    ]
+    lines += [
+        "",
+        "## Thresholds",
+        "",
+        "The figures nearest to the published limits, at the last checkpoints: a limit anywhere "
+        "between them decides alike.",
+        "",
+        *_markdown_table(GAP_HEADER, gap_table(result)),
     ]
     lines += ["", "## Runs", "", *_markdown_table(RUN_HEADER, run_table(result)), ""]
     lines += [f"![{name}]({name})" for name in images]

@@ -26,6 +26,7 @@ from fadiag_fast.study import (
     load_suite,
     run_study,
     running,
+    threshold_gaps,
     write_tables,
 )
 from fadiag_fast.study.suites import log_spaced
@@ -219,7 +220,10 @@ def test_an_interrupted_study_goes_on(images, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_study(suite, images, tmp_path)
+    stray = tmp_path / "mlp/frozen/seed_42/step_5.pt"
+    stray.write_bytes(b"of a run that was stopped")
     assert run_study(suite, images, tmp_path).trained == 2
+    assert not stray.exists()
     assert calls == ["bp", "frozen", "frozen", "dfa"]
 
 
@@ -389,6 +393,20 @@ def test_the_first_firing_of_each_diagnostic():
     assert (calibrated["a"], calibrated["b"], calibrated["d"]) == (30, None, None)
 
 
+def test_how_far_a_threshold_may_move():
+    nan = run("ep", 3, step(norms=(1.0, math.nan, math.nan)))  # fires (a), bounds nothing
+    gaps = {gap.key: gap for gap in threshold_gaps([*HAND_MADE, nan])}
+    assert (gaps["a"].low, gaps["a"].limit, gaps["a"].high) == (2.0, 50.0, 1e5)
+    assert (gaps["a"].fired, gaps["a"].judged) == (3, 8)
+    assert (gaps["b"].low, gaps["b"].limit, gaps["b"].high) == (1e-9, 1e-7, 1e-4)
+    assert (gaps["c"].low, gaps["c"].high) == (0.0, 0.5)
+    # Points over frozen blocks: -10 for DFA, 10.5 at chance with nothing beside it, else 20.
+    assert gaps["d"].low == pytest.approx(-10)
+    assert gaps["d"].high == pytest.approx(10.5)
+    (alone,) = [gap for gap in threshold_gaps(HAND_MADE[:1]) if gap.key == "a"]
+    assert (alone.low, alone.high) == (2.0, math.inf)
+
+
 def test_means_over_seeds():
     assert spread([0.2, 0.4]) == "0.300 ± 0.100"
     assert spread([0.25]) == "0.250"
@@ -414,6 +432,11 @@ def test_the_paper_suite_has_the_published_sizes():
     assert paper.models[0].options == {"d_hidden": 256, "num_blocks": 4}
     assert paper.seeds == (42, 123, 456)
     assert paper.steps_of(paper.models[0], 50_000) == 100 * 390
+    assert SUITES["penalty"].steps_of(paper.models[0], 50_000) == 30 * 390
+    assert [model.variant for model in SUITES["terminal-norm"].models] == [
+        "resmlp",
+        "resmlp without out_ln",
+    ]
 
 
 TOML = """
@@ -481,7 +504,9 @@ def test_errors_in_a_suite_say_where(tmp_path, before, after, message):
 
 
 def test_a_suite_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"--suite: expected quick, paper or a file.*got 'fast'"):
+    with pytest.raises(
+        ValueError, match=r"--suite: expected quick, paper, .* or a file.*got 'fast'"
+    ):
         load_suite("fast")
     with pytest.raises(FileNotFoundError, match=r"expected a file .*none\.toml, got none"):
         load_suite(str(tmp_path / "none.toml"))
