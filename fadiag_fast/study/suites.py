@@ -201,18 +201,18 @@ def log_spaced(steps: int, count: int) -> tuple[int, ...]:
 QUICK = Suite(
     name="quick",
     models=(
-        StudyModel("resmlp", "resmlp", {"d_hidden": 128, "num_blocks": 4}, steps=400),
-        StudyModel("smallcnn-narrow", "smallcnn", {"channels": [4, 8, 16], "d_hidden": 64}, 100),
+        StudyModel("resmlp", "resmlp", {"d_hidden": 128, "num_blocks": 4}, 300),
+        StudyModel("smallcnn-narrow", "smallcnn", {"channels": [2, 4, 8], "d_hidden": 32}, 60),
         StudyModel(
             "vit-mini-narrow",
             "vit-mini",
             {"d_hidden": 32, "num_blocks": 4, "num_heads": 2, "mlp_ratio": 2, "patch_size": 7},
-            150,
+            100,
         ),
     ),
     seeds=(42, 123),
     data="fashion-mnist-mini",
-    checkpoints=6,
+    checkpoints=5,
 )
 
 # The published sizes; the data is the user's: cifar10:FOLDER as published, or another set.
