@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import secrets
 import time
@@ -168,6 +169,7 @@ class RunRecord:
         reason: why it failed, "" where it did not.
         steps: its audited checkpoints, ascending.
         seconds: of training.
+        environment: versions and device it was trained with.
     """
 
     model: str
@@ -178,6 +180,7 @@ class RunRecord:
     reason: str = ""
     steps: tuple[StepRecord, ...] = ()
     seconds: float = 0.0
+    environment: str = ""
 
     @property
     def label(self) -> str:
@@ -440,7 +443,11 @@ def _train_run(
     for pattern in ("run.json", "audit.json", "step_*.pt"):
         for old in plan.folder.glob(pattern):
             old.unlink(missing_ok=True)
-    record: dict[str, Any] = {"key": plan.key, "config": plan.config}
+    record: dict[str, Any] = {
+        "key": plan.key,
+        "config": plan.config,
+        "environment": _environment(torch.device(device)),
+    }
     clock.start()
     try:
         train(
@@ -482,7 +489,11 @@ def _audited(
     run = RunRecord(plan.model.label, plan.model.variant, plan.rule, plan.penalty, plan.seed)
     if record["status"] != TRAINED:
         return replace(run, reason=str(record["reason"]))
-    run = replace(run, seconds=float(record.get("seconds", 0.0)))
+    run = replace(
+        run,
+        seconds=float(record.get("seconds", 0.0)),
+        environment=str(record.get("environment", "")),
+    )
     shape = [suite.eval_batches, suite.eval_batch_size]
     key = _hash({"run": plan.key, "batches": shape, "version": AUDIT_VERSION})
     path = plan.folder / "audit.json"
@@ -605,6 +616,16 @@ def _tuples(value: Any) -> Any:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _environment(device: torch.device) -> str:
+    from .. import __version__
+
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+    return f"fadiag_fast {__version__}, torch {torch.__version__}, {name}"
 
 
 def _said(error: BaseException) -> str:

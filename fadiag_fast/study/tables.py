@@ -432,6 +432,7 @@ def _short(verdict: str) -> str:
 def markdown(result: StudyResult, *, command: str = "", images: Sequence[str] = ()) -> str:
     """Return the report: means beside the published figures, decisions, first firings, runs."""
     suite = result.suite
+    environments = dict.fromkeys(run.environment for run in result.runs if run.environment)
     lines = [f"# Study `{suite.name}` on {result.dataset}", ""]
     if command:
         lines += [f"`{command}`", ""]
@@ -442,6 +443,7 @@ def markdown(result: StudyResult, *, command: str = "", images: Sequence[str] = 
         f"{sum(run.seconds for run in result.runs):,.0f} s of training.",
         "",
         *_training_lines(result),
+        *(f"- trained with {where}" for where in environments),
         "",
         "## Rules",
         "",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import fadiag_fast
 from fadiag_fast import cli, diagnose
 from fadiag_fast.checkpoints import load_checkpoint, load_into
 from fadiag_fast.credit import CreditReport, LayerCredit
@@ -528,6 +529,9 @@ def test_the_command_prints_tables_and_writes_them(tmp_path):
     assert "net: runs that a strategy walks back" in result.output
     assert "accuracy + Γ" in result.output
     report = (out / "report.md").read_text()
+    assert (
+        f"trained with fadiag_fast {fadiag_fast.__version__}, torch {torch.__version__}" in report
+    )
     for heading in ("# Study `mine` on teacher", "## Decisions", "## First firings", "## Runs"):
         assert heading in report
     rows = list(csv.DictReader((out / "runs.csv").open()))
