@@ -106,6 +106,7 @@ def test_the_study_runs_at_a_reduced_size(tmp_path, monkeypatch):
 
 
 def test_the_suite_in_toml_is_one(tmp_path):
+    pytest.importorskip("tomllib", reason="needs Python 3.11")
     (text,) = re.findall(r"```toml\n(data = .*?)```", README, re.DOTALL)
     (tmp_path / "mine.toml").write_text(text)
     assert load_suite(str(tmp_path / "mine.toml")).models[0].options["num_blocks"] == 16

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -440,6 +441,8 @@ def test_the_paper_suite_has_the_published_sizes():
     ]
 
 
+needs_toml = pytest.mark.skipif(sys.version_info < (3, 11), reason="needs Python 3.11")
+
 TOML = """
 data = "teacher"
 rules = ["bp", "frozen", "dfa"]
@@ -458,6 +461,7 @@ train_embed = true
 """
 
 
+@needs_toml
 def test_a_suite_of_ones_own(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(TOML)
@@ -476,6 +480,7 @@ def test_a_suite_of_ones_own(tmp_path):
     )
 
 
+@needs_toml
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
@@ -504,6 +509,7 @@ def test_errors_in_a_suite_say_where(tmp_path, before, after, message):
     assert str(path) in str(caught.value)
 
 
+@needs_toml
 def test_a_suite_that_is_not_there(tmp_path):
     with pytest.raises(
         ValueError, match=r"--suite: expected quick, paper, .* or a file.*got 'fast'"
@@ -520,6 +526,7 @@ def invoke(*arguments):
     return CliRunner().invoke(cli.app, ["study", "--device", "cpu", *map(str, arguments)])
 
 
+@needs_toml
 def test_the_command_prints_tables_and_writes_them(tmp_path):
     (tmp_path / "mine.toml").write_text(TOML)
     out = tmp_path / "out"
@@ -545,6 +552,7 @@ def test_the_command_prints_tables_and_writes_them(tmp_path):
     assert {row["a_paper"] for row in steps} <= {"passed", "fired"}
 
 
+@needs_toml
 def test_the_command_gives_json_lines(tmp_path):
     (tmp_path / "mine.toml").write_text(TOML)
     result = invoke(
@@ -563,6 +571,7 @@ def test_the_command_gives_json_lines(tmp_path):
     assert last["decisions"][0]["walked"].keys() == {"bp", "bp λ=0.1", "frozen"}
 
 
+@needs_toml
 def test_a_failed_run_shows_in_the_exit_code(tmp_path):
     (tmp_path / "mine.toml").write_text(TOML)
     where = ("--suite", tmp_path / "mine.toml", "--out", tmp_path / "out")
