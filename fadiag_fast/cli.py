@@ -1,4 +1,4 @@
-"""The command line: demo, train, diagnose, audit-cnn, watch, doctor.
+"""The command line: demo, train, diagnose, audit-cnn, study, watch, doctor.
 
 Exit codes: 0 trustworthy, 1 needs walk-back, 2 not enough data, above 2 an error.
 """
@@ -36,6 +36,7 @@ from .protocol import (
 from .report import DiagnosticReport, SummaryRow, summary_table
 from .scanning.cli import register as register_scan_commands
 from .statistics import REDUCTIONS, Reduction, SampleReduction
+from .study.cli import register as register_study
 from .taps import SELECTOR_HELP, TapError
 from .training.cli import register as register_watch
 from .zoo import (
@@ -654,3 +655,4 @@ def doctor_command() -> None:
 
 register_scan_commands(app, _reported_errors)
 register_watch(app, _reported_errors)
+register_study(app, _reported_errors)

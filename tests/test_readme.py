@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fadiag_fast import cli
+from fadiag_fast.study import load_suite
 from fadiag_fast.training.sinks import read_jsonlines
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -50,6 +51,7 @@ def test_commands_run_in_their_order(tmp_path, monkeypatch):
         "doctor",
         "audit-cnn",
         "diagnose",
+        "study",
         "scan",
         "thresholds",
         "report",
@@ -57,7 +59,7 @@ def test_commands_run_in_their_order(tmp_path, monkeypatch):
     ]
     (loop,) = [program for program in PROGRAMS if "steps.jsonl" in program]
     exec(compile(loop, "README.md", "exec"), {})
-    own = [command for command in own if command[0] != "audit-cnn"]
+    own = [command for command in own if command[0] not in ("audit-cnn", "study")]
     expected = {
         "train": 0,
         "diagnose": 1,
@@ -92,6 +94,22 @@ def test_the_cnn_audit_reads_what_its_loop_trains(tmp_path, monkeypatch):
         (rule, seed) for seed in (42, 123, 456) for rule in ("bp", "dfa")
     ]
     assert result.output.count("SKIPPED") == len(record["skipped"]) == 9
+
+
+def test_the_study_runs_at_a_reduced_size(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (study,) = [command for command in COMMANDS if command[0] == "study"]
+    less = ["--models", "resmlp", "--rules", "bp,frozen", "--seeds", "42", "--steps", "2"]
+    result = CliRunner().invoke(cli.app, [*study, *less])
+    assert result.exit_code == 0, result.output
+    assert {"report.md", "runs.csv", "steps.csv"} <= {p.name for p in Path("study").iterdir()}
+
+
+def test_the_suite_in_toml_is_one(tmp_path):
+    pytest.importorskip("tomllib", reason="needs Python 3.11")
+    (text,) = re.findall(r"```toml\n(data = .*?)```", README, re.DOTALL)
+    (tmp_path / "mine.toml").write_text(text)
+    assert load_suite(str(tmp_path / "mine.toml")).models[0].options["num_blocks"] == 16
 
 
 def test_tables_are_those_of_the_results():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,8 @@ def train(
     rule_options: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int, str], None] | None = None,
+    checkpoint_steps: Collection[int] = (),
+    on_checkpoint: Callable[[int, TrainedNetwork], None] | None = None,
 ) -> TrainedNetwork:
     """Train a model of the registry with one rule on one image set.
 
@@ -88,6 +90,11 @@ def train(
             depend on it.
         progress: called as ``progress(done, total, loss)``, with the loss as text, about a hundred
             times and after the last step.
+        checkpoint_steps: after which updates, from 1 to ``steps``, to call ``on_checkpoint``.
+        on_checkpoint: called as ``on_checkpoint(step, network)`` with the network as it is then,
+            its accuracy on the test set included; ``config`` has the ``step``, ``history`` is
+            empty. The network is in eval mode and trains on afterwards: keep a copy
+            (``network.checkpoint()``), not the object.
 
     Returns the trained network. The same arguments on the same machine, with the same number of
     threads, give the same bits; convolutions on CUDA do so only under
@@ -107,6 +114,9 @@ def train(
         )
     if seed < 0:
         raise ValueError(f"train: expected a non-negative seed, got {seed}")
+    marks = frozenset(checkpoint_steps)
+    if marks and not 1 <= min(marks) <= max(marks) <= steps:
+        raise ValueError(f"train: expected checkpoint_steps from 1 to {steps}, got {sorted(marks)}")
     # Related seeds give unrelated streams: seed 42's shuffling is not seed 43's initial weights.
     init_seed, shuffle_seed, rule_seed = (
         int(word) for word in np.random.SeedSequence(seed).generate_state(3)
@@ -132,18 +142,6 @@ def train(
     images = dataset.train_images.flatten(1) if flatten else dataset.train_images
     images, labels = images.to(device), dataset.train_labels.to(device)
 
-    model.train()
-    losses = []
-    report_every = max(1, steps // PROGRESS_CALLS)
-    order = _shuffled_batches(train_count, batch_size, torch.Generator().manual_seed(shuffle_seed))
-    for step in range(1, steps + 1):
-        chosen = next(order).to(device)
-        losses.append(rule.update(images[chosen], labels[chosen])["loss"])
-        if progress is not None and (step % report_every == 0 or step == steps):
-            progress(step, steps, f"{float(losses[-1]):.4f}")
-    model.eval()
-
-    test_accuracy = accuracy(model, dataset.test_images, dataset.test_labels, flatten=flatten)
     config = {
         "model": model_name,
         "model_options": dict(model_options or {}),
@@ -159,9 +157,29 @@ def train(
         "weight_decay": weight_decay,
         "penalty": penalty,
     }
+
+    def test_accuracy() -> float:
+        return accuracy(model, dataset.test_images, dataset.test_labels, flatten=flatten)
+
+    model.train()
+    losses = []
+    report_every = max(1, steps // PROGRESS_CALLS)
+    order = _shuffled_batches(train_count, batch_size, torch.Generator().manual_seed(shuffle_seed))
+    for step in range(1, steps + 1):
+        chosen = next(order).to(device)
+        losses.append(rule.update(images[chosen], labels[chosen])["loss"])
+        if progress is not None and (step % report_every == 0 or step == steps):
+            progress(step, steps, f"{float(losses[-1]):.4f}")
+        if on_checkpoint is not None and step in marks:
+            model.eval()
+            at = TrainedNetwork(model, rule, test_accuracy(), [], {**config, "step": step})
+            on_checkpoint(step, at)
+            model.train()
+    model.eval()
+
     # One transfer for the whole run rather than one wait per step.
     history = list(enumerate(torch.stack(losses).tolist(), start=1))
-    return TrainedNetwork(model, rule, test_accuracy, history, config)
+    return TrainedNetwork(model, rule, test_accuracy(), history, config)
 
 
 @torch.no_grad()

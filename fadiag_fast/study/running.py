@@ -1,0 +1,658 @@
+"""Train and audit a suite, run by run, so that a study that was stopped goes on where it was.
+
+A run's folder, ``OUT/{model}/{rule}/seed_{s}``, has its checkpoints ``step_{n}.pt``, ``run.json``
+once training has ended, well or badly, and ``audit.json`` with the figures of every checkpoint.
+Each file is written whole or not at all. ``run.json`` holds the run's configuration and its hash:
+a run is trained again only if it has none, or one that failed. A run that was stopped half-way
+starts again at its first step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibrated import find_causes, judge_figures
+from ..checkpoints import load_checkpoint, load_into, save_checkpoint
+from ..credit import CreditReport, LayerCredit
+from ..diagnosis import diagnose
+from ..protocol import Diagnostic, DiagnosticThresholds, Figures, Protocol, verdict_of
+from ..report import _strict
+from ..zoo import ImageDataset, build_model, model_spec, restore_rule, rule_credit, train
+from ..zoo.anatomy import anatomy_of
+from .suites import StudyModel, Suite
+
+# Changes whenever an audit's figures change their meaning; older ones are then made anew.
+AUDIT_VERSION = 1
+
+TRAINED, FAILED = "trained", "failed"
+
+
+@dataclass(frozen=True)
+class StudyProgress:
+    """How far a study is; ``asdict`` of it is a line of ``--json``.
+
+    Attributes:
+        run: "model/rule/seed_s".
+        state: "training", "trained", "audited", "kept" (done in an earlier call) or "failed".
+        done: runs that are finished, well or badly.
+        total: runs of the suite.
+        step: updates of this run so far.
+        steps: updates of this run in all.
+        rate: updates a second over this call's training; 0 before the first.
+        seconds_left: of training, estimated run by run from the same model and rule with another
+            seed, or else from the average; 0 before the first run.
+    """
+
+    run: str
+    state: str
+    done: int
+    total: int
+    step: int
+    steps: int
+    rate: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One audited checkpoint.
+
+    Attributes:
+        step: updates before it.
+        figures: what the diagnostics read, ``frozen_baseline_acc`` that of the frozen run of the
+            same model and seed at the same step, where there is one.
+        credit: Γ and ρ, at a run's last step; None at others.
+    """
+
+    step: int
+    figures: Figures
+    credit: CreditReport | None = None
+
+    def diagnostics(self, protocol: Protocol) -> tuple[Diagnostic, ...]:
+        """Judge (a) to (d) by one protocol at its default thresholds."""
+        return self._paper if protocol == "paper" else self._calibrated
+
+    def verdict(self, protocol: Protocol) -> str:
+        """Return ``trustworthy``, ``needs walk-back: …`` or ``not enough data``."""
+        return verdict_of(self.diagnostics(protocol), protocol)
+
+    @cached_property
+    def _paper(self) -> tuple[Diagnostic, ...]:
+        return judge_figures(self.figures, protocol="paper")
+
+    @cached_property
+    def _calibrated(self) -> tuple[Diagnostic, ...]:
+        return judge_figures(self.figures, protocol="calibrated")
+
+    @cached_property
+    def alone(self) -> StepRecord:
+        """The same checkpoint without its baseline: (d) is not evaluated."""
+        figures = replace(self.figures, frozen_baseline_acc=None, frozen_test_size=None)
+        return StepRecord(self.step, figures, self.credit)
+
+    @cached_property
+    def causes(self) -> tuple[str, ...]:
+        """Sentences of the calibrated protocol on what made the figures what they are."""
+        return find_causes(self.figures, self._calibrated, DiagnosticThresholds())
+
+    @property
+    def accuracy(self) -> float | None:
+        """Fraction of the test set classified correctly."""
+        return self.figures.headline_acc
+
+    @property
+    def hidden_norm(self) -> float:
+        """Median ‖h_L‖ on the first evaluation batch."""
+        return self.figures.residual_norms[-1] if self.figures.residual_norms else math.nan
+
+    @property
+    def grad_norm(self) -> float:
+        """Median ‖g_L‖ on the first evaluation batch, of its mean cross-entropy."""
+        return self.figures.bp_grad_norms[-1] if self.figures.bp_grad_norms else math.nan
+
+    @property
+    def credit_gain(self) -> float:
+        """Median ‖g_L‖ / ‖∂loss/∂logits‖ on the first evaluation batch."""
+        return self.figures.credit_gains[-1] if self.figures.credit_gains else math.nan
+
+    @property
+    def growth(self) -> float | None:
+        """The paper protocol's (a)."""
+        return self._paper[0].value
+
+    @property
+    def stability(self) -> float | None:
+        """The paper protocol's (c)."""
+        return self._paper[2].value
+
+    @property
+    def deep_gamma(self) -> float | None:
+        """Mean Γ over l ≥ 1; None where there is none."""
+        return None if self.credit is None else self.credit.deep_gamma
+
+    @property
+    def mean_gamma(self) -> float | None:
+        """Mean Γ over all blocks, the figure papers report; None where there is none."""
+        known = [] if self.credit is None else [g for g in self.credit.gammas if g is not None]
+        return sum(known) / len(known) if known else None
+
+    @property
+    def deep_rho(self) -> float | None:
+        """Mean ρ over l ≥ 1; None where there is none."""
+        return None if self.credit is None else self.credit.deep_perturbation
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One model, trained by one rule from one seed.
+
+    Attributes:
+        model: the suite's label.
+        variant: key of the published figures: see :attr:`StudyModel.variant`.
+        rule: the rule's name.
+        penalty: λ of the residual penalty.
+        seed: of the run.
+        reason: why it failed, "" where it did not.
+        steps: its audited checkpoints, ascending.
+        seconds: of training.
+        environment: versions and device it was trained with.
+    """
+
+    model: str
+    variant: str
+    rule: str
+    penalty: float
+    seed: int
+    reason: str = ""
+    steps: tuple[StepRecord, ...] = ()
+    seconds: float = 0.0
+    environment: str = ""
+
+    @property
+    def label(self) -> str:
+        """The rule's name, with its penalty if it has one."""
+        return self.rule if self.penalty == 0 else f"{self.rule} λ={self.penalty:g}"
+
+    @property
+    def last(self) -> StepRecord | None:
+        """The last checkpoint, None in a run that failed."""
+        return self.steps[-1] if self.steps and not self.reason else None
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study found: every run, with figures that both protocols judge.
+
+    Attributes:
+        suite: what was run.
+        dataset: the data's name.
+        num_classes: of the data; 1 by it is the accuracy of chance.
+        steps_per_epoch: updates in one pass over the training images.
+        runs: in the suite's order: by model, rule, penalty, seed.
+        trained: runs trained in this call; the others were done before, or failed.
+    """
+
+    suite: Suite
+    dataset: str
+    num_classes: int
+    steps_per_epoch: int
+    runs: tuple[RunRecord, ...]
+    trained: int = 0
+    folder: Path | None = field(default=None, compare=False)
+
+    @property
+    def failed(self) -> list[RunRecord]:
+        """The runs that have a reason in place of figures."""
+        return [run for run in self.runs if run.reason]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One run to be made: what it is, and where it goes."""
+
+    model: StudyModel
+    rule: str
+    penalty: float
+    seed: int
+    steps: int
+    marks: tuple[int, ...]
+    config: dict[str, Any]
+    folder: Path
+
+    @property
+    def key(self) -> str:
+        return _hash(self.config)
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.folder.parts[-3:])
+
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / f"step_{step}.pt"
+
+
+def run_study(
+    suite: Suite,
+    dataset: ImageDataset,
+    out: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[StudyProgress], None] | None = None,
+) -> StudyResult:
+    """Train and audit every run of a suite that is not done yet, and return all of them.
+
+    Args:
+        suite: what to run.
+        dataset: the images; its test set must hold the suite's evaluation batches.
+        out: the study's folder, made if need be; see the module's docstring.
+        device: where to train and audit. It is not part of a run's configuration.
+        progress: called with a :class:`StudyProgress`, about a hundred times during a run's
+            training and at its end.
+
+    Returns the runs. Whatever a run raises becomes its ``reason``, and the others go on; it is
+    tried again by the next call. Figures are over the model's own sample reduction: the class token
+    in a transformer, as the protocol reads it, all features elsewhere. (d) compares with the frozen
+    run of the same model and seed at the same step, so that both had the same training.
+
+    Raises ValueError, before anything is trained, where the folder holds runs of another
+    configuration or the test set is too small. Source: 'Beyond Accuracy and Alignment' protocol,
+    arXiv 2606.21126.
+    """
+    folder = Path(out)
+    dataset.eval_batches(suite.eval_batch_size, suite.eval_batches)  # raises if it is too small
+    plans = _plans(suite, dataset, folder)
+    for plan in plans:
+        _check_same_configuration(plan)
+    clock = _Clock(plans, progress)
+    found: dict[str, RunRecord] = {}
+    trained = 0
+    # Seeds go first: after one seed of everything the time left is known.
+    for plan in sorted(plans, key=lambda plan: suite.seeds.index(plan.seed)):
+        record = _read(plan.folder / "run.json")
+        kept = _is_done(plan, record)
+        if not kept:
+            record = _train_run(plan, suite, dataset, device, clock)
+            trained += record["status"] == TRAINED
+        found[plan.name] = _audited(plan, record, suite, dataset, device)
+        failed = bool(found[plan.name].reason)
+        clock.finished(plan, "failed" if failed else "kept" if kept else "audited", kept)
+    runs = [found[plan.name] for plan in plans]
+    return StudyResult(
+        suite,
+        dataset.name,
+        dataset.num_classes,
+        max(1, len(dataset.train_labels) // suite.batch_size),
+        tuple(_with_frozen(runs)),
+        trained,
+        folder,
+    )
+
+
+def _plans(suite: Suite, dataset: ImageDataset, folder: Path) -> list[_Plan]:
+    data = _fingerprint(dataset)
+    plans = []
+    for model in suite.models:
+        steps = suite.steps_of(model, len(dataset.train_labels))
+        for rule in suite.rules:
+            # Blocks that stay as they are have no local loss to add a penalty to.
+            penalties = (0.0,) if rule == "frozen" else suite.penalties
+            for penalty in penalties:
+                name = re.sub(r"[^A-Za-z0-9._-]+", "-", rule)
+                name += f"+penalty_{penalty:g}" if penalty else ""
+                for seed in suite.seeds:
+                    marks = suite.marks_of(steps)
+                    config = {
+                        "model": model.model,
+                        "model_options": dict(model.options),
+                        "rule": rule,
+                        "rule_options": dict(suite.rule_options.get(rule, {})),
+                        "penalty": float(penalty),
+                        "seed": seed,
+                        "data": data,
+                        "steps": steps,
+                        "checkpoint_steps": list(marks),
+                        "batch_size": suite.batch_size,
+                        "learning_rate": float(suite.learning_rate),
+                        "weight_decay": float(suite.weight_decay),
+                    }
+                    # As JSON gives it back, tuples as lists, so that it can be compared.
+                    config = json.loads(json.dumps(config))
+                    place = folder / model.label / name / f"seed_{seed}"
+                    plans.append(
+                        _Plan(model, rule, float(penalty), seed, steps, marks, config, place)
+                    )
+    return plans
+
+
+def _fingerprint(dataset: ImageDataset) -> dict[str, Any]:
+    """Tell data sets apart, without reading all of a large one's pixels."""
+    digest = hashlib.sha256()
+    for tensor in (
+        dataset.train_labels,
+        dataset.test_labels,
+        dataset.train_images[:64],
+        dataset.test_images[:64],
+    ):
+        digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    return {"name": dataset.name, "shape": list(dataset.input_shape), "sha256": digest.hexdigest()}
+
+
+def _check_same_configuration(plan: _Plan) -> None:
+    record = _read(plan.folder / "run.json")
+    if record is None or record.get("status") != TRAINED or record.get("key") == plan.key:
+        return
+    before = record.get("config", {})
+    changed = [name for name in plan.config if before.get(name) != plan.config[name]]
+    what = "; ".join(
+        f"{name}: expected {plan.config[name]}, got {before.get(name)}" for name in changed
+    )
+    raise ValueError(
+        f"{plan.folder}: holds a run of another configuration ({what}): choose another --out, or "
+        f"remove that folder"
+    )
+
+
+def _is_done(plan: _Plan, record: dict[str, Any] | None) -> bool:
+    return (
+        record is not None
+        and record.get("status") == TRAINED
+        and record.get("key") == plan.key
+        and all(plan.checkpoint(step).is_file() for step in plan.marks)
+    )
+
+
+class _Clock:
+    """Say how fast training is, and how long the rest will take."""
+
+    def __init__(
+        self, plans: Sequence[_Plan], progress: Callable[[StudyProgress], None] | None
+    ) -> None:
+        self.progress = progress
+        self.left = {plan.name: plan for plan in plans}
+        self.total = len(plans)
+        self.costs: dict[tuple[str, str], float] = {}
+        self.steps, self.seconds = 0, 0.0
+        self.began = 0.0
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+
+    def training(self, plan: _Plan, done: int) -> None:
+        self._say(plan, "training", done, time.perf_counter() - self.began)
+
+    def trained(self, plan: _Plan) -> float:
+        seconds = time.perf_counter() - self.began
+        self.costs[plan.model.label, plan.rule] = seconds / plan.steps
+        self.steps, self.seconds = self.steps + plan.steps, self.seconds + seconds
+        return seconds
+
+    def finished(self, plan: _Plan, state: str, kept: bool) -> None:
+        del self.left[plan.name]
+        self._say(plan, state, plan.steps, 0.0)
+
+    def _say(self, plan: _Plan, state: str, done: int, running: float) -> None:
+        if self.progress is None:
+            return
+        during = state == "training"
+        steps = self.steps + (done if during else 0)
+        seconds = self.seconds + running
+        average = seconds / steps if steps else 0.0
+        left = 0.0
+        for other in self.left.values():
+            cost = self.costs.get((other.model.label, other.rule), average)
+            missing = other.steps - (done if during and other is plan else 0)
+            left += cost * missing
+        self.progress(
+            StudyProgress(
+                plan.name,
+                state,
+                self.total - len(self.left),
+                self.total,
+                done,
+                plan.steps,
+                steps / seconds if seconds else 0.0,
+                left,
+            )
+        )
+
+
+def _train_run(
+    plan: _Plan,
+    suite: Suite,
+    dataset: ImageDataset,
+    device: torch.device | str,
+    clock: _Clock,
+) -> dict[str, Any]:
+    """Train one run, keep its checkpoints and return its record, also of a failure."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    # What a stopped run left would stand beside the new one's, perhaps at other steps.
+    for pattern in ("run.json", "audit.json", "step_*.pt"):
+        for old in plan.folder.glob(pattern):
+            old.unlink(missing_ok=True)
+    record: dict[str, Any] = {
+        "key": plan.key,
+        "config": plan.config,
+        "environment": _environment(torch.device(device)),
+    }
+    clock.start()
+    try:
+        train(
+            plan.model.model,
+            plan.rule,
+            dataset,
+            steps=plan.steps,
+            batch_size=suite.batch_size,
+            seed=plan.seed,
+            learning_rate=suite.learning_rate,
+            weight_decay=suite.weight_decay,
+            penalty=plan.penalty,
+            model_options=plan.model.options,
+            rule_options=suite.rule_options.get(plan.rule, {}),
+            device=device,
+            progress=lambda done, total, loss: clock.training(plan, done),
+            checkpoint_steps=plan.marks,
+            on_checkpoint=lambda step, network: save_checkpoint(
+                network.checkpoint(), plan.checkpoint(step)
+            ),
+        )
+    except Exception as error:  # whatever a rule raises is its run's failure, not the study's
+        record |= {"status": FAILED, "reason": _said(error)}
+    else:
+        record |= {"status": TRAINED, "seconds": round(clock.trained(plan), 3)}
+    _write(plan.folder / "run.json", record)
+    return record
+
+
+def _audited(
+    plan: _Plan,
+    record: dict[str, Any] | None,
+    suite: Suite,
+    dataset: ImageDataset,
+    device: torch.device | str,
+) -> RunRecord:
+    """Return one run with the figures of its checkpoints, from ``audit.json`` if they are there."""
+    assert record is not None
+    run = RunRecord(plan.model.label, plan.model.variant, plan.rule, plan.penalty, plan.seed)
+    if record["status"] != TRAINED:
+        return replace(run, reason=str(record["reason"]))
+    run = replace(
+        run,
+        seconds=float(record.get("seconds", 0.0)),
+        environment=str(record.get("environment", "")),
+    )
+    shape = [suite.eval_batches, suite.eval_batch_size]
+    key = _hash({"run": plan.key, "batches": shape, "version": AUDIT_VERSION})
+    path = plan.folder / "audit.json"
+    audit = _read(path)
+    if audit is None or audit.get("key") != key:
+        try:
+            steps = [_audit_checkpoint(plan, step, suite, dataset, device) for step in plan.marks]
+        except Exception as error:  # a checkpoint damaged meanwhile, or one that fits no probe
+            return replace(run, reason=f"audit: {_said(error)}")
+        audit = {"key": key, "steps": [_step_to_dict(step) for step in steps]}
+        _write(path, audit)
+    # Through JSON also where it was made just now: a later call then sees the same figures.
+    return replace(run, steps=tuple(_step_from_dict(_plain(step)) for step in audit["steps"]))
+
+
+def _audit_checkpoint(
+    plan: _Plan, step: int, suite: Suite, dataset: ImageDataset, device: torch.device | str
+) -> StepRecord:
+    checkpoint = load_checkpoint(plan.checkpoint(step))
+    model = build_model(
+        plan.model.model,
+        input_shape=dataset.input_shape,
+        num_classes=dataset.num_classes,
+        **dict(plan.model.options),
+    )
+    load_into(model, checkpoint)
+    model = model.to(device).eval()
+    batches = dataset.eval_batches(
+        suite.eval_batch_size,
+        suite.eval_batches,
+        flatten=model_spec(plan.model.model).flatten_input,
+        device=device,
+    )
+    report = diagnose(
+        model,
+        batches,
+        checkpoint.extra["config"]["accuracy"],
+        test_size=len(dataset.test_labels),
+        reduction=anatomy_of(model).credit_reduction,
+    )
+    credit = None
+    if step == plan.steps:
+        try:
+            rule = restore_rule(model, checkpoint.extra, rule_name=plan.rule)
+        except (ValueError, TypeError) as error:
+            credit = CreditReport(reason=str(error))
+        else:
+            # The null costs twenty times as much again, and no table of a study has it.
+            credit = rule_credit(rule, batches[0], fresh=None)
+    return StepRecord(step, report.figures, credit)
+
+
+def _with_frozen(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Give every step the accuracy of the frozen run of its model and seed at that step."""
+    frozen = {
+        (run.model, run.seed, step.step): step.figures
+        for run in runs
+        if run.rule == "frozen" and not run.reason
+        for step in run.steps
+    }
+    found = []
+    for run in runs:
+        steps = []
+        for step in run.steps:
+            beside = frozen.get((run.model, run.seed, step.step))
+            if beside is not None and run.rule != "frozen":
+                figures = replace(
+                    step.figures,
+                    frozen_baseline_acc=beside.headline_acc,
+                    frozen_test_size=beside.test_size,
+                )
+                step = StepRecord(step.step, figures, step.credit)
+            steps.append(step)
+        found.append(replace(run, steps=tuple(steps)))
+    return found
+
+
+# Records as files
+
+
+def _step_to_dict(step: StepRecord) -> dict[str, Any]:
+    return {
+        "step": step.step,
+        "figures": asdict(step.figures),
+        "credit": None if step.credit is None else step.credit.to_dict(),
+    }
+
+
+def _step_from_dict(record: Mapping[str, Any]) -> StepRecord:
+    figures = {
+        one.name: _tuples(record["figures"][one.name])
+        for one in fields(Figures)
+        if one.name in record["figures"]
+    }
+    saved = record["credit"]
+    credit = None
+    if saved is not None:
+        layers = tuple(LayerCredit(**layer) for layer in saved["layers"])
+        credit = CreditReport(
+            layers, saved["deep_null_mean"], saved["deep_null_sd"], saved["reason"]
+        )
+    return StepRecord(record["step"], Figures(**figures), credit)
+
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _plain(value: Any) -> Any:
+    """Undo what strict JSON did to numbers that are not finite."""
+    if isinstance(value, str):
+        return _NOT_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _environment(device: torch.device) -> str:
+    from .. import __version__
+
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+    return f"fadiag_fast {__version__}, torch {torch.__version__}, {name}"
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return a record, None where there is none or it cannot be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> None:
+    write_whole(path, json.dumps(_strict(dict(record)), indent=1, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is either whole or as it was."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
