@@ -332,7 +332,7 @@ class _Scan:
         except Exception as error:  # a model's forward may raise anything
             if way.stack > 1:
                 # A model that cannot be mapped over; or one bad row: alone they are told apart.
-                self.search.refuse(error)
+                self.search.refuse()
                 return False
             launched.failed[part[0]] = error
         return True

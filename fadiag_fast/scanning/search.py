@@ -56,12 +56,6 @@ class Search:
         self._tried = total < _FEWEST_FOR_TRIALS
         self._growing = self._growing and not self._tried and self.most > 1
         self._best: tuple[float, Way] = (float("inf"), self.way)
-        self.reason = ""  # why checkpoints take turns although a stack was asked for
-
-    @property
-    def settled(self) -> bool:
-        """Whether nothing more will be tried."""
-        return self._tried and not self._growing
 
     def measure(self, rows: Tensor, fit: Fit) -> Pending:
         """Compute the figures of at most ``way.stack`` checkpoints.
@@ -145,9 +139,8 @@ class Search:
         self.most = self.way.stack
         self._growing = False
 
-    def refuse(self, error: BaseException) -> None:
-        """Give up stacking."""
-        self.reason = str(error).splitlines()[0] if str(error) else repr(error)
+    def refuse(self) -> None:
+        """Give up stacking: checkpoints take turns."""
         self.way = replace(self.way, stack=1)
         self._growing = False
 
