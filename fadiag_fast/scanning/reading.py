@@ -61,6 +61,10 @@ class Rows:
 
     def __init__(self, count: int, width: int, device: torch.device) -> None:
         self._bytes = torch.empty((count, width), dtype=torch.uint8, device=device)
+        if self._bytes.is_cuda:
+            # The allocator may hand out memory that work under way in this stream still uses, and
+            # readers write from streams of their own.
+            torch.cuda.current_stream(device).synchronize()
 
     def hold(self, count: int, width: int) -> bool:
         """Say whether so many rows of so many bytes are here."""
