@@ -1,7 +1,6 @@
 """Reduce one captured batch to the numbers that the protocol reads."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -329,33 +328,44 @@ def direction_uncertainty(cosines: Tensor) -> tuple[list[float], list[float]]:
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 11, for the
     jackknife of a U-statistic.
     """
-    errors, nulls = [], []
-    for layer in np.asarray(cosines.detach().cpu(), dtype=np.float64):
-        kept = layer.diagonal() == 1
-        error, null = _uncertainty(layer[kept][:, kept])
-        errors.append(error)
-        nulls.append(null)
-    return errors, nulls
+    layers = np.asarray(cosines.detach().cpu(), dtype=np.float64)
+    known = layers.diagonal(axis1=1, axis2=2) == 1
+    errors, nulls = np.full((2, len(layers)), np.nan)
+    # Layers in which the same batches have a direction go together: most often all of them.
+    patterns, of_layer = np.unique(known, axis=0, return_inverse=True)
+    for index, kept in enumerate(patterns):
+        alike = np.flatnonzero(of_layer.reshape(-1) == index)
+        if kept.sum() >= 3:
+            chosen = layers[np.ix_(alike, kept, kept)]
+            errors[alike], nulls[alike] = _uncertainty(chosen)
+    return errors.tolist(), nulls.tolist()
 
 
-def _uncertainty(cosines: _Array) -> tuple[float, float]:
-    count = len(cosines)
-    if count < 3:
-        return math.nan, math.nan
-    pairs = cosines - np.diag(cosines.diagonal())
-    total = pairs.sum()
+def _uncertainty(cosines: _Array) -> tuple[_Array, _Array]:
+    """Return standard errors and quantiles ``[n]`` from cosines ``[n, K, K]``, K at least 3."""
+    count = cosines.shape[-1]
+    pairs = cosines * (1 - np.eye(count))
+    of_batch = pairs.sum(2)
     # Without batch i its row and its column are missing.
-    without = (total - 2.0 * pairs.sum(1)) / ((count - 1) * (count - 2))
-    error = math.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum())
+    without = (of_batch.sum(1, keepdims=True) - 2 * of_batch) / ((count - 1) * (count - 2))
+    centred = without - without.mean(1, keepdims=True)
+    errors = np.sqrt((count - 1) / count * (centred**2).sum(1))
     if count > _MOST_ENUMERATED:
-        spread = math.sqrt(2.0 * (pairs**2).sum()) / (count * (count - 1))
-        return error, _NORMAL_95 * spread
-    signs = _sign_flips(count)
-    flipped = ((signs @ pairs) * signs).sum(1) / (count * (count - 1))
-    return error, float(np.quantile(flipped, 0.95, method="higher"))
+        spread = np.sqrt(2 * (pairs**2).sum((1, 2))) / (count * (count - 1))
+        return errors, _NORMAL_95 * spread
+    upper = np.triu_indices(count, 1)
+    flipped = pairs[:, upper[0], upper[1]] @ _flipped_pairs(count)
+    flipped *= 2 / (count * (count - 1))
+    return errors, np.quantile(flipped, 0.95, axis=1, method="higher")
 
 
 @cache
-def _sign_flips(count: int) -> _Array:
-    """Return all choices of signs but for the sign of all together, ``[2^(count-1), count]``."""
-    return np.array([(1, *rest) for rest in itertools.product((1, -1), repeat=count - 1)], float)
+def _flipped_pairs(count: int) -> _Array:
+    """Return the sign of each pair, ``[K(K−1)/2, 2^(K−1)]``, under all flips of K directions.
+
+    To flip all of them changes no pair, so the first one stays.
+    """
+    signs = np.array([(1, *rest) for rest in itertools.product((1, -1), repeat=count - 1)], float)
+    first, second = np.triu_indices(count, 1)
+    of_pairs: _Array = (signs[:, first] * signs[:, second]).T
+    return of_pairs

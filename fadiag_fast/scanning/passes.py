@@ -385,45 +385,53 @@ class Auditor:
     def on_host(self, rows: Tensor) -> Measured:
         """Read what :meth:`measure` computed, ``[S, figures]`` on the host."""
         n, k = len(self.labels), len(self.batches)
-        x = self.batches[0][0]
+        widths = [n, n, n, 1, n, n, 1, n * k * k, _COUNTS]
+        *norms, cosines, counts = rows.split(widths, dim=1)
+        stabilities, num_directions, errors, nulls = self._of_directions(cosines, n, k)
+        finite, accuracies, measurable, non_finite, equal = counts.T.tolist()
+        batch_size = self._first_batch_size(self.batches[0][0])
+        sizes = tuple(math.prod(shape) for shape in self._shapes)
+        grad_dtype = str(self._dtypes[1]).removeprefix("torch.")
         figures = []
-        batch_size = self._first_batch_size(x)
-        for row in rows:
-            hidden, grad, gain, error, pooled, gains, class_error, cosines, counts = row.split(
-                [n, n, n, 1, n, n, 1, n * k * k, _COUNTS]
-            )
-            stabilities, num_directions = direction_figures(cosines.view(n, k, k))
-            errors, nulls = direction_uncertainty(cosines.view(n, k, k))
-            measurable, non_finite, equal = counts[2:].tolist()
-            median_error = float(class_error)
+        for i, values in enumerate(zip(*(part.tolist() for part in norms), strict=True)):
+            hidden, grad, gain, (error,), pooled, gains, (class_error,) = map(tuple, values)
             figures.append(
                 Figures(
                     layers=self.labels,
-                    residual_norms=tuple(hidden.tolist()),
-                    bp_grad_norms=tuple(grad.tolist()),
-                    credit_gains=tuple(gain.tolist()),
-                    output_grad_norm=float(error),
+                    residual_norms=hidden,
+                    bp_grad_norms=grad,
+                    credit_gains=gain,
+                    output_grad_norm=error,
                     batch_size=batch_size,
-                    stabilities=tuple(stabilities),
-                    num_directions=tuple(num_directions),
+                    stabilities=stabilities[i],
+                    num_directions=num_directions[i],
                     num_batches=k,
                     shapes=self._shapes,
-                    sizes=tuple(math.prod(shape) for shape in self._shapes),
-                    pooled_norms=tuple(pooled.tolist()),
-                    pooled_gains=tuple(gains.tolist()),
+                    sizes=sizes,
+                    pooled_norms=pooled,
+                    pooled_gains=gains,
                     num_samples=self._samples,
-                    num_measurable=int(measurable),
-                    num_non_finite=int(non_finite),
-                    equal_logits=bool(equal),
-                    output_error=None if math.isnan(median_error) else median_error,
-                    grad_dtype=str(self._dtypes[1]).removeprefix("torch."),
-                    stability_errors=tuple(errors),
-                    stability_nulls=tuple(nulls),
+                    num_measurable=int(measurable[i]),
+                    num_non_finite=int(non_finite[i]),
+                    equal_logits=bool(equal[i]),
+                    output_error=None if math.isnan(class_error) else class_error,
+                    grad_dtype=grad_dtype,
+                    stability_errors=errors[i],
+                    stability_nulls=nulls[i],
                 )
             )
-        finite, accuracy = rows[:, -_COUNTS], rows[:, 1 - _COUNTS]
-        accuracies = [None if value != value else value for value in accuracy.tolist()]
-        return Measured(figures, (finite == 1).tolist(), accuracies)
+        return Measured(
+            figures,
+            [value == 1 for value in finite],
+            [None if value != value else value for value in accuracies],
+        )
+
+    @staticmethod
+    def _of_directions(cosines: Tensor, n: int, k: int) -> list[list[tuple[Any, ...]]]:
+        """Return four figures per checkpoint and layer of the cosines ``[S, n·k·k]``."""
+        layers = cosines.reshape(-1, k, k)
+        found = (*direction_figures(layers), *direction_uncertainty(layers))
+        return [[tuple(v[i : i + n]) for i in range(0, len(v), n)] for v in found]
 
     def alike(self, columns: Tensor, others: Tensor) -> bool:
         """Say whether two ways of sharing passes give the same figures but for rounding."""
@@ -467,10 +475,14 @@ class Pending:
         else:
             self._host = columns
 
-    def result(self) -> Measured:
-        """Wait for the figures and return them."""
+    def wait(self) -> None:
+        """Wait until the figures are on the host."""
         if self._event is not None:
             self._event.synchronize()
+
+    def result(self) -> Measured:
+        """Wait for the figures and return them."""
+        self.wait()
         return self._auditor.on_host(self._host)
 
 

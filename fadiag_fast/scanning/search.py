@@ -16,7 +16,7 @@ from .weights import Fit
 # in one of 256, where reading it takes longer.
 _GROWTH = 8
 _WORTHWHILE = 1.10
-_LARGEST_STACK = 64
+LARGEST_STACK = 64
 # On a CPU a first run pays for little: one that takes this many seconds is not repeated, and one
 # that is this much slower than the best neither.
 _LONG = 0.5
@@ -52,7 +52,7 @@ class Search:
         self.most = self.way.stack
         if self._growing:
             # A stack of a fourth of all leaves something to gain after it was tried.
-            self.most = max(1, min(most, _LARGEST_STACK, total // 4))
+            self.most = max(1, min(most, LARGEST_STACK, total // 4))
         self._tried = total < _FEWEST_FOR_TRIALS
         self._growing = self._growing and not self._tried and self.most > 1
         self._best: tuple[float, Way] = (float("inf"), self.way)
