@@ -333,19 +333,25 @@ class _Scan:
             self.on_progress(progress)
 
     def _launch(self, group: Group) -> _Launched:
-        """Wait for a group to be read, and begin to compute it."""
-        reads = [future.result() for future in group.reads]
-        launched = _Launched(group, reads)
-        by_fit: dict[int, tuple[Fit, list[int]]] = {}
-        for i, read in enumerate(reads):
-            if read.fit is not None:
-                by_fit.setdefault(id(read.fit), (read.fit, []))[1].append(i)
-        for fit, indices in by_fit.values():
-            waiting = list(indices)
-            while waiting:
-                part = waiting[: self.search.way.stack]
+        """Begin to compute a group, stack by stack, as they are read."""
+        launched = _Launched(group)
+        waiting: dict[int, tuple[Fit, list[int]]] = {}
+
+        def measure(fit: Fit, indices: list[int], at_least: int) -> None:
+            while len(indices) >= max(1, at_least):
+                part = indices[: self.search.way.stack]
                 if self._measure(group.rows, fit, part, launched):
-                    waiting = waiting[len(part) :]
+                    del indices[: len(part)]
+
+        for i, future in enumerate(group.reads):
+            read = future.result()
+            launched.reads.append(read)
+            if read.fit is not None:
+                fit, indices = waiting.setdefault(id(read.fit), (read.fit, []))
+                indices.append(i)
+                measure(fit, indices, self.search.way.stack)
+        for fit, indices in waiting.values():
+            measure(fit, indices, 1)
         return launched
 
     def _measure(self, rows: Rows, fit: Fit, part: list[int], launched: _Launched) -> bool:
@@ -435,9 +441,9 @@ class _Scan:
 class _Launched:
     """A group whose figures are being computed."""
 
-    def __init__(self, group: Group, reads: list[Read]) -> None:
+    def __init__(self, group: Group) -> None:
         self.group = group
-        self.reads = reads
+        self.reads: list[Read] = []
         self.parts: list[tuple[list[int], Pending]] = []
         self.failed: dict[int, BaseException] = {}
         self.seconds_each = 0.0

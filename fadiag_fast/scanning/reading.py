@@ -71,7 +71,9 @@ class Rows:
         return self._bytes.shape[0] >= count and self._bytes.shape[1] >= width
 
     def __getitem__(self, index: int) -> Tensor:
-        return self._bytes[index]
+        # With a version counter of its own: autograd, which computes other rows meanwhile, would
+        # take what a reader writes for a change of theirs.
+        return self._bytes[index].data
 
     def of(self, fit: Fit, indices: Sequence[int]) -> Tensor:
         """Return the bytes that a fit's places count from, ``[len(indices), ...]``."""
