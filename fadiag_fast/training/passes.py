@@ -59,14 +59,26 @@ class Settings:
 
 
 def sample_norms(samples: Tensor) -> Tensor:
-    """Return the norm of each sample of ``[N, ...]``, ``[N]`` float64, without a wider copy."""
-    if samples.dtype == torch.float64:  # squares may leave the range
-        return sample_norm(samples)
+    """Return the norm of each sample of ``[N, ...]``, ``[N]`` float64, without a wider copy.
+
+    ``torch.linalg.vector_norm(dtype=torch.float64)`` would make one, and in float32 it would lose
+    gradients below 1e-19.
+    """
     if samples.dim() == 1:
         return samples.double().abs()
-    dims = list(range(1, samples.dim()))
-    norms: Tensor = torch.linalg.vector_norm(samples, dim=dims, dtype=torch.float64)
-    return norms
+    if samples.dim() == 3 and samples.is_contiguous():
+        # A row for each position: what is averaged over rows is short then.
+        rows, _ = norms_and_mean(samples.flatten(0, 1))
+        return sample_norm(rows.view(samples.shape[:2]))
+    return norms_and_mean(samples)[0]
+
+
+def norms_and_mean(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the norm of each sample of ``[N, ...]``, ``[N]`` float64, and the samples' mean."""
+    # The operator reads pairs; the second of two equal ones comes out of the cache.
+    found = ops.layer_statistics([samples], [samples])
+    # A copy: the figures lie in one tensor, with the mean.
+    return found.grad_norm[0].clone(), found.grad_mean[0]
 
 
 def by_sample(state: Tensor, batch_dim: int) -> Tensor:
@@ -353,6 +365,9 @@ class Pass:
             )
             return
         reduced = settings.reduction.of_grad(by_sample(grad, settings.batch_dim))
+        if l in settings.direction_layers and reduced.dim() > 1:
+            observation.grad_norms[l], observation.means[l] = norms_and_mean(reduced)
+            return
         observation.grad_norms[l] = sample_norms(reduced)
         if l in settings.direction_layers:
             wide = torch.float64 if reduced.dtype == torch.float64 else torch.float32
