@@ -70,6 +70,9 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
             int | None, typer.Option(help="Checkpoints of a run, at log-spaced steps.")
         ] = None,
         device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")] = "auto",
+        jobs: Annotated[
+            int | None, typer.Option(help="Runs at a time; default: 8 on CUDA, else 1.")
+        ] = None,
         quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
         json_lines: Annotated[
             bool, typer.Option("--json", help="Progress and outcome as JSON lines.")
@@ -96,7 +99,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
             with _shown(quiet, json_lines) as show:
                 try:
                     result = run_study(
-                        chosen, dataset, out, device=cli._device(device), progress=show
+                        chosen, dataset, out, device=cli._device(device), jobs=jobs, progress=show
                     )
                 except KeyboardInterrupt:
                     _errors.print(

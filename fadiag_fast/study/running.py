@@ -5,25 +5,34 @@ once training has ended, well or badly, and ``audit.json`` with the figures of e
 Each file is written whole or not at all. ``run.json`` holds the run's configuration and its hash:
 a run is trained again only if it has none, or one that failed. A run that was stopped half-way
 starts again at its first step.
+
+Several runs may go on at once, each on a thread of its own and on a GPU on a stream of its own.
+They share the images, on the device, and nothing else, so that a run's figures do not depend on
+what ran beside it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
 import os
 import platform
 import re
 import secrets
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..calibrated import find_causes, judge_figures
 from ..checkpoints import load_checkpoint, load_into, save_checkpoint
@@ -33,12 +42,20 @@ from ..protocol import Diagnostic, DiagnosticThresholds, Figures, Protocol, verd
 from ..report import _strict
 from ..zoo import ImageDataset, build_model, model_spec, restore_rule, rule_credit, train
 from ..zoo.anatomy import anatomy_of
+from ..zoo.models import DEFAULT_GENERATOR
+from ..zoo.stepping import recording_stream
 from .suites import StudyModel, Suite
 
 # Changes whenever an audit's figures change their meaning; older ones are then made anew.
 AUDIT_VERSION = 1
 
 TRAINED, FAILED = "trained", "failed"
+
+# Runs at a time on a GPU: small networks leave most of it idle, and more threads than these wait
+# for the interpreter's lock.
+CUDA_JOBS = 8
+# CUDA's streams come from a pool of so many; two runs on one stream would record each other.
+MOST_CUDA_JOBS = 32
 
 
 @dataclass(frozen=True)
@@ -52,9 +69,9 @@ class StudyProgress:
         total: runs of the suite.
         step: updates of this run so far.
         steps: updates of this run in all.
-        rate: updates a second over this call's training; 0 before the first.
+        rate: updates a second of all runs together, while any trained; 0 before the first.
         seconds_left: of training, estimated run by run from the same model and rule with another
-            seed, or else from the average; 0 before the first run.
+            seed, or else from the average, and for as many runs at a time; 0 before the first.
     """
 
     run: str
@@ -251,45 +268,56 @@ def run_study(
     out: str | os.PathLike[str],
     *,
     device: torch.device | str = "cpu",
+    jobs: int | None = None,
     progress: Callable[[StudyProgress], None] | None = None,
 ) -> StudyResult:
     """Train and audit every run of a suite that is not done yet, and return all of them.
 
     Args:
         suite: what to run.
-        dataset: the images; its test set must hold the suite's evaluation batches.
+        dataset: the images; its test set must hold the suite's evaluation batches. On a GPU they
+            are copied there once, for all runs.
         out: the study's folder, made if need be; see the module's docstring.
         device: where to train and audit. It is not part of a run's configuration.
+        jobs: runs at a time; None takes 8 on CUDA and 1 elsewhere. Figures do not depend on it. A
+            run that finds no memory beside others is tried again alone, after them.
         progress: called with a :class:`StudyProgress`, about a hundred times during a run's
-            training and at its end.
+            training and at its end; by one thread at a time.
 
     Returns the runs. Whatever a run raises becomes its ``reason``, and the others go on; it is
     tried again by the next call. Figures are over the model's own sample reduction: the class token
     in a transformer, as the protocol reads it, all features elsewhere. (d) compares with the frozen
-    run of the same model and seed at the same step, so that both had the same training.
+    run of the same model and seed at the same step, so that both had the same training. On CUDA
+    convolutions are computed by repeatable algorithms for as long as this runs.
 
     Raises ValueError, before anything is trained, where the folder holds runs of another
-    configuration or the test set is too small. Source: 'Beyond Accuracy and Alignment' protocol,
-    arXiv 2606.21126.
+    configuration, the test set is too small or ``jobs`` is out of range. Source: 'Beyond Accuracy
+    and Alignment' protocol, arXiv 2606.21126.
     """
-    folder = Path(out)
+    folder, device = Path(out), torch.device(device)
+    on_cuda = device.type == "cuda"
+    most = MOST_CUDA_JOBS if on_cuda else math.inf
+    if jobs is None:
+        jobs = CUDA_JOBS if on_cuda else 1
+    if not 1 <= jobs <= most:
+        upto = f" to {MOST_CUDA_JOBS}" if on_cuda else " upwards"
+        raise ValueError(f"run_study: expected jobs from 1{upto}, got {jobs}")
     dataset.eval_batches(suite.eval_batch_size, suite.eval_batches)  # raises if it is too small
     plans = _plans(suite, dataset, folder)
     for plan in plans:
         _check_same_configuration(plan)
-    clock = _Clock(plans, progress)
-    found: dict[str, RunRecord] = {}
-    trained = 0
+    if on_cuda:
+        dataset = dataset.to(device)
+        # The runs' streams do not wait for this one.
+        torch.cuda.current_stream(device).synchronize()
+    study = _Study(suite, dataset, device, _Clock(plans, progress, jobs))
     # Seeds go first: after one seed of everything the time left is known.
-    for plan in sorted(plans, key=lambda plan: suite.seeds.index(plan.seed)):
-        record = _read(plan.folder / "run.json")
-        kept = _is_done(plan, record)
-        if not kept:
-            record = _train_run(plan, suite, dataset, device, clock)
-            trained += record["status"] == TRAINED
-        found[plan.name] = _audited(plan, record, suite, dataset, device)
-        failed = bool(found[plan.name].reason)
-        clock.finished(plan, "failed" if failed else "kept" if kept else "audited", kept)
+    order = sorted(plans, key=lambda plan: suite.seeds.index(plan.seed))
+    with _repeatable_convolutions(device):
+        if jobs == 1:
+            found = {plan.name: study.run(plan) for plan in order}
+        else:
+            found = _run_together(study, order, jobs)
     runs = [found[plan.name] for plan in plans]
     return StudyResult(
         suite,
@@ -297,9 +325,97 @@ def run_study(
         dataset.num_classes,
         max(1, len(dataset.train_labels) // suite.batch_size),
         tuple(_with_frozen(runs)),
-        trained,
+        study.trained,
         folder,
     )
+
+
+@contextmanager
+def _repeatable_convolutions(device: torch.device) -> Iterator[None]:
+    before = torch.backends.cudnn.deterministic
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
+def _run_together(study: _Study, plans: Sequence[_Plan], jobs: int) -> dict[str, RunRecord]:
+    """Make the runs on threads; one that found no memory beside the others is made alone."""
+    # Optimisers import the compiler at first use; two threads at once would see half of it.
+    importlib.import_module("torch._dynamo")
+    found: dict[str, RunRecord] = {}
+    streams = threading.local()
+
+    def run(plan: _Plan) -> RunRecord | None:
+        with _stream_of_thread(streams, study.device):
+            try:
+                return study.run(plan, alone=False)
+            except torch.OutOfMemoryError:
+                return None
+
+    with ThreadPoolExecutor(jobs, thread_name_prefix="study") as pool:
+        futures = {pool.submit(run, plan): plan for plan in plans}
+        try:
+            for future in as_completed(futures):
+                record = future.result()
+                if record is not None:
+                    found[futures[future].name] = record
+        except BaseException:
+            # Ctrl-C reaches the main thread alone. What is finished is on disk.
+            study.stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    for plan in plans:
+        if plan.name not in found:
+            found[plan.name] = study.run(plan)
+    return found
+
+
+@contextmanager
+def _stream_of_thread(streams: threading.local, device: torch.device) -> Iterator[None]:
+    """Run on the calling thread's own stream, made at its first run."""
+    if device.type != "cuda":
+        yield
+        return
+    if not hasattr(streams, "own"):
+        streams.own = torch.cuda.Stream(device)
+    with torch.cuda.stream(streams.own):
+        yield
+
+
+@dataclass
+class _Study:
+    """What the runs of a study share."""
+
+    suite: Suite
+    dataset: ImageDataset
+    device: torch.device
+    clock: _Clock
+    stopped: threading.Event = field(default_factory=threading.Event)
+    trained: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self, plan: _Plan, *, alone: bool = True) -> RunRecord:
+        """Make one run, or read it where it is done.
+
+        Beside others, not ``alone``, OutOfMemoryError is passed on: it is not the run's own fault.
+        """
+        self.check_stopped()
+        record = _read(plan.folder / "run.json")
+        kept = _is_done(plan, record)
+        if not kept:
+            record = _train_run(plan, self, alone)
+            with self.lock:
+                self.trained += record["status"] == TRAINED
+        run = _audited(plan, record, self, alone)
+        self.clock.finished(plan, "failed" if run.reason else "kept" if kept else "audited")
+        return run
+
+    def check_stopped(self) -> None:
+        if self.stopped.is_set():
+            raise KeyboardInterrupt
 
 
 def _plans(suite: Suite, dataset: ImageDataset, folder: Path) -> list[_Plan]:
@@ -376,46 +492,69 @@ def _is_done(plan: _Plan, record: dict[str, Any] | None) -> bool:
 
 
 class _Clock:
-    """Say how fast training is, and how long the rest will take."""
+    """Say how fast training is, and how long the rest will take; from any thread."""
 
     def __init__(
-        self, plans: Sequence[_Plan], progress: Callable[[StudyProgress], None] | None
+        self,
+        plans: Sequence[_Plan],
+        progress: Callable[[StudyProgress], None] | None,
+        jobs: int,
     ) -> None:
         self.progress = progress
+        self.jobs = jobs
         self.left = {plan.name: plan for plan in plans}
         self.total = len(plans)
         self.costs: dict[tuple[str, str], float] = {}
+        # Of finished trainings: updates, and seconds of each added up.
         self.steps, self.seconds = 0, 0.0
-        self.began = 0.0
+        # While any run trained, and since when one does.
+        self.wall, self.since = 0.0, 0.0
+        # Of those that train: when they began, updates so far.
+        self.running: dict[str, tuple[float, int]] = {}
+        self.lock = threading.RLock()
 
-    def start(self) -> None:
-        self.began = time.perf_counter()
+    def start(self, plan: _Plan) -> None:
+        with self.lock:
+            now = time.perf_counter()
+            if not self.running:
+                self.since = now
+            self.running[plan.name] = now, 0
 
     def training(self, plan: _Plan, done: int) -> None:
-        self._say(plan, "training", done, time.perf_counter() - self.began)
+        with self.lock:
+            self.running[plan.name] = self.running[plan.name][0], done
+            self._say(plan, "training", done)
 
-    def trained(self, plan: _Plan) -> float:
-        seconds = time.perf_counter() - self.began
-        self.costs[plan.model.label, plan.rule] = seconds / plan.steps
-        self.steps, self.seconds = self.steps + plan.steps, self.seconds + seconds
-        return seconds
+    def stop(self, plan: _Plan, *, trained: bool) -> float:
+        """Take note of a training's end and return its seconds."""
+        with self.lock:
+            now = time.perf_counter()
+            seconds = now - self.running.pop(plan.name)[0]
+            if not self.running:
+                self.wall += now - self.since
+            if trained:
+                self.costs[plan.model.label, plan.rule] = seconds / plan.steps
+                self.steps, self.seconds = self.steps + plan.steps, self.seconds + seconds
+            return seconds
 
-    def finished(self, plan: _Plan, state: str, kept: bool) -> None:
-        del self.left[plan.name]
-        self._say(plan, state, plan.steps, 0.0)
+    def finished(self, plan: _Plan, state: str) -> None:
+        with self.lock:
+            del self.left[plan.name]
+            self._say(plan, state, plan.steps)
 
-    def _say(self, plan: _Plan, state: str, done: int, running: float) -> None:
+    def _say(self, plan: _Plan, state: str, done: int) -> None:
         if self.progress is None:
             return
-        during = state == "training"
-        steps = self.steps + (done if during else 0)
-        seconds = self.seconds + running
-        average = seconds / steps if steps else 0.0
-        left = 0.0
-        for other in self.left.values():
-            cost = self.costs.get((other.model.label, other.rule), average)
-            missing = other.steps - (done if during and other is plan else 0)
-            left += cost * missing
+        now = time.perf_counter()
+        steps = self.steps + sum(made for _, made in self.running.values())
+        busy = self.seconds + sum(now - began for began, _ in self.running.values())
+        wall = self.wall + (now - self.since if self.running else 0.0)
+        average = busy / steps if steps else 0.0
+        left = [
+            self.costs.get((other.model.label, other.rule), average)
+            * (other.steps - self.running.get(name, (0.0, 0))[1])
+            for name, other in self.left.items()
+        ]
         self.progress(
             StudyProgress(
                 plan.name,
@@ -424,19 +563,14 @@ class _Clock:
                 self.total,
                 done,
                 plan.steps,
-                steps / seconds if seconds else 0.0,
-                left,
+                steps / wall if wall else 0.0,
+                # The longest run cannot be shared out.
+                max([sum(left) / self.jobs, *left]),
             )
         )
 
 
-def _train_run(
-    plan: _Plan,
-    suite: Suite,
-    dataset: ImageDataset,
-    device: torch.device | str,
-    clock: _Clock,
-) -> dict[str, Any]:
+def _train_run(plan: _Plan, study: _Study, alone: bool) -> dict[str, Any]:
     """Train one run, keep its checkpoints and return its record, also of a failure."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     # What a stopped run left would stand beside the new one's, perhaps at other steps.
@@ -446,14 +580,16 @@ def _train_run(
     record: dict[str, Any] = {
         "key": plan.key,
         "config": plan.config,
-        "environment": _environment(torch.device(device)),
+        "environment": _environment(study.device),
     }
-    clock.start()
+    suite, clock = study.suite, study.clock
+    trained = False
+    clock.start(plan)
     try:
-        train(
+        network = train(
             plan.model.model,
             plan.rule,
-            dataset,
+            study.dataset,
             steps=plan.steps,
             batch_size=suite.batch_size,
             seed=plan.seed,
@@ -462,28 +598,33 @@ def _train_run(
             penalty=plan.penalty,
             model_options=plan.model.options,
             rule_options=suite.rule_options.get(plan.rule, {}),
-            device=device,
+            device=study.device,
             progress=lambda done, total, loss: clock.training(plan, done),
             checkpoint_steps=plan.marks,
             on_checkpoint=lambda step, network: save_checkpoint(
                 network.checkpoint(), plan.checkpoint(step)
             ),
+            stop=study.stopped.is_set,
         )
+        trained = True
     except Exception as error:  # whatever a rule raises is its run's failure, not the study's
+        if isinstance(error, torch.OutOfMemoryError) and not alone:
+            raise
         record |= {"status": FAILED, "reason": _said(error)}
-    else:
-        record |= {"status": TRAINED, "seconds": round(clock.trained(plan), 3)}
+    finally:
+        seconds = clock.stop(plan, trained=trained)
+    if trained:
+        record |= {
+            "status": TRAINED,
+            "seconds": round(seconds, 3),
+            "graphed_steps": network.graphed_steps,
+            "graph_note": network.graph_note,
+        }
     _write(plan.folder / "run.json", record)
     return record
 
 
-def _audited(
-    plan: _Plan,
-    record: dict[str, Any] | None,
-    suite: Suite,
-    dataset: ImageDataset,
-    device: torch.device | str,
-) -> RunRecord:
+def _audited(plan: _Plan, record: dict[str, Any] | None, study: _Study, alone: bool) -> RunRecord:
     """Return one run with the figures of its checkpoints, from ``audit.json`` if they are there."""
     assert record is not None
     run = RunRecord(plan.model.label, plan.model.variant, plan.rule, plan.penalty, plan.seed)
@@ -494,14 +635,16 @@ def _audited(
         seconds=float(record.get("seconds", 0.0)),
         environment=str(record.get("environment", "")),
     )
-    shape = [suite.eval_batches, suite.eval_batch_size]
+    shape = [study.suite.eval_batches, study.suite.eval_batch_size]
     key = _hash({"run": plan.key, "batches": shape, "version": AUDIT_VERSION})
     path = plan.folder / "audit.json"
     audit = _read(path)
     if audit is None or audit.get("key") != key:
         try:
-            steps = [_audit_checkpoint(plan, step, suite, dataset, device) for step in plan.marks]
+            steps = _audit(plan, study)
         except Exception as error:  # a checkpoint damaged meanwhile, or one that fits no probe
+            if isinstance(error, torch.OutOfMemoryError) and not alone:
+                raise
             return replace(run, reason=f"audit: {_said(error)}")
         audit = {"key": key, "steps": [_step_to_dict(step) for step in steps]}
         _write(path, audit)
@@ -509,40 +652,54 @@ def _audited(
     return replace(run, steps=tuple(_step_from_dict(_plain(step)) for step in audit["steps"]))
 
 
-def _audit_checkpoint(
-    plan: _Plan, step: int, suite: Suite, dataset: ImageDataset, device: torch.device | str
-) -> StepRecord:
+def _audit(plan: _Plan, study: _Study) -> list[StepRecord]:
+    """Audit a run's checkpoints, one after another in one network."""
+    with recording_stream(study.device):
+        model = build_model(
+            plan.model.model,
+            input_shape=study.dataset.input_shape,
+            num_classes=study.dataset.num_classes,
+            seed=0,
+            **dict(plan.model.options),
+        )
+        model = model.to(study.device).eval()
+        steps = []
+        for step in plan.marks:
+            study.check_stopped()
+            steps.append(_audit_checkpoint(plan, step, model, study))
+        return steps
+
+
+def _audit_checkpoint(plan: _Plan, step: int, model: nn.Module, study: _Study) -> StepRecord:
     checkpoint = load_checkpoint(plan.checkpoint(step))
-    model = build_model(
-        plan.model.model,
-        input_shape=dataset.input_shape,
-        num_classes=dataset.num_classes,
-        **dict(plan.model.options),
-    )
     load_into(model, checkpoint)
-    model = model.to(device).eval()
-    batches = dataset.eval_batches(
-        suite.eval_batch_size,
-        suite.eval_batches,
+    # Views, where the images lie on the device.
+    batches = study.dataset.eval_batches(
+        study.suite.eval_batch_size,
+        study.suite.eval_batches,
         flatten=model_spec(plan.model.model).flatten_input,
-        device=device,
+        device=study.device,
     )
-    report = diagnose(
-        model,
-        batches,
-        checkpoint.extra["config"]["accuracy"],
-        test_size=len(dataset.test_labels),
-        reduction=anatomy_of(model).credit_reduction,
-    )
-    credit = None
-    if step == plan.steps:
-        try:
-            rule = restore_rule(model, checkpoint.extra, rule_name=plan.rule)
-        except (ValueError, TypeError) as error:
-            credit = CreditReport(reason=str(error))
-        else:
-            # The null costs twenty times as much again, and no table of a study has it.
-            credit = rule_credit(rule, batches[0], fresh=None)
+    # An audit puts back, when it is done, what it found of the process's: the default generators,
+    # Python's filters of warnings, the compiler's stance. Beside another it would find and leave
+    # that one's.
+    with DEFAULT_GENERATOR:
+        report = diagnose(
+            model,
+            batches,
+            checkpoint.extra["config"]["accuracy"],
+            test_size=len(study.dataset.test_labels),
+            reduction=anatomy_of(model).credit_reduction,
+        )
+        credit = None
+        if step == plan.steps:
+            try:
+                rule = restore_rule(model, checkpoint.extra, rule_name=plan.rule)
+            except (ValueError, TypeError) as error:
+                credit = CreditReport(reason=str(error))
+            else:
+                # The null costs twenty times as much again, and no table of a study has it.
+                credit = rule_credit(rule, batches[0], fresh=None)
     return StepRecord(step, report.figures, credit)
 
 

@@ -95,6 +95,19 @@ class ImageDataset:
                     f"got labels from {low} to {high}"
                 )
 
+    def to(self, device: torch.device | str) -> ImageDataset:
+        """Return the set with its tensors on a device: trainings and audits there copy nothing.
+
+        Tensors that are there already are shared.
+        """
+        return replace(
+            self,
+            train_images=self.train_images.to(device),
+            train_labels=self.train_labels.to(device),
+            test_images=self.test_images.to(device),
+            test_labels=self.test_labels.to(device),
+        )
+
     def eval_batches(
         self,
         batch_size: int = 128,

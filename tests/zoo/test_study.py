@@ -1,10 +1,13 @@
 """A study at a reduced size: what it keeps, what it explains, and that its figures are right."""
 
+import _thread
 import csv
 import json
 import math
 import re
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,6 +230,161 @@ def test_an_interrupted_study_goes_on(images, tmp_path, monkeypatch):
     assert run_study(suite, images, tmp_path).trained == 2
     assert not stray.exists()
     assert calls == ["bp", "frozen", "frozen", "dfa"]
+
+
+# ---- several runs at once
+
+
+def without_times(result):
+    return [replace(run, seconds=0.0) for run in result.runs]
+
+
+def test_figures_do_not_depend_on_the_number_of_jobs(study, images, tmp_path):
+    alone, folder = study
+    together = run_study(SMALL, images, tmp_path, jobs=3)
+    assert without_times(together) == without_times(alone)
+    assert together.trained == alone.trained == 12
+    for run in alone.runs:
+        place = Path(run.model, run.rule, f"seed_{run.seed}", f"step_{run.steps[-1].step}.pt")
+        one, other = (load_checkpoint(out / place).state_dict for out in (folder, tmp_path))
+        assert all(torch.equal(one[name], other[name]) for name in one), place
+
+
+def test_the_record_says_that_nothing_was_graphed_on_the_cpu(study):
+    _, out = study
+    record = json.loads((out / "mlp/bp/seed_7/run.json").read_text())
+    assert (record["graphed_steps"], record["graph_note"]) == (0, "")
+
+
+def test_a_failing_run_among_others_is_explained_and_the_others_go_on(images, tmp_path):
+    rules = ("test_study:Refusing", "bp", "no_such_module:Rule", "frozen", "dfa")
+    suite = replace(SMALL, models=SMALL.models[:1], rules=rules, seeds=(42,))
+    result = run_study(suite, images, tmp_path, jobs=3)
+    assert [run.rule for run in result.failed] == ["test_study:Refusing", "no_such_module:Rule"]
+    assert result.failed[0].reason == "RuntimeError: no credit today"
+    assert result.trained == 3
+    assert result.runs[1].last.figures.frozen_baseline_acc == result.runs[3].last.accuracy
+
+
+def test_a_run_without_memory_beside_others_is_made_alone(images, tmp_path, monkeypatch):
+    real, threads = running.train, []
+
+    def greedy(model, rule, *arguments, **options):
+        if rule == "frozen":
+            threads.append(threading.current_thread())
+            if threads[-1] is not threading.main_thread():
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return real(model, rule, *arguments, **options)
+
+    monkeypatch.setattr(running, "train", greedy)
+    suite = replace(SMALL, models=SMALL.models[:1], seeds=(42,))
+    seen = []
+    result = run_study(suite, images, tmp_path, jobs=2, progress=seen.append)
+    assert len(threads) == 2
+    assert result.failed == []
+    assert [at.done for at in seen if at.state == "audited"] == [1, 2, 3]
+    # Alone it is the run's own failure.
+    monkeypatch.setattr(threading, "main_thread", lambda: None)
+    result = run_study(replace(suite, seeds=(43,)), images, tmp_path, jobs=2)
+    assert [run.reason.split(".")[0] for run in result.failed] == [
+        "OutOfMemoryError: CUDA out of memory"
+    ]
+
+
+def test_ctrl_c_stops_all_runs_between_steps_and_keeps_those_that_are_finished(images, tmp_path):
+    """Raised in the main thread by a worker's progress, while another has steps for hours."""
+    endless = StudyModel("endless", "resmlp", {"d_hidden": 16, "num_blocks": 3}, 10**7)
+    suite = replace(
+        SMALL, models=(SMALL.models[0], endless), rules=("bp",), seeds=(42,), checkpoint_steps=()
+    )
+    began = []
+
+    def interrupt(at):
+        if at.run.startswith("mlp") and at.state == "audited":
+            began.append(time.perf_counter())
+            _thread.interrupt_main()
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(suite, images, tmp_path, jobs=2, progress=interrupt)
+    assert time.perf_counter() - began[0] < 5
+    assert (tmp_path / "mlp/bp/seed_42/audit.json").is_file()
+    assert not (tmp_path / "endless/bp/seed_42/run.json").exists()
+    seen = []
+    done = replace(suite, models=suite.models[:1])
+    assert run_study(done, images, tmp_path, jobs=2, progress=seen.append).trained == 0
+    assert [at.state for at in seen] == ["kept"]
+
+
+def test_an_interrupt_in_a_worker_stops_the_study(images, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(SMALL, images, tmp_path, jobs=2)
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_progress_is_told_by_one_thread_at_a_time_and_knows_of_all_runs(images, tmp_path):
+    inside = threading.Lock()
+    seen = []
+
+    def look(at):
+        assert inside.acquire(blocking=False), "two threads at once"
+        time.sleep(0.0005)
+        seen.append(at)
+        inside.release()
+
+    suite = replace(SMALL, models=SMALL.models[:1])
+    run_study(suite, images, tmp_path, jobs=4, progress=look)
+    assert [at.done for at in seen] == sorted(at.done for at in seen)
+    assert seen[-1].done == seen[-1].total == 6
+    assert {at.run for at in seen if at.state == "training"} == {
+        f"mlp/{rule}/seed_{seed}" for rule in suite.rules for seed in suite.seeds
+    }
+    assert all(at.rate > 0 for at in seen)
+    assert seen[-1].seconds_left == 0
+
+
+def test_the_time_left_knows_how_many_runs_go_on_at_once(images, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(running.time, "perf_counter", lambda: now[0])
+    suite = replace(SMALL, models=SMALL.models[:1], rules=("bp", "dfa"), seeds=(1, 2, 3))
+    plans = running._plans(suite, images, tmp_path)  # bp 1 2 3, dfa 1 2 3; 12 steps each
+    seen = []
+    clock = running._Clock(plans, seen.append, 2)
+    clock.start(plans[0])
+    clock.start(plans[3])
+    now[0] = 6.0
+    clock.training(plans[0], 6)
+    # 12 seconds of two runs bought 6 steps known of; 66 are missing, two at a time.
+    assert (seen[-1].rate, seen[-1].seconds_left) == (1.0, 66 * 2 / 2)
+    clock.training(plans[3], 12)
+    assert seen[-1].rate == 3.0
+    assert clock.stop(plans[3], trained=True) == 6.0
+    clock.finished(plans[3], "audited")
+    now[0] = 12.0
+    clock.training(plans[0], 12)
+    assert clock.stop(plans[0], trained=True) == 12.0
+    clock.finished(plans[0], "audited")
+    # bp takes 1 s a step, dfa half of that: 24 + 12 s, two at a time; 24 steps in 12 s.
+    assert (seen[-1].rate, seen[-1].seconds_left) == (2.0, 18.0)
+    now[0] = 100.0  # audits and pauses are no training
+    clock.start(plans[1])
+    clock.training(plans[1], 0)
+    assert seen[-1].rate == 2.0
+    # The last run is not shared out.
+    for plan in (plans[1], plans[2], plans[4]):
+        del clock.left[plan.name]
+    clock.training(plans[1], 0)
+    assert seen[-1].seconds_left == 6.0
+
+
+@pytest.mark.parametrize("jobs", [0, -1])
+def test_jobs_below_one_are_refused(images, tmp_path, jobs):
+    with pytest.raises(ValueError, match=rf"run_study: expected jobs from 1 upwards, got {jobs}"):
+        run_study(SMALL, images, tmp_path / "out", jobs=jobs)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_configuration_is_refused_before_anything_is_trained(study, images):

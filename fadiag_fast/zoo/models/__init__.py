@@ -9,6 +9,7 @@ is read: see :mod:`fadiag_fast.zoo.anatomy`.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +32,11 @@ __all__ = [
     "build_model",
     "model_spec",
 ]
+
+
+# Held by whoever draws from torch's default generator, or puts back how it was: among threads two
+# of them would draw each other's numbers.
+DEFAULT_GENERATOR = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -114,14 +120,15 @@ def build_model(
     not have.
     """
     spec = model_spec(name)
-    if seed is None:
-        return spec.builder(input_shape, num_classes, **options)
-    # Modules draw from the default CPU generator. Only that one is seeded and put back:
-    # torch.manual_seed would also reset every accelerator's generator.
-    generator = torch.default_generator
-    state = generator.get_state()
-    try:
-        generator.manual_seed(seed)
-        return spec.builder(input_shape, num_classes, **options)
-    finally:
-        generator.set_state(state)
+    with DEFAULT_GENERATOR:
+        if seed is None:
+            return spec.builder(input_shape, num_classes, **options)
+        # Modules draw from the default CPU generator. Only that one is seeded and put back:
+        # torch.manual_seed would also reset every accelerator's generator.
+        generator = torch.default_generator
+        state = generator.get_state()
+        try:
+            generator.manual_seed(seed)
+            return spec.builder(input_shape, num_classes, **options)
+        finally:
+            generator.set_state(state)

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..anatomy import anatomy_of
+from .schedule import DeviceCosine
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -130,12 +131,7 @@ class Rule(ABC):
         self._set_up(seed)
         own = [parameter for parameter in self.networks.parameters() if parameter.requires_grad]
         self.parameters = [*self.trained_parameters(), *own]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, weight_decay=weight_decay
-        )
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-            self.optimizer, T_max=total_steps
-        )
+        self.optimizer, self.scheduler = self._descent(learning_rate, weight_decay)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -184,12 +180,48 @@ class Rule(ABC):
     def finish_step(self) -> None:  # noqa: B027 - optional
         """Do what follows an optimiser step; nothing by default."""
 
+    # For training on a GPU, where one step is recorded and repeated without Python.
+
+    def count_step(self) -> None:  # noqa: B027 - optional
+        """Do what a step does on the host alone, such as counting; nothing by default.
+
+        ``update`` calls it last, and where a recorded step is repeated it is called in ``update``'s
+        place. A rule that counts elsewhere trains with ordinary steps.
+        """
+
+    @property
+    def phase(self) -> Hashable:
+        """Return what the steps of now have in common; always the same by default.
+
+        A rule whose ``update`` does something else from some step on returns something else from
+        then on, and the step is recorded anew. Read on the host before every step.
+        """
+        return None
+
     # What every rule gets.
 
     @property
     def like(self) -> Tensor:
         """Return a tensor of the dtype and device that the rule's own tensors should have."""
         return self.model.get_parameter("out_head.weight")
+
+    def _descent(
+        self, learning_rate: float, weight_decay: float
+    ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.CosineAnnealingLR | DeviceCosine]:
+        """Make the optimiser and its schedule: the same formulas on every device."""
+        if not self.like.is_cuda:
+            optimizer = torch.optim.AdamW(
+                self.parameters, lr=learning_rate, weight_decay=weight_decay
+            )
+            cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.total_steps)
+            return optimizer, cosine
+        # Rate and number of steps lie on the device, where a recorded step finds them, and one
+        # kernel serves all parameters.
+        rate = torch.tensor(learning_rate, dtype=torch.float32, device=self.like.device)
+        optimizer = torch.optim.AdamW(
+            self.parameters, lr=rate, weight_decay=weight_decay, fused=True, capturable=True
+        )
+        return optimizer, DeviceCosine(rate, learning_rate, self.total_steps)
 
     def _set_up(self, seed: int) -> None:
         self.setup(torch.Generator().manual_seed(seed))
@@ -278,6 +310,7 @@ class Rule(ABC):
         losses = self.losses(x, y)
         self.descend(torch.stack(list(losses.values())).sum())
         self.finish_step()
+        self.count_step()
         return {name: loss.detach() for name, loss in losses.items()}
 
     def losses(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:

@@ -52,7 +52,8 @@ class CreditBridge(DirectFeedbackAlignment):
         train_embed: also let the embedding descend ⟨embed(x), a⟩ with the credit at h_0. Off by
             default, for the reason given at direct feedback alignment.
 
-    The other arguments are those of :class:`Rule`. The noise comes from ``seed``, on the CPU.
+    The other arguments are those of :class:`Rule`. The noise comes from ``seed``, drawn on the CPU,
+    or on the GPU for a network there: unlike everything else that a rule draws it depends on that.
     :meth:`state_dict` returns V, V̄, DFA's matrices and the steps left to DFA. Raises ValueError for
     values out of range. Source: 'Beyond Accuracy and Alignment' protocol, arXiv 2606.21126 (width
     256, 3 layers, lr 1e-3, λ 0.1, K 8, average 0.995, σ 0.1, terminal weight 1, DFA for 20%).
@@ -112,6 +113,10 @@ class CreditBridge(DirectFeedbackAlignment):
         left = round(self.dfa_fraction * self.total_steps)
         self.tensors["dfa_steps_left"] = torch.tensor(left)
         self.noise = generator
+        if self.like.is_cuda:
+            # Noise from the host would make every step wait for it.
+            seed = int(torch.randint(2**62, (), generator=generator))
+            self.noise = torch.Generator(self.like.device).manual_seed(seed)
 
     @property
     def value(self) -> BridgeNetwork:
@@ -190,7 +195,8 @@ class CreditBridge(DirectFeedbackAlignment):
     def soft_minimum(self, features: Tensor, index: int, error: Tensor) -> Tensor:
         """Compute T from the features ``[B, D]`` of h_index: ``[B]``."""
         shape = (self.num_noises, *features.shape)
-        noise = torch.randn(shape, generator=self.noise).to(features) * self.noise_scale
+        noise = torch.randn(shape, generator=self.noise, device=self.noise.device)
+        noise = noise.to(features) * self.noise_scale
         noisy = (features + noise).flatten(0, 1)
         values = self.average(noisy, index, error.repeat(self.num_noises, 1))
         scaled = -values.reshape(self.num_noises, -1) / self.temperature
@@ -201,4 +207,10 @@ class CreditBridge(DirectFeedbackAlignment):
     def finish_step(self) -> None:
         for average, value in zip(self.average.parameters(), self.value.parameters(), strict=True):
             average.lerp_(value, 1 - self.average_decay)
+
+    def count_step(self) -> None:
         self.tensors["dfa_steps_left"].sub_(1).clamp_(min=0)
+
+    @property
+    def phase(self) -> bool:
+        return self.carried_by_dfa
