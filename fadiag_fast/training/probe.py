@@ -17,6 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from typing import Any, Literal
 
 import torch
@@ -32,11 +33,12 @@ from .alarms import Alarms, TrainingStopped
 from .directions import Directions
 from .distributed import Exchange, Pending, default_group
 from .hooks import EndHook, Hook, InputHook, OutputHook, PrepareHook, RootHook
-from .passes import Figures, Observation, Pass, Settings, merged
+from .passes import Figures, Observation, Pass, Settings, by_sample, merged
 from .records import StepRecord
 from .replay import STEPS_BEFORE, Replay, like_of
 from .ring import Ring
 from .schedule import Budget, Schedule, as_schedule
+from .sharded import TensorRanks, find_tensor_ranks, is_dtensor, like_whole
 from .sinks import guard
 from .slots import Job, Slots
 
@@ -44,6 +46,11 @@ Mode = Literal["auto", "passing", "together"]
 
 # All states and gradients of a pass together: small beside any training that has larger ones.
 _KEPT_BYTES = 8 * 2**20
+
+_NOT_COMPILED = (
+    "StepProbe: expected a network under tensor parallelism to run eagerly, got states of compiled "
+    "modules; compile what lies between the tapped modules, or name taps outside of compiled ones"
+)
 
 _alive: weakref.WeakSet[StepProbe] = weakref.WeakSet()
 
@@ -146,7 +153,13 @@ class StepProbe:
             of the loss as it is trained.
         group: of ranks whose samples belong to one batch: None is all processes where
             ``torch.distributed`` is initialised, False none but this one. The gradients are
-            taken to be averaged over the ranks, as DistributedDataParallel and ``fully_shard`` do.
+            taken to be averaged over the ranks, as DistributedDataParallel and ``fully_shard`` do;
+            over the copies of the model under tensor parallelism.
+        tensor_group: the ranks that hold one copy of the model together, a process group or a
+            DeviceMesh: None finds them by parameters that are DTensors, False is none.
+        sharded: names (or patterns, such as ``"blocks.*"``) of states whose plain tensors are each
+            of these ranks' own part of the state, of its features or positions; ``"output"`` for
+            the logits. What is a DTensor says so itself. Needs the reduction ``flatten``.
         max_samples: of one rank in one step (compiled: in one pass); None takes the first one's.
         mode: ``"passing"`` reduces states as they pass, ``"together"`` keeps them until the step
             ends, ``"auto"`` keeps those that are small: 8 MiB for all of them.
@@ -177,6 +190,8 @@ class StepProbe:
         scaler: Any = None,
         loss_reduction: str = "mean",
         group: Any = None,
+        tensor_group: Any = None,
+        sharded: str | Sequence[str] = (),
         max_samples: int | None = None,
         mode: Mode = "auto",
     ) -> None:
@@ -209,11 +224,18 @@ class StepProbe:
         self.scaler = scaler
         self.loss_reduction = loss_reduction
         self.group = group
+        self.tensor_group = tensor_group
+        self.sharded = (sharded,) if isinstance(sharded, str) else tuple(sharded)
         self.max_samples = max_samples
         self.mode = mode
         self.reduction = (
             reduction if isinstance(reduction, SampleReduction) else SampleReduction(reduction)
         )
+        if self.sharded and self.reduction.kind != "flatten":
+            raise ValueError(
+                f"StepProbe: sharded: expected the reduction flatten, got {self.reduction.kind}: "
+                f"plain tensors do not say whether they are parts along features or positions"
+            )
         self.schedule = as_schedule(schedule)
         self._which_directions = directions
         self._ring_rows = ring
@@ -241,6 +263,7 @@ class StepProbe:
         self._autocast: str | None = None
         self._slots: Slots | None = None
         self._settings: Settings | None = None
+        self._tensor_ranks: TensorRanks | None = None
         self._directions: Directions | None = None
         self._ring: Ring | None = None
         self._exchange: Exchange | None = None
@@ -283,6 +306,8 @@ class StepProbe:
         for handle in self._preparing:
             handle.remove()
         self._preparing = []
+        # Before the model runs: fully_shard then shows its parameters as they are kept.
+        self._find_tensor_ranks()
         checker = Probe(self.model, batch_dim=self.batch_dim, output=self.output)
         with untouched(self.model):
             found, seen = find_taps(
@@ -320,6 +345,14 @@ class StepProbe:
             any(s is not None and s.tensor.is_complex() for s in sightings),
             {l for l, s in enumerate(sightings) if s is not None and s.overwritten},
         )
+        self._settings.tensor_ranks = self._tensor_ranks
+        names = (*found.labels, "output")
+        for pattern in self.sharded:
+            if not any(fnmatch(name, pattern) for name in names):
+                raise TapError(
+                    f"StepProbe: sharded: expected names of observed states ({', '.join(names)}), "
+                    f"got {pattern!r}"
+                )
         if layers:
             self._directions = Directions(len(layers), self.window, self.decay, self.sketch)
         self._sizes = tuple(0 if s is None else self._features(s.tensor) for s in sightings)
@@ -368,10 +401,26 @@ class StepProbe:
         self._make_slots(found, seen, refusals)
 
     def _features(self, state: Tensor) -> int:
-        how = self._settings
-        assert how is not None
-        rows = state.detach() if self.batch_dim == 0 else state.detach().movedim(self.batch_dim, 0)
-        return math.prod(how.reduction.of_hidden(rows).shape[1:])
+        rows = by_sample(like_whole(state), self.batch_dim)
+        return math.prod(self.reduction.of_hidden(rows).shape[1:])
+
+    def _find_tensor_ranks(self) -> None:
+        if self._tensor_ranks is None:
+            self._tensor_ranks = find_tensor_ranks(self.model, self.tensor_group, self.sharded)
+            if self._settings is not None:
+                self._settings.tensor_ranks = self._tensor_ranks
+
+    def _exchange_group(self) -> Any:
+        """Return the process group to merge over; None where there is nothing to merge."""
+        found = default_group(self.group)
+        if found is not None or self._tensor_ranks is None:
+            return found
+        if len(self._tensor_ranks.groups) > 1:
+            raise ValueError(
+                "StepProbe: group: expected a process group around a mesh of tensor parallelism "
+                "with several dimensions, got False; give one of a copy's ranks"
+            )
+        return self._tensor_ranks.groups[0]
 
     def _logits_module(self, seen: Trace) -> str:
         """Return the innermost module whose output is the logits tensor itself.
@@ -459,8 +508,8 @@ class StepProbe:
         settings = self._settings
         assert settings is not None
         states = [sighting_at(seen, point) for point in found.points]
-        tensors = [state.tensor.detach() for state in states if state is not None]
-        rows = [t if self.batch_dim == 0 else t.movedim(self.batch_dim, 0) for t in tensors]
+        tensors = [like_whole(state.tensor) for state in states if state is not None]
+        rows = [by_sample(tensor, self.batch_dim) for tensor in tensors]
         reduced = [self.reduction.of_grad(row) for row in rows]
         batch = rows[0].shape[0]
         samples = max(len(r) for r in reduced)
@@ -478,7 +527,7 @@ class StepProbe:
             {l: reduced[l].shape[1:] for l in settings.direction_layers},
             self.reduction,
             self.batch_dim,
-            tensors[0].device,
+            next(state.tensor.device for state in states if state is not None),
             refusals,
             self._slot_parts.append,
         )
@@ -493,6 +542,8 @@ class StepProbe:
         """Send a tensor through its slots inside of a compiled graph."""
         if not state.requires_grad:
             return state
+        if is_dtensor(state):
+            raise RuntimeError(_NOT_COMPILED)
         for job in jobs:
             samples = 0
             if job.slot == self._n:
@@ -517,6 +568,7 @@ class StepProbe:
         assert self._settings is not None
         if self._in_compiled is None:
             self._in_compiled = self._find_compiled()
+            self._find_tensor_ranks()  # it may have been spread since the example was run
         self._reduce_finished()
         autocast = None
         for device in ("cuda", "cpu"):
@@ -656,7 +708,7 @@ class StepProbe:
         like = like_of(tensors)
         self._alike = self._alike + 1 if like == self._like else 1
         self._like = like
-        refused = self._replay_refused or default_group(self.group) is not None
+        refused = self._replay_refused or self._exchange_group() is not None
         if refused or self._alike <= STEPS_BEFORE or self._ring is None:
             return None
         n, ring = self._n, self._ring
@@ -686,6 +738,8 @@ class StepProbe:
 
     def _take_parts(self) -> list[Figures]:
         eager, compiled = self._parts, list(self._slot_parts)
+        if compiled and self._tensor_ranks is not None:
+            raise RuntimeError(_NOT_COMPILED)
         if eager and len(eager) == len(compiled):  # some modules are compiled, others not
             return [_joined(a, b) for a, b in zip(eager, compiled, strict=True)]
         return eager + compiled
@@ -712,7 +766,7 @@ class StepProbe:
     def _finish(self, figures: Figures, step: int) -> None:
         device = figures.norms.device
         self._make_ring(device)
-        found_group = default_group(self.group)
+        found_group = self._exchange_group()
         meta = self._meta(figures, step)
         scaling = self._scaling(figures)
         if found_group is None:
@@ -727,7 +781,7 @@ class StepProbe:
                 )
             # Every rank must decide alike: by the parameters, not by what a step happened to see.
             wide = any(p.dtype == torch.float64 for p in self.model.parameters())
-            self._exchange = Exchange(found_group, self.max_samples, wide)
+            self._exchange = Exchange(found_group, self.max_samples, wide, self._tensor_ranks)
         sums = [None if mean is None else mean * figures.weight for mean in figures.means]
         pending = self._exchange.start(figures.norms.flatten(0, 1), sums)
         self._pending = (pending, meta, scaling)
@@ -738,11 +792,11 @@ class StepProbe:
             return
         (pending, meta, scaling), self._pending = self._pending, None
         found = pending.wait()
-        world = len(found.counts)
+        copies = len(found.counts)
         samples = found.counts.double().sum()
         norms = found.samples.view(2, self._n + 1, -1)
-        # The optimiser sees the average of the ranks' gradients, each of its own samples only.
-        norms[1].div_(world)
+        # The optimiser sees the average of the copies' gradients, each of its own samples only.
+        norms[1].div_(copies)
         means: list[Tensor | None] = [
             None if s is None else s / samples.to(s.dtype) for s in found.directions
         ]
@@ -750,9 +804,15 @@ class StepProbe:
         if scaling is not None:  # what one rank met, all of them skip
             bad = torch.maximum(scaling[1], self._overflowed(figures).double())
             scaling = torch.stack([scaling[0], bad])
-        self._send(self._row(figures, scaling), replace(meta, samples=None, world_size=world))
+        assert self._exchange is not None
+        meta = replace(meta, samples=None, world_size=self._exchange.world)
+        self._send(self._row(figures, scaling), meta)
 
     def _meta(self, figures: Figures, step: int) -> _Meta:
+        ranks = self._tensor_ranks
+        if ranks is not None and ranks.features:
+            known = ranks.features
+            self._sizes = tuple(known.get(l, size) for l, size in enumerate(self._sizes))
         return _Meta(
             step,
             self._sizes,
@@ -831,7 +891,7 @@ class StepProbe:
                 "StepProbe: expected at least one step outside of the CUDA graph first; run one "
                 "before capturing"
             )
-        if default_group(self.group) is not None:
+        if self._exchange_group() is not None:
             raise RuntimeError(
                 "StepProbe: expected a single process inside of a CUDA graph, got a process group; "
                 "give group=False to observe each rank's own samples"
