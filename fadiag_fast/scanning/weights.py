@@ -78,7 +78,7 @@ class Fitter:
     def __init__(self, model: nn.Module) -> None:
         self.canonical = canonical(model)
         self._expected = _persistent(model)
-        # Copied now: while checkpoints are loaded the model itself runs, with others' weights in it.
+        # Copied now: while checkpoints are loaded the model itself runs, with weights of others.
         self._spare: nn.Module | Exception
         try:
             self._spare = copy.deepcopy(model).cpu()
