@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from networks import Branching
 from ranks import BACKENDS, TWO_GPUS, assert_alike, needs_gloo, spawned
+from test_training_probe import Overflowing
 from torch import nn
 
 from fadiag_fast import StepProbe
@@ -151,6 +152,31 @@ def test_directions_that_do_not_fit_enter_as_nan_and_hang_nobody():
         sums = [directions[0].tolist() for *_, directions in found[rank]]
         assert sums[0] == sums[3] == [2.0] * 4
         assert all(value != value for value in sums[1] + sums[2])
+
+
+def scaled_on_rank(rank, device):
+    torch.manual_seed(0)
+    model = Overflowing()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    records = []
+    probe = StepProbe(wrapped, sink=records.append, scaler=scaler)
+    for step in range(3):
+        x, y = batch_of(4, step)
+        model.overflows = step == 1 and rank == 1
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(wrapped(x), y)).backward()
+        probe.step()
+        scaler.step(optimizer)
+        scaler.update()
+    probe.remove()
+    return [record.skipped for record in records], scaler.get_scale()
+
+
+@needs_gloo
+def test_what_one_rank_overflows_all_of_them_skip():
+    assert spawned(scaled_on_rank, 2) == {rank: ([False, True, False], 512.0) for rank in (0, 1)}
 
 
 @needs_gloo

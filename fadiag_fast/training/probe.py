@@ -81,6 +81,69 @@ class _Meta:
     world_size: int = 1
 
 
+class _Scaling:
+    """What a gradient scaler does in one step, on the device.
+
+    Args:
+        scaler: of torch's kind.
+        overflowed: whether a gradient that was seen is not finite.
+        unscaled: flags of what the scaler has met so far: none before ``unscale_`` or ``step``.
+
+    Attributes:
+        scale: the factor of this step, float64.
+        skipped: whether the step is skipped, as far as is known.
+        known: whether the scaler has said so since; until then what was seen must do.
+    """
+
+    def __init__(self, scaler: Any, overflowed: Tensor, unscaled: Sequence[Tensor]) -> None:
+        self._scaler = scaler
+        device = overflowed.device
+        self.skipped, self.known = overflowed, torch.zeros_like(overflowed)
+        for flag in unscaled:
+            found = (flag.to(device, non_blocking=True) != 0).reshape(())
+            self.skipped = self.skipped | found
+        self._before = self._state(device)
+        self.scale = torch.ones((), dtype=torch.float64, device=device)
+        if self._before is not None:
+            self.scale = self._before[0]
+        else:  # a scaler that is disabled skips nothing
+            self.skipped, self.known = torch.zeros_like(overflowed), torch.ones_like(overflowed)
+
+    def _state(self, device: torch.device) -> Tensor | None:
+        """Return the scaler's factor and for how many steps it has not changed, ``[2]``."""
+        scale = getattr(self._scaler, "_scale", None)
+        if scale is None:
+            return None
+        streak = getattr(self._scaler, "_growth_tracker", None)
+        both = [scale, torch.full_like(scale, -1) if streak is None else streak]
+        return torch.stack([t.detach().reshape(()).double() for t in both]).to(
+            device, non_blocking=True
+        )
+
+    def resolve(self) -> None:
+        """Read from the scaler, after its ``update``, what it did.
+
+        Its factor then is smaller and the streak 0 if it met something that is not finite in any
+        gradient of a parameter; else the streak is longer, or it was rewarded with a larger factor.
+        """
+        now = None if self._before is None else self._state(self.skipped.device)
+        if now is None or self._before is None:
+            return
+        before, self._before = self._before, None
+        new = now[1] == 0
+        skipped = new & (now[0] < before[0])
+        self.known = skipped | (new & (now[0] > before[0])) | (now[1] == before[1] + 1)
+        self.skipped = torch.where(self.known, skipped, self.skipped)
+
+    def overflowed(self, more: Tensor) -> None:
+        """Note what other ranks have seen: what one of them met, all of them skip."""
+        self.skipped = torch.where(self.known, self.skipped, self.skipped | more)
+
+    def figures(self) -> Tensor:
+        """Return factor and whether the step is skipped, ``[2]`` float64."""
+        return torch.stack([self.scale, self.skipped.double()])
+
+
 def _as_input(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return the arguments of a call as one input."""
     if not kwargs:
@@ -148,7 +211,8 @@ class StepProbe:
         example: an input batch (a tensor, a tuple of arguments or a dict of keywords) to find the
             taps with; otherwise the first training pass's own input is used. It costs one forward
             pass in eval mode that leaves no trace.
-        scaler: the ``torch.amp.GradScaler`` in use: its factor is divided out of the figures.
+        scaler: the ``torch.amp.GradScaler`` in use: its factor is divided out of the figures. A
+            record waits for the next ``step()``, to say whether the scaler skipped its own.
         loss_reduction: ``"mean"``, ``"sum"`` or any text: recorded beside the figures, which are
             of the loss as it is trained.
         group: of ranks whose samples belong to one batch: None is all processes where
@@ -267,7 +331,9 @@ class StepProbe:
         self._directions: Directions | None = None
         self._ring: Ring | None = None
         self._exchange: Exchange | None = None
-        self._pending: tuple[Pending, _Meta, Tensor | None] | None = None
+        self._pending: tuple[Pending, _Meta, _Scaling | None] | None = None
+        self._unresolved: _Scaling | None = None
+        self._held: tuple[Tensor, _Meta, _Scaling] | None = None
         self._graphed: _Meta | None = None
         self._replay: Replay | None = None
         self._replay_refused = False
@@ -636,6 +702,8 @@ class StepProbe:
         parts: list[Figures] = []
         replayed = False
         try:
+            if not captured:
+                self._resolve()
             replayed = not captured and self._reduce_by_graph(step)
             self._reduce_finished()
             parts = self._take_parts()
@@ -770,9 +838,14 @@ class StepProbe:
         meta = self._meta(figures, step)
         scaling = self._scaling(figures)
         if found_group is None:
-            self._send(self._row(figures, scaling), meta)
+            row = self._row(figures, scaling)
+            if scaling is None:
+                self._send(row, meta)
+            else:
+                self._held, self._unresolved = (row, meta, scaling), scaling
             return
         self._settle()
+        self._unresolved = scaling
         if self._exchange is None:
             if isinstance(self.schedule, Budget):
                 raise ValueError(
@@ -801,9 +874,8 @@ class StepProbe:
             None if s is None else s / samples.to(s.dtype) for s in found.directions
         ]
         figures = Figures(norms, means, set(meta.missing), None, samples)
-        if scaling is not None:  # what one rank met, all of them skip
-            bad = torch.maximum(scaling[1], self._overflowed(figures).double())
-            scaling = torch.stack([scaling[0], bad])
+        if scaling is not None:
+            scaling.overflowed(self._overflowed(figures))
         assert self._exchange is not None
         meta = replace(meta, samples=None, world_size=self._exchange.world)
         self._send(self._row(figures, scaling), meta)
@@ -824,18 +896,26 @@ class StepProbe:
             self.scaler is not None,
         )
 
-    def _scaling(self, figures: Figures) -> Tensor | None:
-        """Return the scaler's factor and whether it met something that is not finite, ``[2]``."""
+    def _scaling(self, figures: Figures) -> _Scaling | None:
+        """Return what is known of the gradient scaler so far."""
         if self.scaler is None:
             return None
-        like = figures.norms
-        scale = getattr(self.scaler, "_scale", None)
-        one = like.new_ones(()) if scale is None else scale.detach().double().reshape(())
-        bad = self._overflowed(figures)
-        for state in getattr(self.scaler, "_per_optimizer_states", {}).values():
-            for flag in state.get("found_inf_per_device", {}).values():
-                bad = bad | (flag.to(bad.device, non_blocking=True) != 0).reshape(())
-        return torch.stack([one.to(like.device), bad.double()])
+        states = getattr(self.scaler, "_per_optimizer_states", {}).values()
+        flags = [
+            flag for state in states for flag in state.get("found_inf_per_device", {}).values()
+        ]
+        return _Scaling(self.scaler, self._overflowed(figures), flags)
+
+    def _resolve(self) -> None:
+        """Finish the step whose scaler has been updated since: what it says comes afterwards."""
+        if self._unresolved is not None:
+            self._unresolved.resolve()
+            self._unresolved = None
+        if self._held is not None:
+            (row, meta, scaling), self._held = self._held, None
+            at = len(row) - (2 if meta.samples is not None else 3)
+            row[at : at + 2] = scaling.figures()
+            self._send(row, meta)
 
     def _overflowed(self, figures: Figures) -> Tensor:
         """Say on the device whether a gradient that arrived is not finite."""
@@ -847,7 +927,7 @@ class StepProbe:
         # A place without a sample holds NaN in both.
         return (torch.isinf(grad) | (torch.isnan(grad) & ~torch.isnan(hidden))).any()
 
-    def _row(self, figures: Figures, scaling: Tensor | None, captured: bool = False) -> Tensor:
+    def _row(self, figures: Figures, scaling: _Scaling | None, captured: bool = False) -> Tensor:
         """Return all figures of a step, ``[C]`` float64; see :meth:`_record` for their places."""
         norms = figures.norms
         gains = norms[1, :-1] / norms[1, -1]
@@ -861,7 +941,7 @@ class StepProbe:
                 )
             parts.append(cosines.reshape(-1))
         if scaling is not None:
-            parts.append(scaling)
+            parts.append(scaling.figures())
         if figures.samples is None and figures.count is not None:
             parts.append(figures.count.reshape(1).double())
         return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -969,6 +1049,7 @@ class StepProbe:
             TrainingStopped: an alarm that came with them stops the training.
         """
         try:
+            self._resolve()
             self._settle()
             if self._ring is not None:
                 self._emit(self._ring.drain())
