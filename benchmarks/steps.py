@@ -40,6 +40,7 @@ from .vision import import_torchvision
 BARE = "bare step"
 PROBE = "StepProbe"
 QUIET_PROBE = "StepProbe, alarms=False"
+FEW_PROBE = "StepProbe, samples=batch/4"
 HOOKS = "plain hooks"
 COMPILED_HOOKS = "plain hooks, compiled"
 GRAD_NORM = "Lightning grad_norm"
@@ -73,6 +74,7 @@ class Workload:
         autocast: to bfloat16.
         channels_last: the layout of the network and of its inputs.
         graphed: whether the whole step is one CUDA graph.
+        samples: a fourth of the batch, where another probe observes only so many; 0 for none.
         percent, microseconds, memory_percent: what the probe may add at most.
     """
 
@@ -84,6 +86,7 @@ class Workload:
     autocast: bool = False
     channels_last: bool = False
     graphed: bool = False
+    samples: int = 0
     percent: float = math.inf
     microseconds: float = math.inf
     memory_percent: float = math.inf
@@ -193,6 +196,7 @@ def workloads(device: torch.device) -> list[Workload]:
             "fc",
             autocast=True,
             channels_last=True,
+            samples=count // 4,
             percent=1.5,
             memory_percent=0.5,
         ),
@@ -472,6 +476,8 @@ class Study:
         self._try(PROBE, functools.partial(self._probe, PROBE, {}))
         if not self.workload.compile:  # there it takes another minute, for the same graph
             self._try(QUIET_PROBE, functools.partial(self._probe, QUIET_PROBE, {"alarms": False}))
+        if few := self.workload.samples:
+            self._try(FEW_PROBE, functools.partial(self._probe, FEW_PROBE, {"samples": few}))
         self._try(HOOKS, functools.partial(self._hooks, HOOKS, False))
         self._try(COMPILED_HOOKS, functools.partial(self._hooks, COMPILED_HOOKS, True))
 
@@ -730,7 +736,7 @@ def _measure(study: Study, quick: bool) -> list[rows.Row]:
                 "note": reason,
             }
         )
-    order = (BARE, PROBE, QUIET_PROBE, HOOKS, COMPILED_HOOKS, GRAD_NORM, WATCH)
+    order = (BARE, PROBE, QUIET_PROBE, FEW_PROBE, HOOKS, COMPILED_HOOKS, GRAD_NORM, WATCH)
     return sorted(found, key=lambda row: order.index(row["variant"]))
 
 

@@ -342,7 +342,7 @@ def tiny_step(**changes):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_tiny_step_end_to_end(compiled, tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "workloads", lambda device: [tiny_step(compile=compiled)])
+    monkeypatch.setattr(steps, "workloads", lambda device: [tiny_step(compile=compiled, samples=2)])
     # The frameworks take seconds to import.
     for name in ("_grad_norm", "_watch"):
         monkeypatch.setattr(steps.Study, name, lambda *_: 1 / 0)
@@ -350,7 +350,7 @@ def test_tiny_step_end_to_end(compiled, tmp_path, monkeypatch):
     found = {row["variant"]: row for row in rows.read(path)}
     hooks = [steps.HOOKS, steps.COMPILED_HOOKS]
     without_alarms = [] if compiled else [steps.QUIET_PROBE]
-    others = [*without_alarms, *hooks, steps.GRAD_NORM, steps.WATCH]
+    others = [*without_alarms, steps.FEW_PROBE, *hooks, steps.GRAD_NORM, steps.WATCH]
     assert list(found) == [steps.BARE, steps.PROBE, *others]
     probe = found[steps.PROBE]
     assert (probe["states"], probe["met"], probe["note"]) == ("4", "yes", "")

@@ -117,6 +117,21 @@ def test_smaller_batches_leave_their_other_places_empty():
     assert [r.num_samples for r in records] == [12, 7, 12]
 
 
+def test_the_first_samples_alone_are_observed_and_larger_batches_fit():
+    batches = [batch_of(12), batch_of(16, seed=2), batch_of(3, seed=3)]
+    options = {"samples": 5, "directions": "all"}
+    expected = train(build("branch"), lambda m: m, batches, **options)
+    records = train(
+        build("branch"),
+        lambda m: torch.compile(m, backend="aot_eager", fullgraph=True),
+        batches,
+        example=batches[0][0],
+        **options,
+    )
+    assert_alike(records, expected)
+    assert [r.num_samples for r in records] == [5, 5, 3]
+
+
 def test_larger_batches_are_refused_with_the_option_to_give():
     model = build("branch")
     x, _ = batch_of(12)

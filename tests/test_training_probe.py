@@ -108,6 +108,71 @@ def test_figures_are_those_of_diagnose(mode, reduction):
 
 
 @MODES
+def test_only_the_first_samples_are_observed_where_so_many_are_asked_for(mode):
+    model, (x, y) = network(), batch_of(12)
+    model64 = copy.deepcopy(model).double()
+    hiddens, logits = branch_states(model64, x.double())
+    # Of the loss over all twelve.
+    loss = nn.functional.cross_entropy(logits, y)
+    *grads, error = (
+        g[:5] for g in torch.autograd.grad(loss, [*hiddens, logits], retain_graph=True)
+    )
+    first, second, few = records_of(
+        model,
+        [(x, y), batch_of(12, seed=2), batch_of(3, seed=3)],
+        mode=mode,
+        samples=5,
+        directions="all",
+    )
+    norms = [float(h[:5].detach().norm(dim=1).median()) for h in hiddens]
+    assert first.hidden_norms == pytest.approx(norms, rel=1e-6)
+    assert first.grad_norms == pytest.approx(
+        [float(g.norm(dim=1).median()) for g in grads], rel=1e-6
+    )
+    assert first.output_grad_norm == pytest.approx(float(error.norm(dim=1).median()), rel=1e-6)
+    gains = [float((g.norm(dim=1) / error.norm(dim=1)).median()) for g in grads]
+    assert first.credit_gains == pytest.approx(gains, rel=1e-6)
+    x2, y2 = batch_of(12, seed=2)
+    hiddens2, logits2 = branch_states(model64, x2.double())
+    others = torch.autograd.grad(nn.functional.cross_entropy(logits2, y2), hiddens2)
+    for l, (mine, other) in enumerate(zip(grads, others, strict=True)):
+        cosine = torch.cosine_similarity(mine.sum(0), other[:5].sum(0), dim=0, eps=0)
+        assert second.stabilities[l] == pytest.approx(float(cosine), abs=1e-6)
+    assert [record.num_samples for record in (first, second, few)] == [5, 5, 3]
+
+
+@MODES
+@pytest.mark.parametrize("reduction", ["flatten", "token"])
+def test_the_first_samples_of_sequences(mode, reduction):
+    """States [T, B, D] with logits [T·B, C]: positions of a sample stay together."""
+
+    class Sequences(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Linear(5, 8)
+            self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+            self.out_head = nn.Linear(8, 4)
+
+        def forward(self, x):
+            h = self.embed(x)
+            for block in self.blocks:
+                h = h + block(h).tanh()
+            return self.out_head(h).flatten(0, 1)
+
+    torch.manual_seed(0)
+    model, x, y = Sequences(), torch.randn(3, 8, 5), torch.randint(0, 4, (24,))
+    options = {"mode": mode, "reduction": reduction, "batch_dim": 1}
+    (some,) = records_of(model, [(x, y)], samples=3, **options)
+    # Samples do not meet in this network: the first three alone are the same, but for the mean.
+    part = y.view(3, 8)[:, :3].reshape(-1)
+    (alone,) = records_of(model, [(x[:, :3], part)], **options)
+    assert some.num_samples == alone.num_samples == (9 if reduction == "token" else 3)
+    assert some.hidden_norms == pytest.approx(alone.hidden_norms, rel=1e-6)
+    assert some.grad_norms == pytest.approx([g * 3 / 8 for g in alone.grad_norms], rel=1e-6)
+    assert some.credit_gains == pytest.approx(alone.credit_gains, rel=1e-6)
+
+
+@MODES
 def test_stability_is_the_mean_cosine_with_the_last_steps(mode):
     model = network()
     batches = [batch_of(seed=s) for s in range(6)]

@@ -43,6 +43,7 @@ class Settings:
         complex: whether a state may be of complex numbers.
         passing: states that must be reduced as they pass: something writes into them later.
         tensor_ranks: that hold one copy of the model together.
+        samples: only the first so many of a pass are observed; None observes all.
     """
 
     name: str
@@ -54,6 +55,17 @@ class Settings:
     complex: bool = False
     passing: set[int] = field(default_factory=set)
     tensor_ranks: TensorRanks | None = None
+    samples: int | None = None
+
+    def observed(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """Return the samples along a dimension that are observed."""
+        if self.samples is None or tensor.shape[dim] <= self.samples:
+            return tensor
+        return tensor.narrow(dim, 0, self.samples)
+
+    def logit_rows(self, logits: Tensor, samples: int) -> Tensor:
+        """Return logits or their gradients, a row for each observed sample."""
+        return self.observed(sample_rows(logits, samples, self.batch_dim, self.name))
 
     def part_of(self, l: int, tensor: Tensor, grad: bool = False) -> Part:
         """Return what this rank has of state l, n for the logits, or of its gradient."""
@@ -210,7 +222,7 @@ class Observation:
             if grad.shape != state.shape or grad.dtype != logits.dtype:
                 return None
             found.append(grad)
-        logits = found[0] = sample_rows(logits, of.samples, 0, settings.name)
+        logits = found[0] = settings.logit_rows(logits, of.samples)
         if any(tensor.shape[0] != logits.shape[0] for tensor in found):
             return None
         return [*(s for s in of.states if s is not None), *found[1:], logits]
@@ -224,7 +236,7 @@ class Observation:
         error, logits = self.grad_norms[n], self.grads[n]
         self.forget()
         if logits is not None:
-            logits = sample_rows(logits, of.samples, settings.batch_dim, settings.name)
+            logits = settings.logit_rows(logits, of.samples)
             if logits.is_complex():
                 logits = torch.view_as_real(logits)
             # One more layer in the same launch: its gradient's norm is the output error.
@@ -344,7 +356,9 @@ class Pass:
             local, self.counts[l] = settings.part_of(l, state)
             if not self.samples:
                 self.samples = local.shape[settings.batch_dim]
-            if local.nbytes <= settings.kept_bytes and l not in settings.passing:
+            small = local.nbytes <= settings.kept_bytes and l not in settings.passing
+            local = settings.observed(local, settings.batch_dim)
+            if small:
                 kept = local.detach()
                 self.states[l], self.versions[l] = kept, kept._version
             else:
@@ -368,6 +382,8 @@ class Pass:
         settings = self.settings
         n = len(settings.labels)
         grad, last.counts[l] = settings.part_of(l, grad, grad=True)
+        if l < n:
+            grad = settings.observed(grad, settings.batch_dim)
         state = self.states[l] if l < n else None
         # Of a state that is whole on each rank a part of the gradient may be, and the reverse.
         small = (
@@ -389,7 +405,7 @@ class Pass:
     def _reduce(self, observation: Observation, l: int, grad: Tensor) -> None:
         settings = self.settings
         if l == len(settings.labels):
-            rows = sample_rows(grad, self.samples, settings.batch_dim, settings.name)
+            rows = settings.logit_rows(grad, self.samples)
             observation.grad_norms[l] = sample_norms(
                 torch.view_as_real(rows) if rows.is_complex() else rows
             )

@@ -224,6 +224,9 @@ class StepProbe:
         sharded: names (or patterns, such as ``"blocks.*"``) of states whose plain tensors are each
             of these ranks' own part of the state, of its features or positions; ``"output"`` for
             the logits. What is a DTensor says so itself. Needs the reduction ``flatten``.
+        samples: observe only the first so many samples of every pass, on each rank, and read only
+            their share of the states; None observes all. Medians are then over these, and
+            directions their mean.
         max_samples: of one rank in one step (compiled: in one pass); None takes the first one's.
         mode: ``"passing"`` reduces states as they pass, ``"together"`` keeps them until the step
             ends, ``"auto"`` keeps those that are small: 8 MiB for all of them.
@@ -256,6 +259,7 @@ class StepProbe:
         group: Any = None,
         tensor_group: Any = None,
         sharded: str | Sequence[str] = (),
+        samples: int | None = None,
         max_samples: int | None = None,
         mode: Mode = "auto",
     ) -> None:
@@ -263,6 +267,7 @@ class StepProbe:
             ("window", window),
             ("ring", ring),
             ("sketch", 1 if sketch is None else sketch),
+            ("samples", 1 if samples is None else samples),
             ("max_samples", 1 if max_samples is None else max_samples),
         ):
             if not isinstance(value, int) or value < 1:
@@ -290,6 +295,7 @@ class StepProbe:
         self.group = group
         self.tensor_group = tensor_group
         self.sharded = (sharded,) if isinstance(sharded, str) else tuple(sharded)
+        self.samples = samples
         self.max_samples = max_samples
         self.mode = mode
         self.reduction = (
@@ -410,6 +416,7 @@ class StepProbe:
             limits[self.mode],
             any(s is not None and s.tensor.is_complex() for s in sightings),
             {l for l, s in enumerate(sightings) if s is not None and s.overwritten},
+            samples=self.samples,
         )
         self._settings.tensor_ranks = self._tensor_ranks
         names = (*found.labels, "output")
@@ -576,10 +583,11 @@ class StepProbe:
         states = [sighting_at(seen, point) for point in found.points]
         tensors = [like_whole(state.tensor) for state in states if state is not None]
         rows = [by_sample(tensor, self.batch_dim) for tensor in tensors]
-        reduced = [self.reduction.of_grad(row) for row in rows]
         batch = rows[0].shape[0]
+        rows = [settings.observed(row) for row in rows]
+        reduced = [self.reduction.of_grad(row) for row in rows]
         samples = max(len(r) for r in reduced)
-        per_sample = max(1, samples // max(1, batch))
+        per_sample = max(1, samples // max(1, rows[0].shape[0]))
         capacity = max(samples, self.max_samples or 0)
         logits = choose_output(seen.output, self.output)
         self._logits_per_sample = 1
@@ -595,6 +603,7 @@ class StepProbe:
             self.batch_dim,
             next(state.tensor.device for state in states if state is not None),
             refusals,
+            self.samples,
             self._slot_parts.append,
         )
 

@@ -62,6 +62,10 @@ def _summed(squares: Tensor) -> Tensor:
     return squares.flatten(1).sum(1) if squares.dim() > 1 else squares
 
 
+def _first(rows: Tensor, count: int) -> Tensor:
+    return rows[:count] if 0 < count < rows.shape[0] else rows
+
+
 class _Slot(torch.autograd.Function):
     """Pass a tensor on; in the backward, give its figures to ``slot`` and its sum to ``total``."""
 
@@ -75,16 +79,19 @@ class _Slot(torch.autograd.Function):
         feature_dim: int | None,
         batch_dim: int,
         samples: int,
+        observed: int,
         take_state: bool,
         take_grad: bool,
     ) -> Tensor:
         ctx.kind, ctx.feature_dim, ctx.batch_dim = kind, feature_dim, batch_dim
+        ctx.observed = observed
         ctx.samples, ctx.take_grad, ctx.summed = samples, take_grad, total is not None
         ctx.capacity = slot.shape[1]
         if take_state:
             how = SampleReduction(kind, feature_dim)  # type: ignore[arg-type]
             with torch.no_grad():
-                rows = _state_squares(how.of_hidden(by_sample(tensor, batch_dim)))
+                rows = _first(by_sample(tensor, batch_dim), observed)
+                rows = _state_squares(how.of_hidden(rows))
             ctx.save_for_backward(rows)
         else:
             ctx.save_for_backward()
@@ -95,8 +102,9 @@ class _Slot(torch.autograd.Function):
         how = SampleReduction(ctx.kind, ctx.feature_dim)
         if ctx.samples:  # the logits: a row for each of so many samples
             reduced = sample_rows(grad, ctx.samples, ctx.batch_dim, "StepProbe")
+            reduced = _first(reduced, ctx.observed)
         else:
-            reduced = how.of_grad(by_sample(grad, ctx.batch_dim))
+            reduced = how.of_grad(_first(by_sample(grad, ctx.batch_dim), ctx.observed))
         if ctx.take_grad:
             squares = _grad_squares(reduced)
             count = torch.ones_like(squares)
@@ -107,7 +115,7 @@ class _Slot(torch.autograd.Function):
         if rows.shape[1] != ctx.capacity:
             rows = torch.nn.functional.pad(rows, (0, ctx.capacity - rows.shape[1]))
         total = reduced.float().sum(0) if ctx.summed else None
-        return grad, rows, total, None, None, None, None, None, None
+        return grad, rows, total, None, None, None, None, None, None, None
 
 
 class Slots:
@@ -121,6 +129,7 @@ class Slots:
         reduction, batch_dim: what a sample is.
         device: of the states.
         refusals: per state that cannot be reached in a compiled network the reason.
+        samples: only the first so many of a pass are observed; None observes all.
         arrived: is called at the end of every backward pass that reached a slot.
     """
 
@@ -134,12 +143,14 @@ class Slots:
         batch_dim: int,
         device: torch.device,
         refusals: Mapping[int, str],
+        samples: int | None,
         arrived: Callable[[Figures], None],
     ) -> None:
         n = len(labels)
         self.labels = tuple(labels)
         self.reduction = reduction
         self.batch_dim = batch_dim
+        self.observed = samples or 0  # a number in compiled code: 0 for all
         self.refusal = "; ".join(refusals.values())
         self._arrived = arrived
         self.leaves = [self._leaf((_ROWS, capacity), device) for _ in range(n)]
@@ -178,12 +189,12 @@ class Slots:
                 f"{tensor.device}; remove the probe and build another one after the model is moved"
             )
         if job.slot < len(self.labels):
-            rows = by_sample(tensor, self.batch_dim)
+            rows = _first(by_sample(tensor, self.batch_dim), self.observed)
             count = rows.shape[0]
             if self.reduction.kind == "token" and tensor.dim() > 2:
-                count = tensor.numel() // rows.shape[self.reduction.feature_index(rows)]
+                count = rows.numel() // rows.shape[self.reduction.feature_index(rows)]
         else:
-            count = samples
+            count = min(samples, self.observed) if self.observed else samples
         if count > slot.shape[1]:
             raise RuntimeError(
                 f"StepProbe: expected at most {slot.shape[1]} samples in a compiled forward pass, "
@@ -199,6 +210,7 @@ class Slots:
             self.reduction.feature_dim,
             self.batch_dim,
             samples,
+            self.observed,
             job.state,
             job.grad,
         )
