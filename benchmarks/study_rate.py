@@ -7,6 +7,7 @@ of all its runs together. On the CPU ordinary steps only.
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fadiag_fast.zoo import build_model, make_rule, model_spec
-from fadiag_fast.zoo.stepping import Stepper, recording_stream
+from fadiag_fast.zoo.stepping import Stepper, stream_of_thread
 
 from . import rows
 
@@ -96,13 +97,15 @@ def _together(
     finally:
         for thread in threads:
             thread.join()
+        if images.is_cuda:
+            # Of this measurement's threads and streams.
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.empty_cache()
     return jobs * count / seconds, notes[0]
 
 
 def _own_stream(device: torch.device) -> Any:
-    if device.type == "cuda":
-        return torch.cuda.stream(torch.cuda.Stream(device))
-    return recording_stream(device)
+    return torch.cuda.stream(stream_of_thread(device)) if device.type == "cuda" else nullcontext()
 
 
 def _wait(device: torch.device) -> None:
