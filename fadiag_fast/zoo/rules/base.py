@@ -223,6 +223,7 @@ class Rule(ABC):
         optimizer = torch.optim.AdamW(
             self.parameters, lr=rate, weight_decay=weight_decay, fused=True, capturable=True
         )
+        rate = optimizer.param_groups[0]["lr"]
         return optimizer, DeviceCosine(rate, learning_rate, self.total_steps)
 
     def _set_up(self, seed: int) -> None:
