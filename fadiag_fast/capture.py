@@ -288,7 +288,9 @@ def sample_rows(logits: Tensor, samples: int, batch_dim: int, name: str) -> Tens
     # Logits [B, C] of states [T, B, D] are by sample already; [T, B, C] are not.
     fits = -len(shape) <= batch_dim < len(shape) and shape[batch_dim] == samples
     if fits and (len(shape) > 2 or shape[0] != samples):
-        return logits.movedim(batch_dim, 0)
+        # Not moved where it stands first already: a compiler takes even that for a permutation, and
+        # would read the gradient of the logits once more for their norm.
+        return logits.movedim(batch_dim, 0) if batch_dim else logits
     if shape and shape[0] == samples:
         return logits
     if shape and samples and shape[0] % samples == 0 and batch_dim in (0, 1):

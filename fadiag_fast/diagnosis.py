@@ -30,7 +30,6 @@ from .statistics import (
     SampleReduction,
     batch_statistics,
     direction_figures,
-    direction_uncertainty,
     medians,
 )
 from .taps import Select, unwrap
@@ -216,8 +215,7 @@ def _figures(
         )
     first = batches[0]
     cosines = ops.direction_cosines([batch.grad_mean for batch in batches], backend=backend)
-    stabilities, num_directions = direction_figures(cosines)
-    errors, nulls = direction_uncertainty(cosines)
+    directions = direction_figures(cosines)
     measurable = torch.cat([batch.measurable for batch in batches])
     gains = torch.cat([batch.credit_gain for batch in batches], dim=1)
     hidden = torch.cat([batch.hidden_norm for batch in batches], dim=1)
@@ -230,8 +228,8 @@ def _figures(
         credit_gains=medians(first.credit_gain),
         output_grad_norm=medians(first.output_grad_norm[None])[0],
         batch_size=first.batch_size,
-        stabilities=stabilities,
-        num_directions=num_directions,
+        stabilities=directions.stability.tolist(),
+        num_directions=directions.num_directions.tolist(),
         num_batches=len(batches),
         shapes=first.shapes,
         sizes=first.sizes,
@@ -245,8 +243,8 @@ def _figures(
         if len(class_errors) == len(batches)
         else None,
         grad_dtype=str(first.grad_dtype).removeprefix("torch."),
-        stability_errors=errors,
-        stability_nulls=nulls,
+        stability_errors=directions.error.tolist(),
+        stability_nulls=directions.null.tolist(),
         headline_acc=headline_acc,
         frozen_baseline_acc=frozen_baseline_acc,
     )

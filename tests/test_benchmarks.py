@@ -359,6 +359,19 @@ def test_tiny_step_end_to_end(compiled, tmp_path, monkeypatch):
     assert "| tiny: StepProbe |" in tables.render("steps", list(found.values()))
 
 
+@pytest.mark.slow
+def test_wandb_watches_a_tiny_step():
+    pytest.importorskip("wandb")
+    study = steps.Study(tiny_step(), CPU)
+    training = study.training()
+    with study.open:
+        variant = study._watch(training, study._runner(training))
+        with variant.around():
+            variant.step()
+            assert any(p._backward_hooks for p in training.model.parameters())
+        assert not any(p._backward_hooks for p in training.model.parameters())
+
+
 def test_plain_hooks_say_what_the_probe_says():
     study = steps.Study(tiny_step(), CPU)
     records = []

@@ -25,7 +25,7 @@ from fadiag_fast.calibrated import (
 )
 from fadiag_fast.checkpoints import save_checkpoint
 from fadiag_fast.protocol import Status, evaluate, verdict_of
-from fadiag_fast.statistics import class_errors, direction_uncertainty, equal_logits
+from fadiag_fast.statistics import class_errors, direction_figures, equal_logits
 from fadiag_fast.zoo import build_model, load_dataset, train
 
 LIMITS = DiagnosticThresholds()
@@ -221,10 +221,12 @@ def test_interval_and_null_agree_with_brute_force(count, common):
     ]
     cosines = torch.tensor(units @ units.T)
     cosines.diagonal().fill_(1.0)
-    errors, nulls = direction_uncertainty(torch.stack([cosines, cosines]))
-    assert errors == pytest.approx([jackknife] * 2, rel=1e-9)
+    found = direction_figures(torch.stack([cosines, cosines]))
+    assert found.error.tolist() == pytest.approx([jackknife] * 2, rel=1e-9)
     # Ties among the flips, all in pairs of opposite signs, leave the quantile where it is.
-    assert nulls == pytest.approx([float(np.quantile(flips, 0.95, method="higher"))] * 2, rel=1e-9)
+    assert found.null.tolist() == pytest.approx(
+        [float(np.quantile(flips, 0.95, method="higher"))] * 2, rel=1e-9
+    )
 
 
 def test_many_batches_take_the_flips_exact_variance():
@@ -237,7 +239,7 @@ def test_many_batches_take_the_flips_exact_variance():
     flips = ((signs @ pairs) * signs).sum(1) / (13 * 12)
     # The standard error of a standard deviation of 20,000 draws is 0.5%; 3 of them.
     expected = 1.6449 * flips.std()
-    assert direction_uncertainty(cosines[None])[1][0] == pytest.approx(expected, rel=0.02)
+    assert direction_figures(cosines[None]).null.item() == pytest.approx(expected, rel=0.02)
 
 
 def test_batches_without_a_direction_are_left_out_of_the_interval():
@@ -246,11 +248,13 @@ def test_batches_without_a_direction_are_left_out_of_the_interval():
     cosines.diagonal().fill_(1.0)
     with_hole = torch.full((10, 10), math.nan, dtype=torch.float64)
     with_hole[1:, 1:] = cosines
-    whole, holed = (direction_uncertainty(c[None]) for c in (cosines, with_hole))
-    assert whole == holed
-    assert all(
-        math.isnan(v) for v in itertools.chain(*direction_uncertainty(cosines[None, :2, :2]))
-    )
+    whole, holed = (direction_figures(c[None]) for c in (cosines, with_hole))
+    # The same sums, in another order.
+    torch.testing.assert_close(tuple(whole), tuple(holed), rtol=1e-13, atol=0.0)
+    assert whole.num_directions.item() == 9
+    few = direction_figures(cosines[None, :2, :2])
+    assert few.error.isnan().all()
+    assert few.null.isnan().all()
 
 
 def test_a_common_direction_alone_is_no_failure():

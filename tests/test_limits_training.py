@@ -8,7 +8,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+import test_training_tensor_parallel as tensor_parallel
 import torch
+from ranks import needs_gloo, spawned
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -359,6 +361,48 @@ def refused_or_unseen(model, batch, message, **options):
             step()
         probe.remove()
     torch.compiler.reset()
+
+
+def refusals(rank, device):
+    batches = [tensor_parallel.batch_of(0)]
+    found = {}
+
+    def attempt(name, kind, options, compiled=False):
+        model = tensor_parallel.build()
+        mesh = tensor_parallel.spread(model, kind, device)
+        options = {k: v(mesh) if callable(v) else v for k, v in options.items()}
+        if compiled:
+            for block in model.blocks:
+                block.compile(backend="eager")
+        try:
+            tensor_parallel.train(model, batches, device, **options)
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+
+    attempt("local part", "plain", {"taps": ["blocks.*.up"]})
+    attempt("local positions", "local positions", {})
+    attempt("no part", "plain", {"sharded": "blocks.*"})
+    attempt("unknown", "plain", {"sharded": "layers.*"})
+    attempt("reduction", "local positions", {"sharded": "blocks.*", "reduction": "mean"})
+    attempt("told that it is whole", "features", {"tensor_group": False})
+    attempt("no group", "features", {"tensor_group": 2})
+    attempt("compiled", "plain", {}, compiled=True)
+    return found
+
+
+@row("tensor parallelism: a plain tensor that is a part of a state, or a partial sum")
+@row("compiled: tapped modules under tensor parallelism")
+@needs_gloo
+def test_parts_of_states():
+    for found in spawned(refusals, 2).values():
+        assert "TapError: StepProbe: blocks.0.up: expected a whole state" in found["local part"]
+        assert "sharded=" in found["local positions"]
+        assert "got the same values on all of them" in found["no part"]
+        assert "expected names of observed states" in found["unknown"]
+        assert "ValueError: StepProbe: sharded: expected the reduction" in found["reduction"]
+        assert "got a DTensor on" in found["told that it is whole"]
+        assert "TypeError: StepProbe: tensor_group" in found["no group"]
+        assert "to run eagerly" in found["compiled"]
 
 
 @row("`remove()`")

@@ -154,6 +154,8 @@ def trained(dtype, probed, mode, steps=200):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+    if probe is not None:
+        probe.flush()  # the hooks stay
     return model, records
 
 
@@ -344,6 +346,80 @@ def test_a_scalers_factor_is_divided_out_and_overflow_marked(mode):
     assert scaler.get_scale() == 512.0  # torch skipped the same step
     assert records[0].grad_norms == pytest.approx(plain.grad_norms, rel=1e-6)
     assert records[0].output_grad_norm == pytest.approx(plain.output_grad_norm, rel=1e-6)
+
+
+class _Overflows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.full_like(grad, math.inf)
+
+
+class Overflowing(Branching):
+    """The gradient of a weight may be infinite, and that of no state."""
+
+    overflows = False
+
+    def forward(self, x):
+        weight = self.out_head.weight
+        weight = _Overflows.apply(weight) if self.overflows else weight
+        h = self.embed(x)
+        for block in self.blocks:
+            h = h + block(h)
+        return nn.functional.linear(self.out_ln(h), weight, self.out_head.bias)
+
+
+@pytest.mark.parametrize("schedule", ["every", 2])
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("interval", [1, 2, 1000])
+def test_steps_are_marked_skipped_exactly_when_the_scaler_skips_them(interval, unscaled, schedule):
+    torch.manual_seed(0)
+    model, (x, y) = Overflowing(), batch_of()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=interval)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    records, skipped = [], []
+    probe = StepProbe(model, sink=records.append, scaler=scaler, schedule=schedule)
+    for overflows in (False, True, True, False, True, False, False):
+        model.overflows = overflows
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+        if unscaled:
+            scaler.unscale_(optimizer)
+        probe.step()
+        before = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        skipped.append(scaler.get_scale() < before)
+    probe.remove()
+    assert skipped == [False, True, True, False, True, False, False]
+    assert [record.skipped for record in records] == [skipped[r.step] for r in records]
+    assert len(records) == (7 if schedule == "every" else 4)
+
+
+def test_a_flush_before_the_scaler_is_updated_says_what_was_seen():
+    torch.manual_seed(0)
+    model, (x, y) = Overflowing(), batch_of()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    records = []
+    with StepProbe(model, sink=records.append, scaler=scaler) as probe:
+        for factor in (1.0, math.inf):
+            scaler.scale(nn.functional.cross_entropy(model(x), y) * factor).backward()
+            probe.step()
+            probe.flush()
+    assert [record.skipped for record in records] == [False, True]
+
+
+def test_a_disabled_scaler_skips_nothing():
+    model, (x, y) = network(), batch_of()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    records = []
+    with StepProbe(model, sink=records.append, scaler=scaler, alarms=False) as probe:
+        scaler.scale(nn.functional.cross_entropy(model(x), y) * math.inf).backward()
+        probe.step()
+    assert [(record.skipped, record.loss_scale) for record in records] == [(False, 1.0)]
 
 
 def test_samples_without_output_error_have_no_gain():

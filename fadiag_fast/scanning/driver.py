@@ -6,7 +6,9 @@ import glob
 import itertools
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,17 +24,19 @@ from ..protocol import DiagnosticThresholds, Protocol, check_protocol
 from ..statistics import Reduction, SampleReduction
 from ..taps import Select, unwrap
 from .hashing import ContentHasher
-from .passes import Auditor, Measured, Pending, Way
+from .passes import Auditor, Pending, Way
 from .reading import Group, Read, Reader, Rows, kind_of
 from .records import CheckpointRecord
 from .results import ScanResult
-from .search import Search
+from .search import LARGEST_STACK, Search
 from .series import Entry, read_manifest, series
 from .store import ScanWriter, test_size_of
 from .weights import Fit
 
 # A reader reaches 1 to 2 GB/s of files in the page cache.
 _MOST_WORKERS = 16
+# Groups of checkpoints that are read before their turn comes, on a GPU.
+_MOST_AHEAD = 7
 # Of the memory that is free, what a stack may be expected to take.
 _MEMORY_SHARE = 0.6
 
@@ -151,7 +155,11 @@ def scan(
             most = _most(device, reader.row_bytes)
             search = Search(auditor, stack, most, len(entries))
             run = _Scan(auditor, reader, search, writer, config, len(entries), on_progress)
-            run.run(entries, min(2 * workers, most))
+            on_gpu = device.type == "cuda"
+            fewest = min(max(2 * workers, LARGEST_STACK if on_gpu else 0), most)
+            # A GPU's own memory is large, and reading goes on while its graphs are recorded.
+            ahead = max(1, min(_MOST_AHEAD, most // fewest - 1)) if on_gpu else 1
+            run.run(entries, fewest, ahead)
         finally:
             reader.close()
     return ScanResult.load(out)
@@ -273,50 +281,77 @@ class _Scan:
         cuda = auditor.device.type == "cuda"
         self.device_name = torch.cuda.get_device_name(auditor.device) if cuda else "cpu"
 
-    def run(self, entries: Sequence[Entry], fewest: int) -> None:
-        """Read one group while another is computed and a third is written down.
+    def run(self, entries: Sequence[Entry], fewest: int, ahead: int) -> None:
+        """Read groups ahead while one is computed and another is written down.
 
         Args:
-            fewest: checkpoints that are read together at least, so that all readers are at work.
+            fewest: checkpoints of a group at least, so that all readers are at work.
+            ahead: groups that are read while one is computed.
         """
         at = 0
+        groups: deque[Group] = deque()
 
-        def begin() -> Group | None:
+        def begin() -> None:
             nonlocal at
             stack = self.search.way.stack
             chunk = entries[at : at + -(-fewest // stack) * stack]
             at += len(chunk)
-            return self.reader.begin(chunk) if chunk else None
+            if chunk:
+                groups.append(self.reader.begin(chunk))
 
-        previous: _Launched | None = None
-        group = begin()
-        while group is not None:
-            launched = self._launch(group)
-            if previous is not None:
-                previous.wait()
-            # Its rows are free now: the next group is read into them.
-            following = begin()
-            if previous is not None:
-                self._finish(previous)
-            previous, group = launched, following
-        if previous is not None:
-            previous.wait()
-            self._finish(previous)
+        # One thread, so that rows are written in order; what the disk refuses is raised here.
+        with ThreadPoolExecutor(1, thread_name_prefix="fadiag-record") as recorder:
+            computed: _Launched | None = None
+            recorded: Future[Progress] | None = None
+
+            def finish(launched: _Launched) -> None:
+                nonlocal recorded
+                launched.wait()
+                self.reader.done_with(launched.group)
+                begin()
+                # One group waits to be written down at most, so that memory stays bounded.
+                if recorded is not None:
+                    self._tell(recorded.result())
+                recorded = recorder.submit(self._finish, launched)
+
+            for _ in range(ahead):
+                begin()
+            while groups:
+                launched = self._launch(groups.popleft())
+                if computed is not None:
+                    finish(computed)
+                else:
+                    begin()
+                computed = launched
+            if computed is not None:
+                finish(computed)
+            if recorded is not None:
+                self._tell(recorded.result())
+
+    def _tell(self, progress: Progress) -> None:
+        if self.on_progress is not None:
+            self.on_progress(progress)
 
     def _launch(self, group: Group) -> _Launched:
-        """Wait for a group to be read, and begin to compute it."""
-        reads = [future.result() for future in group.reads]
-        launched = _Launched(reads)
-        by_fit: dict[int, tuple[Fit, list[int]]] = {}
-        for i, read in enumerate(reads):
-            if read.fit is not None:
-                by_fit.setdefault(id(read.fit), (read.fit, []))[1].append(i)
-        for fit, indices in by_fit.values():
-            waiting = list(indices)
-            while waiting:
-                part = waiting[: self.search.way.stack]
+        """Begin to compute a group, stack by stack, as they are read."""
+        launched = _Launched(group)
+        waiting: dict[int, tuple[Fit, list[int]]] = {}
+
+        def measure(fit: Fit, indices: list[int], at_least: int) -> None:
+            while len(indices) >= max(1, at_least):
+                part = indices[: self.search.way.stack]
                 if self._measure(group.rows, fit, part, launched):
-                    waiting = waiting[len(part) :]
+                    del indices[: len(part)]
+
+        for i, future in enumerate(group.reads):
+            read = future.result()
+            launched.reads.append(read)
+            if read.fit is not None:
+                fit, indices = waiting.setdefault(id(read.fit), (read.fit, []))
+                indices.append(i)
+                measure(fit, indices, self.search.way.stack)
+        for fit, indices in waiting.values():
+            measure(fit, indices, 1)
         return launched
 
     def _measure(self, rows: Rows, fit: Fit, part: list[int], launched: _Launched) -> bool:
@@ -337,10 +372,11 @@ class _Scan:
             launched.failed[part[0]] = error
         return True
 
-    def _finish(self, launched: _Launched) -> None:
-        """Write down what was computed."""
+    def _finish(self, launched: _Launched) -> Progress:
+        """Write down what was computed, and say how far the scan is."""
         outcomes: dict[int, Any] = dict(launched.failed)
-        for part, measured in launched.measured:
+        for part, pending in launched.parts:
+            measured = pending.result()
             rows = zip(measured.figures, measured.finite, measured.accuracies, strict=True)
             outcomes.update(zip(part, rows, strict=True))
         records = []
@@ -354,19 +390,16 @@ class _Scan:
         self.failed += sum(record.figures is None for record in records)
         self.done += len(launched.reads)
         self.bytes += sum(read.nbytes or 0 for read in launched.reads)
-        if self.on_progress is not None:
-            self.on_progress(
-                Progress(
-                    self.done,
-                    self.failed,
-                    self.reused,
-                    self.total,
-                    self.bytes,
-                    time.perf_counter() - self.started,
-                    self.search.way.stack,
-                    launched.reads[-1].entry.path,
-                )
-            )
+        return Progress(
+            self.done,
+            self.failed,
+            self.reused,
+            self.total,
+            self.bytes,
+            time.perf_counter() - self.started,
+            self.search.way.stack,
+            launched.reads[-1].entry.path,
+        )
 
     def _record(self, read: Read, outcome: Any, seconds: float) -> CheckpointRecord:
         entry = read.entry
@@ -408,17 +441,18 @@ class _Scan:
 class _Launched:
     """A group whose figures are being computed."""
 
-    def __init__(self, reads: list[Read]) -> None:
-        self.reads = reads
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.reads: list[Read] = []
         self.parts: list[tuple[list[int], Pending]] = []
         self.failed: dict[int, BaseException] = {}
-        self.measured: list[tuple[list[int], Measured]] = []
         self.seconds_each = 0.0
         self._began = time.perf_counter()
 
     def wait(self) -> None:
         """Wait until the figures are there, and the rows may be written to."""
-        self.measured = [(part, pending.result()) for part, pending in self.parts]
+        for _, pending in self.parts:
+            pending.wait()
         count = sum(len(part) for part, _ in self.parts)
         self.seconds_each = (time.perf_counter() - self._began) / max(1, count)
 

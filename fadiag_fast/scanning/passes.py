@@ -26,7 +26,6 @@ from ..statistics import (
     SampleReduction,
     class_errors,
     direction_figures,
-    direction_uncertainty,
     equal_logits,
     measurable_errors,
     reduce_captured,
@@ -42,7 +41,7 @@ _TOLERANCE = 1e-2
 # Samples of a pass whose states stay in a core's cache, for images of CIFAR's size.
 _CACHED_SAMPLES = 32
 
-# Columns after the cosines: whether weights are finite, accuracy; then samples that are measurable
+# The last columns: whether weights are finite, accuracy; then samples that are measurable
 # and not finite, and whether all logits are equal.
 _COUNTS = 5
 
@@ -213,8 +212,9 @@ class Auditor:
         return found
 
     def with_other_layout(self, way: Way) -> Way | None:
-        """Return the same way with images laid out channels last; None where there are none."""
-        images = self._shareable and self.batches[0][0].dim() == 4
+        """Return the same way with images laid out channels last; None where states are none."""
+        spots = self._probe(False, 0).prepare(self.batches[0][0]).spots
+        images = self._shareable and any(len(spot.shape) == 4 for spot in spots)
         return replace(way, channels_last=True) if images and way.samples else None
 
     def _probe(self, stacked: bool, samples: int) -> Probe:
@@ -251,7 +251,7 @@ class Auditor:
 
     # ---- measuring
 
-    def measure(self, rows: Tensor, fit: Fit, way: Way) -> Pending:
+    def measure(self, rows: Tensor, fit: Fit, way: Way, *, graph: bool = True) -> Pending:
         """Compute the figures of the checkpoints in ``rows``, uint8 ``[S, bytes]``.
 
         On a GPU this only begins the work.
@@ -260,8 +260,9 @@ class Auditor:
             rows: at most ``way.stack``; they may be written to once the result is there.
             fit: where the tensors lie in each.
             way: how passes are shared.
+            graph: on a GPU, replay a graph, recorded where there is none yet.
         """
-        if self.device.type == "cuda" and self._can_graph:
+        if self.device.type == "cuda" and self._can_graph and graph:
             try:
                 return self._by_graph(rows, fit, way)
             except torch.OutOfMemoryError:
@@ -307,6 +308,7 @@ class Auditor:
         )
         self._shapes = tuple(tuple(mean.shape[1:]) for mean in first[0].means)
         cosines = ops.direction_cosines(self._directions(units), stacked=True)
+        directions = direction_figures(cosines.flatten(0, 1))
         gains, known = zip(*(unit.measurable_gain(self._dtypes[0]) for unit in units), strict=True)
         pooled = torch.cat([unit.norms[0] for unit in units], dim=-1)
         columns = [
@@ -317,7 +319,7 @@ class Auditor:
             torch.nanmedian(pooled, dim=-1).values,
             torch.nanmedian(torch.cat(gains, dim=-1), dim=-1).values,
             _class_error(units)[:, None],
-            cosines.flatten(1),
+            *(figure.double().view(len(rows), -1) for figure in directions),
             _finite(weights, len(rows))[:, None],
             _accuracy(units)[:, None],
             torch.cat(known, dim=-1).sum(-1, dtype=torch.float64)[:, None],
@@ -385,45 +387,46 @@ class Auditor:
     def on_host(self, rows: Tensor) -> Measured:
         """Read what :meth:`measure` computed, ``[S, figures]`` on the host."""
         n, k = len(self.labels), len(self.batches)
-        x = self.batches[0][0]
+        widths = [n, n, n, 1, n, n, 1, n, n, n, n, _COUNTS]
+        *columns, counts = rows.split(widths, dim=1)
+        finite, accuracies, measurable, non_finite, equal = counts.T.tolist()
+        batch_size = self._first_batch_size(self.batches[0][0])
+        sizes = tuple(math.prod(shape) for shape in self._shapes)
+        grad_dtype = str(self._dtypes[1]).removeprefix("torch.")
         figures = []
-        batch_size = self._first_batch_size(x)
-        for row in rows:
-            hidden, grad, gain, error, pooled, gains, class_error, cosines, counts = row.split(
-                [n, n, n, 1, n, n, 1, n * k * k, _COUNTS]
-            )
-            stabilities, num_directions = direction_figures(cosines.view(n, k, k))
-            errors, nulls = direction_uncertainty(cosines.view(n, k, k))
-            measurable, non_finite, equal = counts[2:].tolist()
-            median_error = float(class_error)
+        for i, values in enumerate(zip(*(part.tolist() for part in columns), strict=True)):
+            hidden, grad, gain, (error,), pooled, gains, (class_error,), *directions = values
+            stabilities, num_directions, errors, nulls = directions
             figures.append(
                 Figures(
                     layers=self.labels,
-                    residual_norms=tuple(hidden.tolist()),
-                    bp_grad_norms=tuple(grad.tolist()),
-                    credit_gains=tuple(gain.tolist()),
-                    output_grad_norm=float(error),
+                    residual_norms=tuple(hidden),
+                    bp_grad_norms=tuple(grad),
+                    credit_gains=tuple(gain),
+                    output_grad_norm=error,
                     batch_size=batch_size,
                     stabilities=tuple(stabilities),
-                    num_directions=tuple(num_directions),
+                    num_directions=tuple(map(int, num_directions)),
                     num_batches=k,
                     shapes=self._shapes,
-                    sizes=tuple(math.prod(shape) for shape in self._shapes),
-                    pooled_norms=tuple(pooled.tolist()),
-                    pooled_gains=tuple(gains.tolist()),
+                    sizes=sizes,
+                    pooled_norms=tuple(pooled),
+                    pooled_gains=tuple(gains),
                     num_samples=self._samples,
-                    num_measurable=int(measurable),
-                    num_non_finite=int(non_finite),
-                    equal_logits=bool(equal),
-                    output_error=None if math.isnan(median_error) else median_error,
-                    grad_dtype=str(self._dtypes[1]).removeprefix("torch."),
+                    num_measurable=int(measurable[i]),
+                    num_non_finite=int(non_finite[i]),
+                    equal_logits=bool(equal[i]),
+                    output_error=None if math.isnan(class_error) else class_error,
+                    grad_dtype=grad_dtype,
                     stability_errors=tuple(errors),
                     stability_nulls=tuple(nulls),
                 )
             )
-        finite, accuracy = rows[:, -_COUNTS], rows[:, 1 - _COUNTS]
-        accuracies = [None if value != value else value for value in accuracy.tolist()]
-        return Measured(figures, (finite == 1).tolist(), accuracies)
+        return Measured(
+            figures,
+            [value == 1 for value in finite],
+            [None if value != value else value for value in accuracies],
+        )
 
     def alike(self, columns: Tensor, others: Tensor) -> bool:
         """Say whether two ways of sharing passes give the same figures but for rounding."""
@@ -434,7 +437,8 @@ class Auditor:
         same_norms = torch.allclose(
             columns[:, :norms], others[:, :norms], rtol=rtol, atol=0.0, equal_nan=True
         )
-        # Cosines of directions, a truth value, and an accuracy in which a tie may fall otherwise.
+        # Cosines and counts of directions, a truth value, and an accuracy in which a tie may fall
+        # otherwise.
         return same_norms and torch.allclose(
             columns[:, norms : 2 - _COUNTS],
             others[:, norms : 2 - _COUNTS],
@@ -467,10 +471,14 @@ class Pending:
         else:
             self._host = columns
 
-    def result(self) -> Measured:
-        """Wait for the figures and return them."""
+    def wait(self) -> None:
+        """Wait until the figures are on the host."""
         if self._event is not None:
             self._event.synchronize()
+
+    def result(self) -> Measured:
+        """Wait for the figures and return them."""
+        self.wait()
         return self._auditor.on_host(self._host)
 
 

@@ -71,7 +71,9 @@ class Rows:
         return self._bytes.shape[0] >= count and self._bytes.shape[1] >= width
 
     def __getitem__(self, index: int) -> Tensor:
-        return self._bytes[index]
+        # With a version counter of its own: autograd, which computes other rows meanwhile, would
+        # take what a reader writes for a change of theirs.
+        return self._bytes[index].data
 
     def of(self, fit: Fit, indices: Sequence[int]) -> Tensor:
         """Return the bytes that a fit's places count from, ``[len(indices), ...]``."""
@@ -124,8 +126,7 @@ class Reader:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fadiag-read")
         self._local = threading.local()
         self._lock = threading.Lock()  # a fitter looks at one layout at a time
-        self._rows: list[Rows | None] = [None, None]
-        self._turn = 0
+        self._free: list[Rows] = []
         tensors = len(self._fitter.canonical.places)
         self.row_bytes = aligned(self._fitter.canonical.stop + tensors * _BETWEEN_TENSORS)
 
@@ -134,18 +135,21 @@ class Reader:
         self._pool.shutdown(cancel_futures=True)
 
     def begin(self, entries: Sequence[Entry]) -> Group:
-        """Begin to read a group, into the rows of the last but one: those must be done with."""
-        self._turn = 1 - self._turn
+        """Begin to read a group, into the rows of one that is done with, if they are enough."""
         width = self.row_bytes
         if self._device.type == "cpu":
             sizes = [size for entry in entries if (size := _size(entry.path)) is not None]
             width = max([width, *map(aligned, sizes)])
-        rows = self._rows[self._turn]
+        rows = self._free.pop() if self._free else None
         if rows is None or not rows.hold(len(entries), width):
-            self._rows[self._turn] = None  # before the new ones are there
-            rows = self._rows[self._turn] = Rows(len(entries), width, self._device)
+            rows = None  # its memory is free before the new ones are there
+            rows = Rows(len(entries), width, self._device)
         reads = [self._pool.submit(self._read, entry, rows[i]) for i, entry in enumerate(entries)]
         return Group(list(entries), rows, reads)
+
+    def done_with(self, group: Group) -> None:
+        """Say that a group's rows may be read into again."""
+        self._free.append(group.rows)
 
     def _read(self, entry: Entry, row: Tensor) -> Read:
         """Read one checkpoint into a row; raises nothing."""

@@ -78,7 +78,12 @@ class Fitter:
     def __init__(self, model: nn.Module) -> None:
         self.canonical = canonical(model)
         self._expected = _persistent(model)
-        self._model = model
+        # Copied now: while checkpoints are loaded the model itself runs, with weights of others.
+        self._spare: nn.Module | Exception
+        try:
+            self._spare = copy.deepcopy(model).cpu()
+        except Exception as error:  # a model that cannot be copied can still be read into
+            self._spare = error
         self._plain = not any(map(_loads_in_its_own_way, model.modules()))
         state = model.state_dict(keep_vars=True)
         # Every name of a state dict, with the name under which its tensor is expected.
@@ -123,7 +128,9 @@ class Fitter:
         Raises:
             StateDictMismatch: it is not of this model.
         """
-        model = copy.deepcopy(self._model).cpu()
+        if isinstance(self._spare, Exception):
+            raise self._spare
+        model = copy.deepcopy(self._spare)
         load_into(
             model,
             Checkpoint(

@@ -62,8 +62,8 @@ class Hook:
         if not self.several:
             current.see(self.taps[0][1], state)
             return
-        call = current.counts.get(self.number, 0)
-        current.counts[self.number] = call + 1
+        call = current.calls.get(self.number, 0)
+        current.calls[self.number] = call + 1
         for which, l in self.taps:
             if which == call:
                 current.see(l, state)

@@ -22,6 +22,7 @@ from .. import ops
 from ..capture import sample_rows
 from ..reference import sample_norm
 from ..statistics import SampleReduction
+from .sharded import Part, TensorRanks, plain_part
 
 _queue_callback: Callable[[Callable[[], None]], None] = (
     torch.autograd.Variable._execution_engine.queue_callback
@@ -41,6 +42,7 @@ class Settings:
         kept_bytes: a state of at most so many bytes is kept until the step ends.
         complex: whether a state may be of complex numbers.
         passing: states that must be reduced as they pass: something writes into them later.
+        tensor_ranks: that hold one copy of the model together.
     """
 
     name: str
@@ -51,6 +53,20 @@ class Settings:
     kept_bytes: int
     complex: bool = False
     passing: set[int] = field(default_factory=set)
+    tensor_ranks: TensorRanks | None = None
+
+    def part_of(self, l: int, tensor: Tensor, grad: bool = False) -> Part:
+        """Return what this rank has of state l, n for the logits, or of its gradient."""
+        ranks = self.tensor_ranks
+        if ranks is None and type(tensor) is Tensor:
+            return Part(tensor, True)
+        logits = l == len(self.labels)
+        label = "output" if logits else self.labels[l]
+        with torch.no_grad():
+            if ranks is None:
+                return Part(plain_part(label, tensor, self.batch_dim), True)
+            how = None if logits else self.reduction
+            return ranks.part_of(l, label, tensor, how, self.batch_dim, grad)
 
     @property
     def plain(self) -> bool:
@@ -59,14 +75,26 @@ class Settings:
 
 
 def sample_norms(samples: Tensor) -> Tensor:
-    """Return the norm of each sample of ``[N, ...]``, ``[N]`` float64, without a wider copy."""
-    if samples.dtype == torch.float64:  # squares may leave the range
-        return sample_norm(samples)
+    """Return the norm of each sample of ``[N, ...]``, ``[N]`` float64, without a wider copy.
+
+    ``torch.linalg.vector_norm(dtype=torch.float64)`` would make one, and in float32 it would lose
+    gradients below 1e-19.
+    """
     if samples.dim() == 1:
         return samples.double().abs()
-    dims = list(range(1, samples.dim()))
-    norms: Tensor = torch.linalg.vector_norm(samples, dim=dims, dtype=torch.float64)
-    return norms
+    if samples.dim() == 3 and samples.is_contiguous():
+        # A row for each position: what is averaged over rows is short then.
+        rows, _ = norms_and_mean(samples.flatten(0, 1))
+        return sample_norm(rows.view(samples.shape[:2]))
+    return norms_and_mean(samples)[0]
+
+
+def norms_and_mean(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the norm of each sample of ``[N, ...]``, ``[N]`` float64, and the samples' mean."""
+    # The operator reads pairs; the second of two equal ones comes out of the cache.
+    found = ops.layer_statistics([samples], [samples])
+    # A copy: the figures lie in one tensor, with the mean.
+    return found.grad_norm[0].clone(), found.grad_mean[0]
 
 
 def by_sample(state: Tensor, batch_dim: int) -> Tensor:
@@ -115,7 +143,7 @@ class Observation:
         finished: whether the backward pass came to its end.
     """
 
-    __slots__ = ("finished", "grad_norms", "grads", "means", "of")
+    __slots__ = ("counts", "finished", "grad_norms", "grads", "means", "of")
 
     def __init__(self, of: Pass) -> None:
         size = len(of.settings.labels) + 1
@@ -123,6 +151,7 @@ class Observation:
         self.grads: list[Tensor | None] = [None] * size
         self.grad_norms: list[Tensor | None] = [None] * size
         self.means: dict[int, Tensor] = {}
+        self.counts = [True] * size  # False: another rank of tensor parallelism counts it
         self.finished = False
 
     def has(self, l: int) -> bool:
@@ -229,6 +258,10 @@ class Observation:
             if rows is None:
                 return None
             norms, missing = rows
+        if settings.tensor_ranks is not None:
+            counting = (of.counts[:n] + self.counts[n:], self.counts)
+            norms = settings.tensor_ranks.masked(norms, counting)
+            means = {l: m if self.counts[l] else m.new_empty(0) for l, m in means.items()}
         return Figures(
             norms, [means.get(l) for l in settings.direction_layers], missing, norms.shape[2]
         )
@@ -294,7 +327,8 @@ class Pass:
         self.states: list[Tensor | None] = [None] * n
         self.versions: list[int] = [0] * n
         self.hidden_norms: list[Tensor | None] = [None] * n
-        self.counts: dict[int, int] = {}
+        self.counts = [True] * n  # as in Observation
+        self.calls: dict[int, int] = {}
         self.seconds = 0.0
         self._hooked = [False] * (n + 1)
         self._last: Observation | None = None
@@ -307,14 +341,15 @@ class Pass:
         started = time.perf_counter()
         settings = self.settings
         if l < len(settings.labels):
+            local, self.counts[l] = settings.part_of(l, state)
             if not self.samples:
-                self.samples = state.shape[settings.batch_dim]
-            if state.nbytes <= settings.kept_bytes and l not in settings.passing:
-                kept = state.detach()
+                self.samples = local.shape[settings.batch_dim]
+            if local.nbytes <= settings.kept_bytes and l not in settings.passing:
+                kept = local.detach()
                 self.states[l], self.versions[l] = kept, kept._version
             else:
                 with torch.no_grad():
-                    reduced = settings.reduction.of_hidden(by_sample(state, settings.batch_dim))
+                    reduced = settings.reduction.of_hidden(by_sample(local, settings.batch_dim))
                     self.hidden_norms[l] = sample_norms(reduced)
         if state.requires_grad:
             # The closure must not hold the state: it would be kept alive by its own graph.
@@ -332,7 +367,14 @@ class Pass:
             self._opened(last)
         settings = self.settings
         n = len(settings.labels)
-        small = self.states[l] is not None if l < n else grad.nbytes <= settings.kept_bytes
+        grad, last.counts[l] = settings.part_of(l, grad, grad=True)
+        state = self.states[l] if l < n else None
+        # Of a state that is whole on each rank a part of the gradient may be, and the reverse.
+        small = (
+            state is not None and state.shape == grad.shape
+            if l < n
+            else grad.nbytes <= settings.kept_bytes
+        )
         if small:
             last.grads[l] = grad.detach() if grad.requires_grad else grad
         else:
@@ -353,6 +395,9 @@ class Pass:
             )
             return
         reduced = settings.reduction.of_grad(by_sample(grad, settings.batch_dim))
+        if l in settings.direction_layers and reduced.dim() > 1:
+            observation.grad_norms[l], observation.means[l] = norms_and_mean(reduced)
+            return
         observation.grad_norms[l] = sample_norms(reduced)
         if l in settings.direction_layers:
             wide = torch.float64 if reduced.dtype == torch.float64 else torch.float32

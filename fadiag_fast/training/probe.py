@@ -17,6 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from typing import Any, Literal
 
 import torch
@@ -32,11 +33,12 @@ from .alarms import Alarms, TrainingStopped
 from .directions import Directions
 from .distributed import Exchange, Pending, default_group
 from .hooks import EndHook, Hook, InputHook, OutputHook, PrepareHook, RootHook
-from .passes import Figures, Observation, Pass, Settings, merged
+from .passes import Figures, Observation, Pass, Settings, by_sample, merged
 from .records import StepRecord
 from .replay import STEPS_BEFORE, Replay, like_of
 from .ring import Ring
 from .schedule import Budget, Schedule, as_schedule
+from .sharded import TensorRanks, find_tensor_ranks, is_dtensor, like_whole
 from .sinks import guard
 from .slots import Job, Slots
 
@@ -44,6 +46,11 @@ Mode = Literal["auto", "passing", "together"]
 
 # All states and gradients of a pass together: small beside any training that has larger ones.
 _KEPT_BYTES = 8 * 2**20
+
+_NOT_COMPILED = (
+    "StepProbe: expected a network under tensor parallelism to run eagerly, got states of compiled "
+    "modules; compile what lies between the tapped modules, or name taps outside of compiled ones"
+)
 
 _alive: weakref.WeakSet[StepProbe] = weakref.WeakSet()
 
@@ -72,6 +79,69 @@ class _Meta:
     compared: bool
     scaled: bool
     world_size: int = 1
+
+
+class _Scaling:
+    """What a gradient scaler does in one step, on the device.
+
+    Args:
+        scaler: of torch's kind.
+        overflowed: whether a gradient that was seen is not finite.
+        unscaled: flags of what the scaler has met so far: none before ``unscale_`` or ``step``.
+
+    Attributes:
+        scale: the factor of this step, float64.
+        skipped: whether the step is skipped, as far as is known.
+        known: whether the scaler has said so since; until then what was seen must do.
+    """
+
+    def __init__(self, scaler: Any, overflowed: Tensor, unscaled: Sequence[Tensor]) -> None:
+        self._scaler = scaler
+        device = overflowed.device
+        self.skipped, self.known = overflowed, torch.zeros_like(overflowed)
+        for flag in unscaled:
+            found = (flag.to(device, non_blocking=True) != 0).reshape(())
+            self.skipped = self.skipped | found
+        self._before = self._state(device)
+        self.scale = torch.ones((), dtype=torch.float64, device=device)
+        if self._before is not None:
+            self.scale = self._before[0]
+        else:  # a scaler that is disabled skips nothing
+            self.skipped, self.known = torch.zeros_like(overflowed), torch.ones_like(overflowed)
+
+    def _state(self, device: torch.device) -> Tensor | None:
+        """Return the scaler's factor and for how many steps it has not changed, ``[2]``."""
+        scale = getattr(self._scaler, "_scale", None)
+        if scale is None:
+            return None
+        streak = getattr(self._scaler, "_growth_tracker", None)
+        both = [scale, torch.full_like(scale, -1) if streak is None else streak]
+        return torch.stack([t.detach().reshape(()).double() for t in both]).to(
+            device, non_blocking=True
+        )
+
+    def resolve(self) -> None:
+        """Read from the scaler, after its ``update``, what it did.
+
+        Its factor then is smaller and the streak 0 if it met something that is not finite in any
+        gradient of a parameter; else the streak is longer, or it was rewarded with a larger factor.
+        """
+        now = None if self._before is None else self._state(self.skipped.device)
+        if now is None or self._before is None:
+            return
+        before, self._before = self._before, None
+        new = now[1] == 0
+        skipped = new & (now[0] < before[0])
+        self.known = skipped | (new & (now[0] > before[0])) | (now[1] == before[1] + 1)
+        self.skipped = torch.where(self.known, skipped, self.skipped)
+
+    def overflowed(self, more: Tensor) -> None:
+        """Note what other ranks have seen: what one of them met, all of them skip."""
+        self.skipped = torch.where(self.known, self.skipped, self.skipped | more)
+
+    def figures(self) -> Tensor:
+        """Return factor and whether the step is skipped, ``[2]`` float64."""
+        return torch.stack([self.scale, self.skipped.double()])
 
 
 def _as_input(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -141,12 +211,19 @@ class StepProbe:
         example: an input batch (a tensor, a tuple of arguments or a dict of keywords) to find the
             taps with; otherwise the first training pass's own input is used. It costs one forward
             pass in eval mode that leaves no trace.
-        scaler: the ``torch.amp.GradScaler`` in use: its factor is divided out of the figures.
+        scaler: the ``torch.amp.GradScaler`` in use: its factor is divided out of the figures. A
+            record waits for the next ``step()``, to say whether the scaler skipped its own.
         loss_reduction: ``"mean"``, ``"sum"`` or any text: recorded beside the figures, which are
             of the loss as it is trained.
         group: of ranks whose samples belong to one batch: None is all processes where
             ``torch.distributed`` is initialised, False none but this one. The gradients are
-            taken to be averaged over the ranks, as DistributedDataParallel and ``fully_shard`` do.
+            taken to be averaged over the ranks, as DistributedDataParallel and ``fully_shard`` do;
+            over the copies of the model under tensor parallelism.
+        tensor_group: the ranks that hold one copy of the model together, a process group or a
+            DeviceMesh: None finds them by parameters that are DTensors, False is none.
+        sharded: names (or patterns, such as ``"blocks.*"``) of states whose plain tensors are each
+            of these ranks' own part of the state, of its features or positions; ``"output"`` for
+            the logits. What is a DTensor says so itself. Needs the reduction ``flatten``.
         max_samples: of one rank in one step (compiled: in one pass); None takes the first one's.
         mode: ``"passing"`` reduces states as they pass, ``"together"`` keeps them until the step
             ends, ``"auto"`` keeps those that are small: 8 MiB for all of them.
@@ -177,6 +254,8 @@ class StepProbe:
         scaler: Any = None,
         loss_reduction: str = "mean",
         group: Any = None,
+        tensor_group: Any = None,
+        sharded: str | Sequence[str] = (),
         max_samples: int | None = None,
         mode: Mode = "auto",
     ) -> None:
@@ -209,11 +288,18 @@ class StepProbe:
         self.scaler = scaler
         self.loss_reduction = loss_reduction
         self.group = group
+        self.tensor_group = tensor_group
+        self.sharded = (sharded,) if isinstance(sharded, str) else tuple(sharded)
         self.max_samples = max_samples
         self.mode = mode
         self.reduction = (
             reduction if isinstance(reduction, SampleReduction) else SampleReduction(reduction)
         )
+        if self.sharded and self.reduction.kind != "flatten":
+            raise ValueError(
+                f"StepProbe: sharded: expected the reduction flatten, got {self.reduction.kind}: "
+                f"plain tensors do not say whether they are parts along features or positions"
+            )
         self.schedule = as_schedule(schedule)
         self._which_directions = directions
         self._ring_rows = ring
@@ -241,10 +327,13 @@ class StepProbe:
         self._autocast: str | None = None
         self._slots: Slots | None = None
         self._settings: Settings | None = None
+        self._tensor_ranks: TensorRanks | None = None
         self._directions: Directions | None = None
         self._ring: Ring | None = None
         self._exchange: Exchange | None = None
-        self._pending: tuple[Pending, _Meta, Tensor | None] | None = None
+        self._pending: tuple[Pending, _Meta, _Scaling | None] | None = None
+        self._unresolved: _Scaling | None = None
+        self._held: tuple[Tensor, _Meta, _Scaling] | None = None
         self._graphed: _Meta | None = None
         self._replay: Replay | None = None
         self._replay_refused = False
@@ -283,6 +372,8 @@ class StepProbe:
         for handle in self._preparing:
             handle.remove()
         self._preparing = []
+        # Before the model runs: fully_shard then shows its parameters as they are kept.
+        self._find_tensor_ranks()
         checker = Probe(self.model, batch_dim=self.batch_dim, output=self.output)
         with untouched(self.model):
             found, seen = find_taps(
@@ -320,6 +411,14 @@ class StepProbe:
             any(s is not None and s.tensor.is_complex() for s in sightings),
             {l for l, s in enumerate(sightings) if s is not None and s.overwritten},
         )
+        self._settings.tensor_ranks = self._tensor_ranks
+        names = (*found.labels, "output")
+        for pattern in self.sharded:
+            if not any(fnmatch(name, pattern) for name in names):
+                raise TapError(
+                    f"StepProbe: sharded: expected names of observed states ({', '.join(names)}), "
+                    f"got {pattern!r}"
+                )
         if layers:
             self._directions = Directions(len(layers), self.window, self.decay, self.sketch)
         self._sizes = tuple(0 if s is None else self._features(s.tensor) for s in sightings)
@@ -368,10 +467,26 @@ class StepProbe:
         self._make_slots(found, seen, refusals)
 
     def _features(self, state: Tensor) -> int:
-        how = self._settings
-        assert how is not None
-        rows = state.detach() if self.batch_dim == 0 else state.detach().movedim(self.batch_dim, 0)
-        return math.prod(how.reduction.of_hidden(rows).shape[1:])
+        rows = by_sample(like_whole(state), self.batch_dim)
+        return math.prod(self.reduction.of_hidden(rows).shape[1:])
+
+    def _find_tensor_ranks(self) -> None:
+        if self._tensor_ranks is None:
+            self._tensor_ranks = find_tensor_ranks(self.model, self.tensor_group, self.sharded)
+            if self._settings is not None:
+                self._settings.tensor_ranks = self._tensor_ranks
+
+    def _exchange_group(self) -> Any:
+        """Return the process group to merge over; None where there is nothing to merge."""
+        found = default_group(self.group)
+        if found is not None or self._tensor_ranks is None:
+            return found
+        if len(self._tensor_ranks.groups) > 1:
+            raise ValueError(
+                "StepProbe: group: expected a process group around a mesh of tensor parallelism "
+                "with several dimensions, got False; give one of a copy's ranks"
+            )
+        return self._tensor_ranks.groups[0]
 
     def _logits_module(self, seen: Trace) -> str:
         """Return the innermost module whose output is the logits tensor itself.
@@ -459,8 +574,8 @@ class StepProbe:
         settings = self._settings
         assert settings is not None
         states = [sighting_at(seen, point) for point in found.points]
-        tensors = [state.tensor.detach() for state in states if state is not None]
-        rows = [t if self.batch_dim == 0 else t.movedim(self.batch_dim, 0) for t in tensors]
+        tensors = [like_whole(state.tensor) for state in states if state is not None]
+        rows = [by_sample(tensor, self.batch_dim) for tensor in tensors]
         reduced = [self.reduction.of_grad(row) for row in rows]
         batch = rows[0].shape[0]
         samples = max(len(r) for r in reduced)
@@ -478,7 +593,7 @@ class StepProbe:
             {l: reduced[l].shape[1:] for l in settings.direction_layers},
             self.reduction,
             self.batch_dim,
-            tensors[0].device,
+            next(state.tensor.device for state in states if state is not None),
             refusals,
             self._slot_parts.append,
         )
@@ -493,6 +608,8 @@ class StepProbe:
         """Send a tensor through its slots inside of a compiled graph."""
         if not state.requires_grad:
             return state
+        if is_dtensor(state):
+            raise RuntimeError(_NOT_COMPILED)
         for job in jobs:
             samples = 0
             if job.slot == self._n:
@@ -517,6 +634,7 @@ class StepProbe:
         assert self._settings is not None
         if self._in_compiled is None:
             self._in_compiled = self._find_compiled()
+            self._find_tensor_ranks()  # it may have been spread since the example was run
         self._reduce_finished()
         autocast = None
         for device in ("cuda", "cpu"):
@@ -584,6 +702,8 @@ class StepProbe:
         parts: list[Figures] = []
         replayed = False
         try:
+            if not captured:
+                self._resolve()
             replayed = not captured and self._reduce_by_graph(step)
             self._reduce_finished()
             parts = self._take_parts()
@@ -656,7 +776,7 @@ class StepProbe:
         like = like_of(tensors)
         self._alike = self._alike + 1 if like == self._like else 1
         self._like = like
-        refused = self._replay_refused or default_group(self.group) is not None
+        refused = self._replay_refused or self._exchange_group() is not None
         if refused or self._alike <= STEPS_BEFORE or self._ring is None:
             return None
         n, ring = self._n, self._ring
@@ -686,6 +806,8 @@ class StepProbe:
 
     def _take_parts(self) -> list[Figures]:
         eager, compiled = self._parts, list(self._slot_parts)
+        if compiled and self._tensor_ranks is not None:
+            raise RuntimeError(_NOT_COMPILED)
         if eager and len(eager) == len(compiled):  # some modules are compiled, others not
             return [_joined(a, b) for a, b in zip(eager, compiled, strict=True)]
         return eager + compiled
@@ -712,13 +834,18 @@ class StepProbe:
     def _finish(self, figures: Figures, step: int) -> None:
         device = figures.norms.device
         self._make_ring(device)
-        found_group = default_group(self.group)
+        found_group = self._exchange_group()
         meta = self._meta(figures, step)
         scaling = self._scaling(figures)
         if found_group is None:
-            self._send(self._row(figures, scaling), meta)
+            row = self._row(figures, scaling)
+            if scaling is None:
+                self._send(row, meta)
+            else:
+                self._held, self._unresolved = (row, meta, scaling), scaling
             return
         self._settle()
+        self._unresolved = scaling
         if self._exchange is None:
             if isinstance(self.schedule, Budget):
                 raise ValueError(
@@ -727,7 +854,7 @@ class StepProbe:
                 )
             # Every rank must decide alike: by the parameters, not by what a step happened to see.
             wide = any(p.dtype == torch.float64 for p in self.model.parameters())
-            self._exchange = Exchange(found_group, self.max_samples, wide)
+            self._exchange = Exchange(found_group, self.max_samples, wide, self._tensor_ranks)
         sums = [None if mean is None else mean * figures.weight for mean in figures.means]
         pending = self._exchange.start(figures.norms.flatten(0, 1), sums)
         self._pending = (pending, meta, scaling)
@@ -738,21 +865,26 @@ class StepProbe:
             return
         (pending, meta, scaling), self._pending = self._pending, None
         found = pending.wait()
-        world = len(found.counts)
+        copies = len(found.counts)
         samples = found.counts.double().sum()
         norms = found.samples.view(2, self._n + 1, -1)
-        # The optimiser sees the average of the ranks' gradients, each of its own samples only.
-        norms[1].div_(world)
+        # The optimiser sees the average of the copies' gradients, each of its own samples only.
+        norms[1].div_(copies)
         means: list[Tensor | None] = [
             None if s is None else s / samples.to(s.dtype) for s in found.directions
         ]
         figures = Figures(norms, means, set(meta.missing), None, samples)
-        if scaling is not None:  # what one rank met, all of them skip
-            bad = torch.maximum(scaling[1], self._overflowed(figures).double())
-            scaling = torch.stack([scaling[0], bad])
-        self._send(self._row(figures, scaling), replace(meta, samples=None, world_size=world))
+        if scaling is not None:
+            scaling.overflowed(self._overflowed(figures))
+        assert self._exchange is not None
+        meta = replace(meta, samples=None, world_size=self._exchange.world)
+        self._send(self._row(figures, scaling), meta)
 
     def _meta(self, figures: Figures, step: int) -> _Meta:
+        ranks = self._tensor_ranks
+        if ranks is not None and ranks.features:
+            known = ranks.features
+            self._sizes = tuple(known.get(l, size) for l, size in enumerate(self._sizes))
         return _Meta(
             step,
             self._sizes,
@@ -764,18 +896,26 @@ class StepProbe:
             self.scaler is not None,
         )
 
-    def _scaling(self, figures: Figures) -> Tensor | None:
-        """Return the scaler's factor and whether it met something that is not finite, ``[2]``."""
+    def _scaling(self, figures: Figures) -> _Scaling | None:
+        """Return what is known of the gradient scaler so far."""
         if self.scaler is None:
             return None
-        like = figures.norms
-        scale = getattr(self.scaler, "_scale", None)
-        one = like.new_ones(()) if scale is None else scale.detach().double().reshape(())
-        bad = self._overflowed(figures)
-        for state in getattr(self.scaler, "_per_optimizer_states", {}).values():
-            for flag in state.get("found_inf_per_device", {}).values():
-                bad = bad | (flag.to(bad.device, non_blocking=True) != 0).reshape(())
-        return torch.stack([one.to(like.device), bad.double()])
+        states = getattr(self.scaler, "_per_optimizer_states", {}).values()
+        flags = [
+            flag for state in states for flag in state.get("found_inf_per_device", {}).values()
+        ]
+        return _Scaling(self.scaler, self._overflowed(figures), flags)
+
+    def _resolve(self) -> None:
+        """Finish the step whose scaler has been updated since: what it says comes afterwards."""
+        if self._unresolved is not None:
+            self._unresolved.resolve()
+            self._unresolved = None
+        if self._held is not None:
+            (row, meta, scaling), self._held = self._held, None
+            at = len(row) - (2 if meta.samples is not None else 3)
+            row[at : at + 2] = scaling.figures()
+            self._send(row, meta)
 
     def _overflowed(self, figures: Figures) -> Tensor:
         """Say on the device whether a gradient that arrived is not finite."""
@@ -787,7 +927,7 @@ class StepProbe:
         # A place without a sample holds NaN in both.
         return (torch.isinf(grad) | (torch.isnan(grad) & ~torch.isnan(hidden))).any()
 
-    def _row(self, figures: Figures, scaling: Tensor | None, captured: bool = False) -> Tensor:
+    def _row(self, figures: Figures, scaling: _Scaling | None, captured: bool = False) -> Tensor:
         """Return all figures of a step, ``[C]`` float64; see :meth:`_record` for their places."""
         norms = figures.norms
         gains = norms[1, :-1] / norms[1, -1]
@@ -801,7 +941,7 @@ class StepProbe:
                 )
             parts.append(cosines.reshape(-1))
         if scaling is not None:
-            parts.append(scaling)
+            parts.append(scaling.figures())
         if figures.samples is None and figures.count is not None:
             parts.append(figures.count.reshape(1).double())
         return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -831,7 +971,7 @@ class StepProbe:
                 "StepProbe: expected at least one step outside of the CUDA graph first; run one "
                 "before capturing"
             )
-        if default_group(self.group) is not None:
+        if self._exchange_group() is not None:
             raise RuntimeError(
                 "StepProbe: expected a single process inside of a CUDA graph, got a process group; "
                 "give group=False to observe each rank's own samples"
@@ -909,6 +1049,7 @@ class StepProbe:
             TrainingStopped: an alarm that came with them stops the training.
         """
         try:
+            self._resolve()
             self._settle()
             if self._ring is not None:
                 self._emit(self._ring.drain())

@@ -38,7 +38,7 @@ class StepRecord:
         unreached: observed states that no forward or no gradient reached in this step; what did
             not arrive is NaN.
         loss_reduction: how the user says that the loss is reduced: it scales ``grad_norms``.
-        world_size: ranks whose samples are in the figures.
+        world_size: ranks that the figures are over, those of tensor parallelism included.
     """
 
     step: int

@@ -93,17 +93,17 @@ class Stepper:
         """Make the next step."""
         if self.done % len(self._order) == 0:
             self._next_chunk()
-        if not self.record:
-            self._update()
-        else:
+        if self.record:
             if self._warm and self.rule.phase != self._phase:
                 self.close()
             if self._graph is None and self._warm == WARMUP:
                 self._record()
-            if self._graph is not None:
-                self._replay(self._graph)
-            else:
-                self._warm_up()
+        if not self.record:
+            self._update()
+        elif self._graph is not None:
+            self._replay(self._graph)
+        else:
+            self._warm_up()
         self.done += 1
 
     def last_loss(self) -> float:
@@ -173,9 +173,8 @@ class Stepper:
                 parameter.grad = None
             self.note = f"{type(error).__name__}: {error}".splitlines()[0]
             self.record = False
-            self._update()
-            return
-        self._graph = graph
+        else:
+            self._graph = graph
 
     def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
         with self._replaying:

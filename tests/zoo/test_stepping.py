@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from fadiag_fast.study import StudyModel, Suite, run_study
-from fadiag_fast.zoo import RULES, ImageDataset, build_model, make_rule, train
+from fadiag_fast.zoo import RULES, ImageDataset, build_model, make_rule, stepping, train
 from fadiag_fast.zoo.rules import Backpropagation, DirectFeedbackAlignment
 from fadiag_fast.zoo.rules.schedule import DeviceCosine
 from fadiag_fast.zoo.stepping import (
@@ -164,6 +164,30 @@ def stepper(images, rule_name, steps=12, **options):
     return Stepper(
         rule, flat, images.train_labels, batches, batch_size=16, total=steps, record=True
     )
+
+
+def test_a_recording_that_breaks_off_makes_every_step_once(images, monkeypatch):
+    """On the CPU, where a recording is made to break off."""
+    made, plain = (stepper(images, "dfa", steps=9) for _ in range(2))
+
+    def look(rule, step):
+        step()
+        return ""
+
+    def break_off(graph, step, generators):
+        raise RuntimeError("broken\noff")
+
+    monkeypatch.setattr(stepping, "_reason_against", look)
+    monkeypatch.setattr(stepping, "_capture", break_off)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    made.record = True
+    for one in (made, plain):
+        for _ in range(9):
+            one.step()
+    assert made.history() == plain.history()
+    assert (made.graphed, made.note) == (0, "RuntimeError: broken")
+    for a, b in zip(made.rule.parameters, plain.rule.parameters, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_steps_on_the_cpu_are_plain_updates(images):
