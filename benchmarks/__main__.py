@@ -21,6 +21,7 @@ from . import (
     scan_report,
     special,
     steps,
+    study_rate,
     sweep,
     tables,
 )
@@ -33,8 +34,9 @@ def parser() -> argparse.ArgumentParser:
         "what",
         nargs="*",
         help="operator, cpu, sweep, special, capture, architectures, calibration, demo, registers, "
-        "scan-rate, scan-report, reading, steps, tables, plots; by default what fits the machine: "
-        "on CUDA operator, sweep and special, else cpu and special; then tables and plots",
+        "scan-rate, scan-report, reading, steps, study-rate, tables, plots; by default what fits "
+        "the machine: on CUDA operator, sweep and special, else cpu and special; then tables and "
+        "plots",
     )
     found.add_argument("--device", help="cuda or cpu; by default CUDA where there is one")
     found.add_argument(
@@ -44,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--only",
         default="",
-        help="operator, architectures, calibration, steps: those whose name has this; steps: soak "
-        "for a long run that watches memory",
+        help="operator, architectures, calibration, steps, study-rate: those whose name has this; "
+        "steps: soak for a long run that watches memory",
     )
     found.add_argument(
         "--no-compile", action="store_true", help="operator and capture: without torch.compile"
@@ -86,6 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         "scan-rate",
         "reading",
         "steps",
+        "study-rate",
         "tables",
         "plots",
     }
@@ -119,6 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
         written.append(registers.run(device, asked.results, asked.quick))
     if "scan-report" in what:
         written.append(scan_report.run(torch.device("cpu"), asked.results, asked.quick))
+    if "study-rate" in what:
+        written.append(study_rate.run(device, asked.results, asked.quick, asked.only))
     if "reading" in what:
         written.append(reading.run(device, asked.results, asked.quick))
     if "steps" in what and asked.only == steps.SOAK:

@@ -317,6 +317,20 @@ def _scan_report(found: Rows) -> str:
     return markdown(["what", "s", "MB", "GB/s", "target"], lines)
 
 
+def _study_rate(found: Rows) -> str:
+    lines = [
+        [
+            f"{row['model']} {row['rule']}",
+            row["variant"],
+            row["jobs"],
+            _show(number(row, "steps_per_s")),
+            _show(number(row, "ratio"), unit="×"),
+        ]
+        for row in found
+    ]
+    return markdown(["network and rule", "steps", "runs at once", "steps/s", "of ordinary"], lines)
+
+
 def _scan_rate(found: Rows) -> str:
     lines = []
     for row in found:
@@ -494,6 +508,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "calibration-broken": ("calibration", _calibration_broken),
     "scan-report": ("scan-report", _scan_report),
     "scan-rate": ("scan-rate", _scan_rate),
+    "study-rate": ("study-rate", _study_rate),
     "reading": ("reading", _reading),
     "steps": ("steps", _steps),
     "steps-soak": ("steps-soak", _soak),

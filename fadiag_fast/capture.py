@@ -30,6 +30,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .process import eager, forked_generators, own_warnings
 from .taps import Select, Tap, TapError, Taps, find_taps, sighting_at, split_hidden
 from .tracing import (
     Source,
@@ -38,7 +39,6 @@ from .tracing import (
     as_plain,
     call_model,
     clean_name,
-    eager,
     signature,
     state_in,
     tensors_in,
@@ -99,7 +99,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         model.eval()
-        with torch.random.fork_rng(devices=sorted(devices, key=str), enabled=True):
+        with forked_generators(devices):
             yield
     finally:
         for module, training in modes:
@@ -529,7 +529,7 @@ class Probe:
     @contextmanager
     def _gradients_required(self) -> Iterator[None]:
         """Refuse operators without a gradient, of which torch only warns and passes nothing on."""
-        with warnings.catch_warnings():
+        with own_warnings():
             warnings.filterwarnings("error", message=f".*{_NO_GRADIENT}")
             try:
                 yield

@@ -6,10 +6,9 @@ be the tensor itself, with all of its uses, so every tensor is traced back to it
 torch function call of the pass that returned one, or a leaf of the model's input.
 """
 
-import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from .process import eager
 
 
 class Source(NamedTuple):
@@ -319,24 +320,6 @@ def watched(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def eager() -> Iterator[None]:
-    """Run Python where torch would take a short cut around it.
-
-    Compiled modules and regions don't call hooks that came after them, and the fused path of
-    nn.TransformerEncoderLayer is taken without gradients only.
-    """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        # Nothing can be compiled where the compiler, which takes seconds to import, is not.
-        compiler = "torch._dynamo" in sys.modules
-        with torch.compiler.set_stance("force_eager") if compiler else nullcontext():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def trace(model: nn.Module, x: Any, **options: Any) -> Trace:

@@ -512,6 +512,34 @@ def test_plots_are_drawn_from_csvs(measured):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_rate_of_a_study_is_that_of_ordinary_steps_on_the_cpu(tmp_path, monkeypatch):
+    from benchmarks import study_rate
+
+    monkeypatch.setattr(study_rate, "IMAGES", 1280)
+    path = study_rate.run(CPU, tmp_path, quick=True, only="resmlp bp")
+    (row,) = rows.read(path)
+    assert (row["model"], row["rule"], row["variant"], row["jobs"]) == (
+        "resmlp",
+        "bp",
+        "ordinary",
+        "1",
+    )
+    assert float(row["steps_per_s"]) > 0
+    assert float(row["ratio"]) == 1
+    assert "| resmlp bp | ordinary | 1 |" in tables.tables_of(path)
+
+
+def test_a_failure_in_a_studys_thread_is_passed_on(monkeypatch):
+    from benchmarks import study_rate
+
+    def failing(*arguments):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(study_rate, "_stepper", failing)
+    with pytest.raises(RuntimeError, match="no memory"):
+        study_rate._together("resmlp", "bp", torch.zeros(1), torch.zeros(1), False, 3, 2)
+
+
 def test_unknown_benchmark_is_refused(capsys):
     with pytest.raises(SystemExit):
         main.main(["speed"])

@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,8 +42,7 @@ from ..protocol import Diagnostic, DiagnosticThresholds, Figures, Protocol, verd
 from ..report import _strict
 from ..zoo import ImageDataset, build_model, model_spec, restore_rule, rule_credit, train
 from ..zoo.anatomy import anatomy_of
-from ..zoo.models import DEFAULT_GENERATOR
-from ..zoo.stepping import recording_stream
+from ..zoo.stepping import recording_stream, stream_of_thread
 from .suites import StudyModel, Suite
 
 # Changes whenever an audit's figures change their meaning; older ones are then made anew.
@@ -346,10 +345,12 @@ def _run_together(study: _Study, plans: Sequence[_Plan], jobs: int) -> dict[str,
     # Optimisers import the compiler at first use; two threads at once would see half of it.
     importlib.import_module("torch._dynamo")
     found: dict[str, RunRecord] = {}
-    streams = threading.local()
 
     def run(plan: _Plan) -> RunRecord | None:
-        with _stream_of_thread(streams, study.device):
+        on_cuda = study.device.type == "cuda"
+        # Nothing of a run goes through the default stream, where one would wait for another.
+        own = torch.cuda.stream(stream_of_thread(study.device)) if on_cuda else nullcontext()
+        with own:
             try:
                 return study.run(plan, alone=False)
             except torch.OutOfMemoryError:
@@ -371,18 +372,6 @@ def _run_together(study: _Study, plans: Sequence[_Plan], jobs: int) -> dict[str,
         if plan.name not in found:
             found[plan.name] = study.run(plan)
     return found
-
-
-@contextmanager
-def _stream_of_thread(streams: threading.local, device: torch.device) -> Iterator[None]:
-    """Run on the calling thread's own stream, made at its first run."""
-    if device.type != "cuda":
-        yield
-        return
-    if not hasattr(streams, "own"):
-        streams.own = torch.cuda.Stream(device)
-    with torch.cuda.stream(streams.own):
-        yield
 
 
 @dataclass
@@ -680,26 +669,22 @@ def _audit_checkpoint(plan: _Plan, step: int, model: nn.Module, study: _Study) -
         flatten=model_spec(plan.model.model).flatten_input,
         device=study.device,
     )
-    # An audit puts back, when it is done, what it found of the process's: the default generators,
-    # Python's filters of warnings, the compiler's stance. Beside another it would find and leave
-    # that one's.
-    with DEFAULT_GENERATOR:
-        report = diagnose(
-            model,
-            batches,
-            checkpoint.extra["config"]["accuracy"],
-            test_size=len(study.dataset.test_labels),
-            reduction=anatomy_of(model).credit_reduction,
-        )
-        credit = None
-        if step == plan.steps:
-            try:
-                rule = restore_rule(model, checkpoint.extra, rule_name=plan.rule)
-            except (ValueError, TypeError) as error:
-                credit = CreditReport(reason=str(error))
-            else:
-                # The null costs twenty times as much again, and no table of a study has it.
-                credit = rule_credit(rule, batches[0], fresh=None)
+    report = diagnose(
+        model,
+        batches,
+        checkpoint.extra["config"]["accuracy"],
+        test_size=len(study.dataset.test_labels),
+        reduction=anatomy_of(model).credit_reduction,
+    )
+    credit = None
+    if step == plan.steps:
+        try:
+            rule = restore_rule(model, checkpoint.extra, rule_name=plan.rule)
+        except (ValueError, TypeError) as error:
+            credit = CreditReport(reason=str(error))
+        else:
+            # The null costs twenty times as much again, and no table of a study has it.
+            credit = rule_credit(rule, batches[0], fresh=None)
     return StepRecord(step, report.figures, credit)
 
 

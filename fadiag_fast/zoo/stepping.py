@@ -394,6 +394,21 @@ def _repair(pool: Any, generators: Sequence[torch.Generator]) -> None:
         whole.reset()
 
 
+_streams = threading.local()
+
+
+def stream_of_thread(device: torch.device) -> torch.cuda.Stream:
+    """Return the calling thread's own stream of a CUDA device: always the same one.
+
+    Libraries keep a workspace of megabytes for every stream they have seen.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    own: dict[int, torch.cuda.Stream] = _streams.__dict__.setdefault("own", {})
+    if index not in own:
+        own[index] = torch.cuda.Stream(index)
+    return own[index]
+
+
 @contextmanager
 def recording_stream(device: torch.device) -> Iterator[None]:
     """Run on a stream that may record: on CUDA any but the device's default one."""
@@ -405,7 +420,7 @@ def recording_stream(device: torch.device) -> Iterator[None]:
         if outer != torch.cuda.default_stream():
             yield
             return
-        stream = torch.cuda.Stream()
+        stream = stream_of_thread(device)
         stream.wait_stream(outer)
         with torch.cuda.stream(stream):
             try:

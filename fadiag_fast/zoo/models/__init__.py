@@ -9,13 +9,13 @@ is read: see :mod:`fadiag_fast.zoo.anatomy`.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ...process import DEFAULT_GENERATORS
 from .cnn import SmallCNN
 from .residual import ResidualBlock, ResidualMLP, StudentNet
 from .vit import TransformerBlock, ViTMini
@@ -32,11 +32,6 @@ __all__ = [
     "build_model",
     "model_spec",
 ]
-
-
-# Held by whoever draws from torch's default generator, or puts back how it was: among threads two
-# of them would draw each other's numbers.
-DEFAULT_GENERATOR = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,7 @@ def build_model(
     not have.
     """
     spec = model_spec(name)
-    with DEFAULT_GENERATOR:
+    with DEFAULT_GENERATORS:
         if seed is None:
             return spec.builder(input_shape, num_classes, **options)
         # Modules draw from the default CPU generator. Only that one is seeded and put back:

@@ -33,6 +33,8 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -221,6 +223,7 @@ class Rule(ABC):
         optimizer = torch.optim.AdamW(
             self.parameters, lr=rate, weight_decay=weight_decay, fused=True, capturable=True
         )
+        rate = optimizer.param_groups[0]["lr"]
         return optimizer, DeviceCosine(rate, learning_rate, self.total_steps)
 
     def _set_up(self, seed: int) -> None:
@@ -308,7 +311,7 @@ class Rule(ABC):
         rule trains networks of its own.
         """
         losses = self.losses(x, y)
-        self.descend(torch.stack(list(losses.values())).sum())
+        self.descend(reduce(add, losses.values()))
         self.finish_step()
         self.count_step()
         return {name: loss.detach() for name, loss in losses.items()}
@@ -323,7 +326,8 @@ class Rule(ABC):
         for branch, credit in zip(states.branches, credits, strict=True):
             if credit is not None:
                 local_loss = local_loss + mean_inner_product(branch, credit)
-                local_loss = local_loss + self.penalty_of(branch)
+                if self.penalty:
+                    local_loss = local_loss + self.penalty_of(branch)
         if self.train_embed and (embed_credit := self.embed_credit(states)) is not None:
             local_loss = local_loss + mean_inner_product(states.embedded, embed_credit.detach())
         losses = {"loss": loss, "local_loss": local_loss}

@@ -205,8 +205,9 @@ class CreditBridge(DirectFeedbackAlignment):
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        for average, value in zip(self.average.parameters(), self.value.parameters(), strict=True):
-            average.lerp_(value, 1 - self.average_decay)
+        torch._foreach_lerp_(
+            list(self.average.parameters()), list(self.value.parameters()), 1 - self.average_decay
+        )
 
     def count_step(self) -> None:
         self.tensors["dfa_steps_left"].sub_(1).clamp_(min=0)

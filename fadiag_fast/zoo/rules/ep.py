@@ -114,13 +114,12 @@ class EquilibriumPropagation(Rule):
                     moving,
                     [*residuals[1:], torch.full_like(loss, -self.beta)],
                 )
-                for index, pull in enumerate(pulls):
-                    # −∂energy/∂h_l = [r_l +] J_lᵀ r_l − r_{l−1}, with the first term where there
-                    # is a skip; h_L has no block above it.
-                    force = pull - residuals[index]
-                    if anatomy.skip and index + 1 < len(residuals):
-                        force += residuals[index + 1]
-                    h[first + index].add_(force, alpha=self.relaxation_rate)
+                # −∂energy/∂h_l = [r_l +] J_lᵀ r_l − r_{l−1}, with the first term where there is a
+                # skip; h_L has no block above it. All l at once: on a GPU each call costs as much.
+                forces = torch._foreach_sub(pulls, residuals)
+                if anatomy.skip and len(forces) > 1:
+                    torch._foreach_add_(forces[:-1], residuals[1:])
+                torch._foreach_add_(h[first:], forces, alpha=self.relaxation_rate)
         return h
 
     @contextmanager
@@ -172,5 +171,6 @@ class EquilibriumPropagation(Rule):
                 branch = self.anatomy.branch(index, h)
                 residual = nudged[index + 1] - self.anatomy.advance(h, branch)
                 local_loss = local_loss + mean_inner_product(residual, residual) / (2 * self.beta)
-                local_loss = local_loss + self.penalty_of(branch)
+                if self.penalty:
+                    local_loss = local_loss + self.penalty_of(branch)
         return {"loss": loss, "local_loss": local_loss}
