@@ -121,7 +121,7 @@ def scan(
         on_progress: called after every group of checkpoints.
 
     Returns:
-        The folder's rows, of this scan and of earlier ones.
+        The folder's rows, of this scan and of earlier ones; they are read when first asked for.
 
     Raises:
         TapError: the model cannot be observed.
@@ -162,7 +162,7 @@ def scan(
             run.run(entries, fewest, ahead)
         finally:
             reader.close()
-    return ScanResult.load(out)
+    return ScanResult.of(out)
 
 
 def _entries(checkpoints: Any, pattern: str | Sequence[str] | None, manifest: Any) -> list[Entry]:

@@ -138,9 +138,25 @@ class ScanResult:
     configurations, its last row is here; ask :meth:`load` for another configuration by its hash.
     """
 
-    def __init__(self, tables: Tables, folder: Path | None = None) -> None:
-        self._tables = tables
+    def __init__(self, tables: Tables | None, folder: Path | None = None) -> None:
+        self._found = tables
         self.folder = folder
+
+    @property
+    def _tables(self) -> Tables:
+        if self._found is None:
+            assert self.folder is not None
+            self._found = self.load(self.folder)._found
+            assert self._found is not None
+        return self._found
+
+    @classmethod
+    def of(cls, folder: str | os.PathLike[str]) -> ScanResult:
+        """Return a finished scan's rows, which are read when they are first asked for.
+
+        Raises nothing; that of :meth:`load` comes with the first question.
+        """
+        return cls(None, Path(folder))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, config_hash: str | None = None) -> ScanResult:

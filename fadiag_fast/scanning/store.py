@@ -1,7 +1,7 @@
 """The folder of a scan: written so that no moment of being killed costs more than the last batch.
 
     checkpoints.parquet, layers.parquet   the tables, as of the last time a scan was closed
-    parts/part-LEVEL-RECORD.arrow         batches finished since; a row is a checkpoint with layers
+    parts/part-FULL-RECORD.arrow          batches finished since; a row is a checkpoint with layers
     scan.lock, scan.owner.json            held while a scan writes; who holds it
 
 Parts are Arrow files: of a few rows with many columns, they are written and read more quickly than
@@ -23,7 +23,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,12 +60,26 @@ from .series import Entry, natural_key
 
 CHECKPOINTS_FILE, LAYERS_FILE = "checkpoints.parquet", "layers.parquet"
 _PARTS, _LOCK, _OWNER = "parts", "scan.lock", "scan.owner.json"
+_SMALL_PART = "part-0-"
 _PART_NAME = re.compile(r"part-(\d+)-(\d+)\.arrow")
 _TEMPORARY = ".partial"
 
-# As many parts of one level become one of the next: a scan that writes a part every second for a
-# day has some 80 files, and has written every row three times.
+# As many parts of a few rows each, as a slow scan writes them, become one. Full parts stay as they
+# are until the tables are written, so that memory holds few rows at a time.
 _FAN_IN = 32
+
+# What says by which limits a row was judged, if it was.
+_JUDGED_BY = [
+    "status",
+    "protocol",
+    "gradient_floor",
+    "a_threshold",
+    "b_threshold",
+    "c_threshold",
+    "d_threshold",
+    "min_batches",
+    "credit_gain_floor",
+]
 
 # A reader that meets files on their way from parts to tables looks again; each look is a whole one.
 _READ_ATTEMPTS = 8
@@ -182,6 +196,12 @@ def _part(name: str) -> re.Match[str] | None:
     return _PART_NAME.fullmatch(name)
 
 
+def _first_record(name: str) -> int:
+    match = _part(name)
+    assert match is not None
+    return int(match[2])
+
+
 def _read_file(path: Path, schema: Any) -> Any:
     """Read one file into a schema: older versions lack columns, which are then empty."""
     pa = arrow()
@@ -275,6 +295,16 @@ def flattened(part: Any) -> Any:
     return pa.table(columns, schema=layer_schema())
 
 
+def _natural_place(run: str, step: int | None, path: str, config: str) -> tuple[Any, ...]:
+    return (natural_key(run), step is None, step or 0, natural_key(path), config)
+
+
+def _places(checkpoints: Any) -> Iterator[tuple[Any, ...]]:
+    names = ("run", "step", "path", "config_hash")
+    for row in zip(*(checkpoints[name].to_pylist() for name in names), strict=True):
+        yield _natural_place(*row)
+
+
 def _latest(checkpoints: Any) -> Any:
     """Keep the last row of each path and configuration, in natural order of run, step and path."""
     last: dict[tuple[str, str], int] = {}
@@ -287,11 +317,17 @@ def _latest(checkpoints: Any) -> Any:
     paths, configs, records = columns
 
     def key(index: int) -> tuple[Any, ...]:
-        step = steps[index]
-        place = (natural_key(runs[index]), step is None, step or 0, natural_key(paths[index]))
-        return (*place, configs[index], records[index])
+        place = _natural_place(runs[index], steps[index], paths[index], configs[index])
+        return (*place, records[index])
 
-    return checkpoints.take(arrow().array(sorted(last.values(), key=key), arrow().int64()))
+    return _taken(checkpoints, np.array(sorted(last.values(), key=key), dtype=np.int64))
+
+
+def _taken(table: Any, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
+    """Return rows of a table in this order; the table itself, not a copy, where it is so."""
+    if np.array_equal(rows, np.arange(table.num_rows)):
+        return table
+    return table.take(arrow().array(rows))
 
 
 def _ordered_layers(layers: Any, checkpoints: Any) -> Any:
@@ -306,7 +342,7 @@ def _ordered_layers(layers: Any, checkpoints: Any) -> Any:
     rank = by_record[at]
     kept = np.flatnonzero(wanted[rank] == records)
     order = np.lexsort((_numbers(layers, "layer")[kept], rank[kept]))
-    return layers.take(arrow().array(kept[order]))
+    return _taken(layers, kept[order])
 
 
 def layers_by_record(layers: Any) -> dict[int, tuple[int, int]]:
@@ -384,7 +420,7 @@ class ScanWriter:
         *,
         thresholds: DiagnosticThresholds | None = None,
         protocol: Protocol = "paper",
-        flush_rows: int = 256,
+        flush_rows: int = 128,
         flush_seconds: float = 2.0,
         disk: Disk | None = None,
     ) -> None:
@@ -613,32 +649,32 @@ class ScanWriter:
         pa = arrow()
         table = pa.Table.from_pylist(self._waiting, schema=part_schema())
         try:
-            self._put_table(self._part_path(0, self._waiting[0]["record"]), table)
+            self._put_part(self._part_path(table), table)
             self._waiting.clear()
             self._dirty = True
             self._join_parts()
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def _part_path(self, level: int, record: int) -> Path:
-        return self.folder / _PARTS / f"part-{level}-{record:012d}.arrow"
+    def _part_path(self, table: Any) -> Path:
+        full = int(table.num_rows >= self._flush_rows)
+        first = int(_numbers(table, "record")[0])
+        return self.folder / _PARTS / f"part-{full}-{first:012d}.arrow"
 
     def _join_parts(self) -> None:
-        """Join the parts of a level to one of the next where they have piled up."""
-        levels: dict[int, list[Path]] = {}
-        for path in _part_files(self.folder):
-            match = _part(path.name)
-            assert match is not None
-            levels.setdefault(int(match[1]), []).append(path)
-        for level, paths in sorted(levels.items()):
-            if len(paths) < _FAN_IN:
-                continue
-            tables = [_read_file(path, part_schema()) for path in paths]
-            table = _first_of_each_record(arrow().concat_tables(tables)).sort_by("record")
-            first = int(_numbers(table, "record")[0])
-            self._put_table(self._part_path(level + 1, first), table)
-            for path in paths:
+        """Join small parts to a larger one where they have piled up."""
+        paths = [path for path in _part_files(self.folder) if path.name.startswith(_SMALL_PART)]
+        if len(paths) < _FAN_IN:
+            return
+        tables = [_read_file(path, part_schema()) for path in paths]
+        table = _first_of_each_record(arrow().concat_tables(tables)).sort_by("record")
+        joined = self._part_path(table)
+        self._put_part(joined, table)
+        for path in paths:
+            if path != joined:
                 self._disk.remove(path)
+        del tables, table
+        arrow().default_memory_pool().release_unused()
 
     def close(self) -> None:
         """Flush, join all parts to the two tables, and let go of the folder.
@@ -659,23 +695,55 @@ class ScanWriter:
             self._lock = None
 
     def _merge(self) -> None:
-        parts = _part_files(self.folder)
+        parts = sorted(_part_files(self.folder), key=lambda path: _first_record(path.name))
+        alone = parts and not (self.folder / CHECKPOINTS_FILE).exists()
+        if alone and self._come_in_turn(parts):
+            # So a scan brings its rows, and memory does not grow with the study.
+            pieces = (_read_file(path, part_schema()) for path in parts)
+            layers = map(flattened, (_read_file(path, part_schema()) for path in parts))
+            self._finish(parts, layers, (piece.drop_columns(["layers"]) for piece in pieces))
+            return
         if not self._dirty and not parts:
             tables = read_tables(self.folder)
-            if not self._judged_by_others(tables):
+            if not self._judged_by_others(tables.checkpoints):
                 return
         elif parts or (self.folder / CHECKPOINTS_FILE).exists():
             tables = read_tables(self.folder)
         else:
             tables = Tables(checkpoint_schema().empty_table(), layer_schema().empty_table())
         tables = self._judged(tables)
+        self._finish(parts, [tables.layers], [tables.checkpoints])
+
+    def _come_in_turn(self, parts: Sequence[Path]) -> bool:
+        """Say whether the tables can be written part by part, each row as it stands.
+
+        That is in natural order, once for each path and configuration, and judged as it should be.
+        """
+        last_record, last_place = -1, None
+        for path in parts:
+            part = _read_file(path, part_schema())
+            for record, place in zip(_numbers(part, "record"), _places(part), strict=True):
+                if record <= last_record or (last_place is not None and place <= last_place):
+                    return False
+                last_record, last_place = record, place
+            judged = part.select(_JUDGED_BY).group_by(_JUDGED_BY).aggregate([])
+            if self._judged_by_others(judged):
+                return False
+        return True
+
+    def _finish(
+        self, parts: Sequence[Path], layers: Iterable[Any], checkpoints: Iterable[Any]
+    ) -> None:
+        """Write both tables, each from its pieces, and remove the parts that are in them."""
         # Layers first: a checkpoint without its layers would look like a damaged table.
-        for name, table in ((LAYERS_FILE, tables.layers), (CHECKPOINTS_FILE, tables.checkpoints)):
-            self._put_table(self.folder / name, table)
+        self._put_table(self.folder / LAYERS_FILE, layer_schema(), layers)
+        self._put_table(self.folder / CHECKPOINTS_FILE, checkpoint_schema(), checkpoints)
         for path in parts:
             self._disk.remove(path)
+        # Whoever reads the tables next should not find their memory still held by arrow's pool.
+        arrow().default_memory_pool().release_unused()
 
-    def _judged_by_others(self, tables: Tables) -> list[int]:
+    def _judged_by_others(self, checkpoints: Any) -> list[int]:
         """Return the audited rows that were judged by other limits than this writer's."""
         mine = self.thresholds
         limits = {
@@ -685,8 +753,7 @@ class ScanWriter:
             "min_batches": mine.min_batches,
             "credit_gain_floor": mine.credit_gain_floor,
         }
-        names = ["status", "protocol", "gradient_floor", "b_threshold", *limits]
-        rows = tables.checkpoints.select(names).to_pylist()
+        rows = checkpoints.select(_JUDGED_BY).to_pylist()
         return [
             index
             for index, row in enumerate(rows)
@@ -699,7 +766,7 @@ class ScanWriter:
         ]
 
     def _judged(self, tables: Tables) -> Tables:
-        others = self._judged_by_others(tables)
+        others = self._judged_by_others(tables.checkpoints)
         return judge(tables, self.thresholds, others, self.protocol) if others else tables
 
     def __enter__(self) -> ScanWriter:
@@ -720,15 +787,19 @@ class ScanWriter:
 
     # -- files
 
-    def _put_table(self, path: Path, table: Any) -> None:
+    def _put_part(self, path: Path, table: Any) -> None:
         sink = arrow().BufferOutputStream()
-        if path.suffix == ".arrow":
-            ipc = require("pyarrow.ipc", "a scan's tables")
-            options = ipc.IpcWriteOptions(compression="zstd")
-            with ipc.new_file(sink, table.schema, options=options) as file:
-                file.write_table(table)
-        else:
-            parquet().write_table(table, sink, compression="zstd")
+        ipc = require("pyarrow.ipc", "a scan's tables")
+        options = ipc.IpcWriteOptions(compression="zstd")
+        with ipc.new_file(sink, table.schema, options=options) as file:
+            file.write_table(table)
+        self._put(path, memoryview(sink.getvalue()))
+
+    def _put_table(self, path: Path, schema: Any, pieces: Iterable[Any]) -> None:
+        sink = arrow().BufferOutputStream()
+        with parquet().ParquetWriter(sink, schema, compression="zstd") as file:
+            for piece in pieces:
+                file.write_table(piece)
         self._put(path, memoryview(sink.getvalue()))
 
     def _put(self, path: Path, data: Any) -> None:
