@@ -434,6 +434,8 @@ def _plans(suite: Suite, dataset: ImageDataset, folder: Path) -> list[_Plan]:
                         "learning_rate": float(suite.learning_rate),
                         "weight_decay": float(suite.weight_decay),
                     }
+                    if model.random_targets:
+                        config["random_targets"] = True
                     # As JSON gives it back, tuples as lists, so that it can be compared.
                     config = json.loads(json.dumps(config))
                     place = folder / model.label / name / f"seed_{seed}"
@@ -572,13 +574,16 @@ def _train_run(plan: _Plan, study: _Study, alone: bool) -> dict[str, Any]:
         "environment": _environment(study.device),
     }
     suite, clock = study.suite, study.clock
+    dataset = study.dataset
+    if plan.model.random_targets:
+        dataset = dataset.with_random_targets(plan.seed)
     trained = False
     clock.start(plan)
     try:
         network = train(
             plan.model.model,
             plan.rule,
-            study.dataset,
+            dataset,
             steps=plan.steps,
             batch_size=suite.batch_size,
             seed=plan.seed,

@@ -39,6 +39,7 @@ class StudyModel:
         model: a key of ``zoo.MODELS``.
         options: of its builder.
         steps: updates of its runs; None takes the suite's.
+        random_targets: train on labels drawn at random, anew for every seed.
 
     Raises ValueError for an unknown model, a label that is no folder's name, or steps below 1.
     """
@@ -47,6 +48,7 @@ class StudyModel:
     model: str
     options: Mapping[str, Any] = field(default_factory=dict)
     steps: int | None = None
+    random_targets: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.label):
@@ -63,12 +65,17 @@ class StudyModel:
             raise ValueError(f"{where}.options: expected a table, got {self.options!r}")
         if self.steps is not None:
             _check_count(f"{where}.steps", self.steps)
+        if not isinstance(self.random_targets, bool):
+            raise ValueError(
+                f"{where}.random_targets: expected true or false, got {self.random_targets!r}"
+            )
 
     @property
     def variant(self) -> str:
         """The name under which published figures of such a network are found."""
         removed = self.options.get("terminal_norm", True) is False
-        return f"{self.model} without out_ln" if removed else self.model
+        name = f"{self.model} without out_ln" if removed else self.model
+        return f"{name} on random targets" if self.random_targets else name
 
 
 @dataclass(frozen=True)
@@ -252,7 +259,23 @@ TERMINAL_NORM = Suite(
     checkpoints=16,
 )
 
-SUITES = {suite.name: suite for suite in (QUICK, PAPER, PENALTY, TERMINAL_NORM)}
+# Labels that say nothing: what still grows or vanishes is the rule's doing and not the task's.
+RANDOM_TARGETS = Suite(
+    name="random-targets",
+    models=(
+        *PAPER.models[:1],
+        StudyModel(
+            "resmlp-random-targets",
+            "resmlp",
+            {"d_hidden": 256, "num_blocks": 4},
+            random_targets=True,
+        ),
+    ),
+    epochs=30,
+    checkpoints=12,
+)
+
+SUITES = {suite.name: suite for suite in (QUICK, PAPER, PENALTY, TERMINAL_NORM, RANDOM_TARGETS)}
 
 
 def load_suite(name: str) -> Suite:
@@ -261,8 +284,8 @@ def load_suite(name: str) -> Suite:
     Args:
         name: a key of ``SUITES``, or a path that ends in ``.toml``. The file's keys are the fields
             of :class:`Suite`; each network is a table ``[models.LABEL]`` with the keys ``model``
-            (by default the label), ``options`` and ``steps``, and ``[rule_options.RULE]`` has the
-            options of a rule.
+            (by default the label), ``options``, ``steps`` and ``random_targets``, and
+            ``[rule_options.RULE]`` has the options of a rule.
 
     Raises ValueError for another name or a file that does not fit, FileNotFoundError for one that
     is not there, and MissingExtra where Python has no TOML reader (before 3.11).
@@ -296,10 +319,11 @@ def suite_from(content: Mapping[str, Any], *, default_name: str) -> Suite:
     if not isinstance(tables, Mapping):
         raise ValueError(f"suite: models: expected tables [models.LABEL], got {tables!r}")
     models = []
+    known_of_model = {one.name for one in fields(StudyModel)} - {"label"}
     for label, table in tables.items():
         if not isinstance(table, Mapping):
             raise ValueError(f"suite: models.{label}: expected a table, got {table!r}")
-        _check_keys(f"suite: models.{label}", table, {"model", "options", "steps"})
+        _check_keys(f"suite: models.{label}", table, known_of_model)
         models.append(StudyModel(label, **{"model": label, **table}))
     values["models"] = tuple(models)
     for name in ("rules", "seeds", "penalties", "checkpoint_steps"):

@@ -108,6 +108,23 @@ class ImageDataset:
             test_labels=self.test_labels.to(device),
         )
 
+    def with_random_targets(self, seed: int) -> ImageDataset:
+        """Return the set with training labels drawn uniformly, which say nothing of the images.
+
+        What still happens to a network that is trained on them is the rule's doing and not the
+        task's. Test images keep their labels.
+
+        Args:
+            seed: of the draw, which does not depend on the device; non-negative.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(self.num_classes, self.train_labels.shape, generator=generator)
+        return replace(
+            self,
+            name=f"{self.name} with random targets",
+            train_labels=drawn.to(self.train_labels.device),
+        )
+
     def eval_batches(
         self,
         batch_size: int = 128,

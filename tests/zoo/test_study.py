@@ -579,6 +579,54 @@ def test_means_over_seeds():
 # ---- suites
 
 
+def test_random_targets_teach_nothing(images, tmp_path):
+    suite = Suite(
+        name="targets",
+        models=(
+            StudyModel("taught", "resmlp", {"d_hidden": 16, "num_blocks": 2}),
+            StudyModel(
+                "untaught", "resmlp", {"d_hidden": 16, "num_blocks": 2}, random_targets=True
+            ),
+        ),
+        rules=("bp", "dfa"),
+        seeds=(1, 2),
+        steps=60,
+        checkpoints=1,
+        batch_size=16,
+        eval_batches=8,
+        eval_batch_size=8,
+        learning_rate=1e-2,
+    )
+    result = run_study(suite, images, tmp_path)
+    assert result.failed == []
+    for run in result.runs:
+        assert run.variant == ("resmlp" if run.model == "taught" else "resmlp on random targets")
+        # Of 96 test images of four classes; chance's standard deviation is 4%.
+        if run.model == "taught":
+            assert run.last.accuracy > 0.6
+        else:
+            assert run.last.accuracy < 0.25 + 4 * 0.044
+    record = json.loads((tmp_path / "untaught/bp/seed_1/run.json").read_text())
+    assert record["config"]["random_targets"] is True
+    # Studies that were made before there were random targets go on.
+    assert (
+        "random_targets"
+        not in json.loads((tmp_path / "taught/bp/seed_1/run.json").read_text())["config"]
+    )
+
+
+def test_random_targets_are_drawn_from_a_seed(images):
+    one, again, other = (images.with_random_targets(seed) for seed in (1, 1, 2))
+    assert torch.equal(one.train_labels, again.train_labels)
+    assert not torch.equal(one.train_labels, other.train_labels)
+    assert torch.equal(one.test_labels, images.test_labels)
+    counts = torch.bincount(one.train_labels, minlength=4)
+    # 128 draws of four: 32 each, with a standard deviation of 4.9.
+    assert (counts - 32).abs().max() < 5 * 4.9
+    # Of the old labels a fourth are hit.
+    assert abs(int((one.train_labels == images.train_labels).sum()) - 32) < 5 * 4.9
+
+
 def test_log_spaced_steps():
     assert log_spaced(1000, 3) == (10, 100, 1000)
     assert log_spaced(11, 8) == (10, 11)
