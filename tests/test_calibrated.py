@@ -421,6 +421,25 @@ def test_the_verdict_does_not_depend_on_how_it_is_asked(networks, kind):
             assert one["b"].value == pytest.approx(reference["b"].value, rel=tolerance), name
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["healthy", "broken", "solved"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_verdict_on_a_gpu_is_that_of_the_cpu(networks, kind, dtype):
+    model, (images, labels), expected = networks[kind]
+    found = {}
+    for device in ("cpu", "cuda"):
+        probed = type(model)(784, WIDTH, 10, 4)
+        probed.load_state_dict(model.state_dict())
+        batches = cut(images[:1024].to(device, dtype), labels[:1024].to(device), 128)
+        found[device] = diagnose(probed.to(device, dtype), batches, protocol="calibrated")
+    cpu, cuda = found["cpu"], found["cuda"]
+    assert cpu.verdict == cuda.verdict == expected
+    if dtype == torch.float32:  # as between ways of asking
+        tolerance = 1e-4 + 1e-6 / cpu.figures.output_error
+        assert cuda["a"].value == pytest.approx(cpu["a"].value, rel=1e-4)
+        assert cuda["b"].value == pytest.approx(cpu["b"].value, rel=tolerance)
+
+
 def test_the_paper_protocol_depends_on_it(networks):
     model, (images, labels), _ = networks["healthy"]
     batches = cut(images[:1024], labels[:1024], 128)

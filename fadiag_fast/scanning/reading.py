@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -239,9 +240,9 @@ def _size(path: str) -> int | None:
     if is_url(path):
         return None
     try:
-        place = Path(path)
-        if place.is_dir():
-            return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-        return os.stat(place).st_size
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+        return status.st_size
     except OSError:
         return None
