@@ -23,7 +23,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -297,12 +297,6 @@ def flattened(part: Any) -> Any:
 
 def _natural_place(run: str, step: int | None, path: str, config: str) -> tuple[Any, ...]:
     return (natural_key(run), step is None, step or 0, natural_key(path), config)
-
-
-def _places(checkpoints: Any) -> Iterator[tuple[Any, ...]]:
-    names = ("run", "step", "path", "config_hash")
-    for row in zip(*(checkpoints[name].to_pylist() for name in names), strict=True):
-        yield _natural_place(*row)
 
 
 def _latest(checkpoints: Any) -> Any:
@@ -719,13 +713,20 @@ class ScanWriter:
 
         That is in natural order, once for each path and configuration, and judged as it should be.
         """
+        names = ("record", "run", "step", "path", "config_hash")
         last_record, last_place = -1, None
+        # By their hashes, which take less memory: two that meet only send the rows the longer way.
+        seen: set[int] = set()
         for path in parts:
             part = _read_file(path, part_schema())
-            for record, place in zip(_numbers(part, "record"), _places(part), strict=True):
-                if record <= last_record or (last_place is not None and place <= last_place):
+            columns = (part[name].to_pylist() for name in names)
+            for record, *place_of in zip(*columns, strict=True):
+                place, row = _natural_place(*place_of), hash(tuple(place_of[2:]))
+                unsorted = last_place is not None and place <= last_place
+                if record <= last_record or unsorted or row in seen:
                     return False
                 last_record, last_place = record, place
+                seen.add(row)
             judged = part.select(_JUDGED_BY).group_by(_JUDGED_BY).aggregate([])
             if self._judged_by_others(judged):
                 return False

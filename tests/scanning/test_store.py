@@ -461,6 +461,24 @@ def test_damaged_files_are_named(tmp_path):
         ScanResult.load(tmp_path / "nowhere")
 
 
+def test_a_path_that_changed_its_place_has_its_last_row_alone(tmp_path):
+    """Also where its rows come in natural order, as a scan's do."""
+    with ScanWriter(tmp_path) as writer:
+        config = writer.configure(CONFIG)
+        for index, run in enumerate(("a", "b", "c")):
+            writer.add(record(config, index, run=run, path="moved.pt" if run != "b" else "b.pt"))
+            writer.flush()
+    # In the files themselves: a reader of ours would pass over the other row.
+    pq = pytest.importorskip("pyarrow.parquet")
+    found = pq.read_table(tmp_path / "checkpoints.parquet")
+    assert found.select(["run", "path"]).to_pylist() == [
+        {"run": "b", "path": "b.pt"},
+        {"run": "c", "path": "moved.pt"},
+    ]
+    layers = pq.read_table(tmp_path / "layers.parquet")
+    assert set(layers["record"].to_pylist()) == set(found["record"].to_pylist())
+
+
 def test_many_parts_are_joined(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_FAN_IN", 4)
     with ScanWriter(tmp_path) as writer:
