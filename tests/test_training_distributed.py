@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from networks import Branching
-from ranks import BACKENDS, TWO_GPUS, assert_alike, needs_gloo, spawned
+from ranks import BACKENDS, TWO_GPUS, assert_alike, make_without_waiting, needs_gloo, spawned
 from test_training_probe import Overflowing
 from torch import nn
 
@@ -67,15 +67,13 @@ def without_waiting(rank, device, how, steps):
     model = wrap(build().to(device), how, device)
     probe = StepProbe(model, sink=records.append, directions="all", ring=steps)
     x, y = (t.to(device) for t in batch_of(8, rank))
-    for step in range(steps):
-        # The first ones agree on sizes, and torch arranges its buckets and streams.
-        torch.cuda.set_sync_debug_mode("error" if step >= 4 else "default")
-        try:
-            nn.functional.cross_entropy(model(x), y).backward()
-            probe.step()
-            model.zero_grad()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+
+    def step():
+        nn.functional.cross_entropy(model(x), y).backward()
+        probe.step()
+        model.zero_grad()
+
+    make_without_waiting(step, steps)
     probe.remove()
     return len(records)
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import BACKENDS, TWO_GPUS, assert_alike, needs_gloo, spawned
+from ranks import BACKENDS, TWO_GPUS, assert_alike, make_without_waiting, needs_gloo, spawned
 from torch import nn
 
 from fadiag_fast import StepProbe
@@ -253,14 +253,13 @@ def without_waiting(rank, device, kind, steps):
     spread(model, kind, device)
     probe = StepProbe(model, sink=records.append, directions="all", ring=steps)
     x, y = (t.to(device) for t in batch_of(0, torch.float32))
-    for step in range(steps):
-        torch.cuda.set_sync_debug_mode("error" if step >= 4 else "default")
-        try:
-            loss_of(model(x), y).backward()
-            probe.step()
-            model.zero_grad()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+
+    def step():
+        loss_of(model(x), y).backward()
+        probe.step()
+        model.zero_grad()
+
+    make_without_waiting(step, steps)
     probe.remove()
     return len(records)
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from fadiag_fast.study import StudyModel, Suite, run_study
-from fadiag_fast.zoo import RULES, ImageDataset, build_model, make_rule, stepping, train
+from fadiag_fast.zoo import RULES, build_model, make_rule, stepping, train
 from fadiag_fast.zoo.rules import Backpropagation, DirectFeedbackAlignment
 from fadiag_fast.zoo.rules.schedule import DeviceCosine
 from fadiag_fast.zoo.stepping import (
@@ -28,18 +28,6 @@ OPTIONS = {
     "student": {"d_hidden": 16, "num_blocks": 3},
     "vit-mini": {"d_hidden": 16, "num_blocks": 3, "num_heads": 2, "mlp_ratio": 2},
 }
-
-
-@pytest.fixture(scope="module")
-def images() -> ImageDataset:
-    generator = torch.Generator().manual_seed(0)
-    patterns = torch.randn(4, 1, 8, 8, generator=generator)
-
-    def split(count):
-        labels = torch.arange(count) % 4
-        return patterns[labels] + torch.randn(count, 1, 8, 8, generator=generator), labels
-
-    return ImageDataset("patterns", *split(128), *split(96), num_classes=4, input_shape=(1, 8, 8))
 
 
 # Rules of one's own, as a user may write them.

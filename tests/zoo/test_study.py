@@ -37,7 +37,6 @@ from fadiag_fast.study import (
 from fadiag_fast.study.suites import log_spaced
 from fadiag_fast.study.tables import geometric, mean_table, spread
 from fadiag_fast.zoo import (
-    ImageDataset,
     Rule,
     build_model,
     restore_rule,
@@ -72,19 +71,6 @@ class Refusing(Rule):
         if self.calls == 3:
             raise RuntimeError("no credit today\nand a second line")
         return [torch.zeros_like(h) for h in states.hiddens[1:]]
-
-
-@pytest.fixture(scope="module")
-def images() -> ImageDataset:
-    """Noisy 1x8x8 patterns of four classes: a transformer's patches of 4 fit."""
-    generator = torch.Generator().manual_seed(0)
-    patterns = torch.randn(4, 1, 8, 8, generator=generator)
-
-    def split(count):
-        labels = torch.arange(count) % 4
-        return patterns[labels] + torch.randn(count, 1, 8, 8, generator=generator), labels
-
-    return ImageDataset("patterns", *split(128), *split(96), num_classes=4, input_shape=(1, 8, 8))
 
 
 @pytest.fixture(scope="module")
