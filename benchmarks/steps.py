@@ -140,7 +140,9 @@ def _gpt(large: bool) -> nn.Module:
         attn_implementation="sdpa",
         **({} if large else small),
     )
-    model: nn.Module = GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    # Unset for this class; the loss then logs a warning, at which the compiler breaks the graph.
+    model.loss_type = "ForCausalLM"
     return model
 
 
