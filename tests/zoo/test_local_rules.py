@@ -350,6 +350,27 @@ def test_ep_without_skips_is_plain_gradient_descent_on_its_energy():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_ep_where_samples_meet_lowers_the_energy_of_the_batch():
+    model, x, y = make_problem("smallcnn")
+    model.train()
+    with torch.no_grad():
+        for block in model.blocks:
+            for weight in block.parameters():
+                weight.mul_(5)
+    rule = make_rule("ep", model, total_steps=1, relaxation_rate=5.0)
+    states = rule.forward_states(x, y)
+    nudged = rule.nudged_hiddens(states)
+    with torch.no_grad():
+        inputs = [*nudged[:3], nudged[3].flatten(1)]
+        energy = sum(
+            (nudged[l + 1] - block(inputs[l])).square().sum() / 2
+            for l, block in enumerate(model.blocks)
+        )
+        after = F.cross_entropy(model.out_head(nudged[-1]), y, reduction="sum")
+        before = F.cross_entropy(states.logits, y, reduction="sum")
+    assert energy + rule.beta * after < rule.beta * before
+
+
 def test_ep_counts_only_its_forward_pass_towards_running_statistics():
     (model, x, y), (twin, _, _) = make_problem("smallcnn"), make_problem("smallcnn")
     model.train()

@@ -363,6 +363,54 @@ def test_ep_relaxation_is_plain_gradient_descent_on_the_energy():
         torch.testing.assert_close(a, (free[index + 1] - h[index + 1]) / beta)
 
 
+def nudged_energies(rule, states):
+    """Energy and β·CE of every sample at the nudged states, and β·CE before the nudge."""
+    model, nudged = rule.model, rule.nudged_hiddens(states)
+    with torch.no_grad():
+        energy = sum(
+            (nudged[i + 1] - nudged[i] - block(nudged[i])).square().sum(1) / 2
+            for i, block in enumerate(model.blocks)
+        )
+        logits = model.out_head(model.out_ln(nudged[-1]))
+        after = rule.beta * F.cross_entropy(logits, states.labels, reduction="none")
+    before = rule.beta * F.cross_entropy(states.logits.detach(), states.labels, reduction="none")
+    return energy, after, before
+
+
+@pytest.mark.parametrize("stretch", [1.0, 3.0, 30.0])
+def test_ep_relaxation_never_raises_a_samples_energy(stretch):
+    model, x, y = make_problem()
+    with torch.no_grad():
+        for block in model.blocks:
+            for weight in block.parameters():
+                weight.mul_(stretch)
+    rule = make_rule("ep", model, total_steps=1)
+    energy, after, before = nudged_energies(rule, rule.forward_states(x, y))
+    # Twenty steps of 0.5 end at 11, at 3e4 and at 2e10; before them it is 1.1.
+    assert (energy + after < before).all()
+
+
+def test_ep_samples_have_step_sizes_of_their_own():
+    model, x, y = make_problem()
+    rule = make_rule("ep", model, total_steps=1, relaxation_rate=3.0)
+    together = rule.credit(x, y)
+    for sample in range(3):
+        alone = rule.credit(x[sample : sample + 1], y[sample : sample + 1])
+        for a, b in zip(together, alone, strict=True):
+            torch.testing.assert_close(a[sample], b[0], rtol=1e-9, atol=1e-12)
+
+
+def test_ep_finds_no_way_down_from_a_state_that_is_not_finite():
+    model, x, y = make_problem()
+    x[1] = float("inf")
+    rule = make_rule("ep", model, total_steps=1)
+    healthy = [index for index in range(len(x)) if index != 1]
+    expected = make_rule("ep", model, total_steps=1).credit(x[healthy], y[healthy])
+    for a, b in zip(rule.credit(x, y), expected, strict=True):
+        assert not a[1].isfinite().any()
+        torch.testing.assert_close(a[healthy], b)
+
+
 @pytest.mark.parametrize("train_embed", [True, False])
 def test_ep_update_descends_the_nudged_energy(train_embed):
     model, x, y = make_problem()
@@ -399,6 +447,8 @@ def test_ep_embedding_learns_the_gradient_as_the_nudge_shrinks():
         ({"beta": float("nan")}, "expected a finite beta other than 0, got nan"),
         ({"beta": float("inf")}, "expected a finite beta other than 0, got inf"),
         ({"relaxation_steps": 0}, "expected relaxation_steps of at least 1, got 0"),
+        ({"relaxation_rate": 0.0}, "expected a finite relaxation_rate above 0, got 0.0"),
+        ({"relaxation_rate": float("nan")}, "expected a finite relaxation_rate above 0, got nan"),
     ],
 )
 def test_ep_refuses_a_nudge_that_cannot_be_divided_out(options, message):
