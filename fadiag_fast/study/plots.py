@@ -22,6 +22,9 @@ _CURVES = (
     ("stability", "(c) direction stability", False, "direction_stability"),
 )
 
+# Of lines, by penalty; rules differ in colour.
+_STYLES = ("-", "--", "-.", ":", (0, (1, 4)))
+
 
 def write_curves(result: StudyResult, folder: Path) -> list[Path]:
     """Write ``curves-{model}.png`` for every model with audited runs.
@@ -53,20 +56,21 @@ def write_curves(result: StudyResult, folder: Path) -> list[Path]:
 
 def _figure(model: str, runs: list[RunRecord], pyplot: Any) -> Any:
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 6.4), layout="constrained")
-    labels = list(dict.fromkeys(run.label for run in runs))
+    rules = list(dict.fromkeys(run.rule for run in runs))
+    penalties = sorted({run.penalty for run in runs})
     limits = DiagnosticThresholds()
     for axis, (name, title, log, field) in zip(axes.flat, _CURVES, strict=True):
         for run in runs:
             points = [(step.step, getattr(step, name)) for step in run.steps]
             points = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
-            colour = f"C{labels.index(run.label) % 10}"
             first = run is next(other for other in runs if other.label == run.label)
             axis.plot(
                 [x for x, _ in points],
                 [y for _, y in points],
                 marker=".",
                 linewidth=1.1,
-                color=colour,
+                color=f"C{rules.index(run.rule) % 10}",
+                linestyle=_STYLES[penalties.index(run.penalty) % len(_STYLES)],
                 label=run.label if first else None,
             )
         if field is not None:
@@ -77,6 +81,6 @@ def _figure(model: str, runs: list[RunRecord], pyplot: Any) -> Any:
         axis.set_title(title, loc="left", fontsize=10)
         axis.grid(True, color="#e1e5eb", linewidth=0.6)
         axis.set_xlabel("step", fontsize=9)
-    axes.flat[0].legend(fontsize=8)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(model, fontsize=11, x=0.01, ha="left")
     return figure
