@@ -7,8 +7,8 @@ back as it found them. Beside another audit it would find, and leave, what that 
 import sys
 import threading
 import warnings
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 
@@ -16,9 +16,9 @@ import torch
 # other's numbers.
 DEFAULT_GENERATORS = threading.RLock()
 _filters = threading.RLock()
-_eager = threading.Lock()
-_eager_count = 0
-_eager_undo = ExitStack()
+# A thread that comes back from reading a file asks for the interpreter's lock. One that computes in
+# Python keeps it for so long: by Python's own choice 5 ms, ten times what a small file takes.
+_SWITCH_SECONDS = 1e-4
 
 
 @contextmanager
@@ -41,32 +41,61 @@ def own_warnings() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def eager() -> Iterator[None]:
+class _Shared:
+    """A setting that the first thread to come in makes for all, and the last to leave undoes."""
+
+    def __init__(self, make: Callable[[ExitStack], None]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._undo = ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if self._inside == 0:
+                with ExitStack() as undo:
+                    self._make(undo)
+                    self._undo = undo.pop_all()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._undo.close()
+
+
+def _make_eager(undo: ExitStack) -> None:
+    undo.callback(
+        torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
+    )
+    torch.backends.mha.set_fastpath_enabled(False)
+    # Nothing can be compiled where the compiler, which takes seconds to import, is not.
+    if "torch._dynamo" in sys.modules:
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
+
+
+def _make_prompt(undo: ExitStack) -> None:
+    before = sys.getswitchinterval()
+    undo.callback(sys.setswitchinterval, before)
+    sys.setswitchinterval(min(before, _SWITCH_SECONDS))
+
+
+_eager = _Shared(_make_eager)
+_prompt = _Shared(_make_prompt)
+
+
+def eager() -> AbstractContextManager[None]:
     """Run Python where torch would take a short cut around it.
 
     Compiled modules and regions don't call hooks that came after them, and the fused path of
-    nn.TransformerEncoderLayer is taken without gradients only. The first thread to come in sets
-    both for all, the last one to leave puts them back.
+    nn.TransformerEncoderLayer is taken without gradients only.
     """
-    global _eager_count, _eager_undo
-    with _eager:
-        if _eager_count == 0:
-            with ExitStack() as undo:
-                undo.callback(
-                    torch.backends.mha.set_fastpath_enabled,
-                    torch.backends.mha.get_fastpath_enabled(),
-                )
-                torch.backends.mha.set_fastpath_enabled(False)
-                # Nothing can be compiled where the compiler, which takes seconds to import, is not.
-                if "torch._dynamo" in sys.modules:
-                    undo.enter_context(torch.compiler.set_stance("force_eager"))
-                _eager_undo = undo.pop_all()
-        _eager_count += 1
-    try:
-        yield
-    finally:
-        with _eager:
-            _eager_count -= 1
-            if _eager_count == 0:
-                _eager_undo.close()
+    return _eager()
+
+
+def prompt_switches() -> AbstractContextManager[None]:
+    """Let threads that mostly wait, for files or a GPU, have the interpreter soon when they ask."""
+    return _prompt()

@@ -1,5 +1,6 @@
 """Audits on threads: what they set for the whole process is as it was when all are done."""
 
+import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from fadiag_fast import diagnose
-from fadiag_fast.process import eager, forked_generators, own_warnings
+from fadiag_fast.process import eager, forked_generators, own_warnings, prompt_switches
 from fadiag_fast.zoo import build_model
 
 SIZES = {"input_shape": (1, 4, 4), "num_classes": 4, "d_hidden": 8, "num_blocks": 2}
@@ -85,6 +86,20 @@ def test_an_exception_opens_the_short_cuts_again():
     with pytest.raises(KeyError), eager():
         raise KeyError
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize(("before", "meanwhile"), [(5e-3, 1e-4), (1e-5, 1e-5)])
+def test_the_interpreter_changes_hands_soon_until_the_last_thread_leaves(before, meanwhile):
+    def inside():
+        assert sys.getswitchinterval() == pytest.approx(meanwhile)
+
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(before)
+    try:
+        overlapping(prompt_switches, inside)
+        assert sys.getswitchinterval() == pytest.approx(before)
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def test_generators_are_put_back_by_threads_that_overlap():

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ..batches import check_batch, device_of, sample_counts, to_device
 from ..capture import Loss, Output, untouched
 from ..checkpoints.remote import expand_url, is_url, open_filesystem
+from ..process import prompt_switches
 from ..protocol import DiagnosticThresholds, Protocol, check_protocol
 from ..statistics import Reduction, SampleReduction
 from ..taps import Select, unwrap
@@ -144,7 +145,11 @@ def scan(
     if not batches:
         raise ValueError("scan: expected at least one evaluation batch, got none")
     how = reduction if isinstance(reduction, SampleReduction) else SampleReduction(reduction)
-    with untouched(model), ScanWriter(out, thresholds=thresholds, protocol=protocol) as writer:
+    with (
+        untouched(model),
+        prompt_switches(),
+        ScanWriter(out, thresholds=thresholds, protocol=protocol) as writer,
+    ):
         loss = None if loss is nn.functional.cross_entropy else loss
         options = {"select": taps, "loss": loss, "output": output, "batch_dim": batch_dim}
         auditor = Auditor(model, batches, options, how)

@@ -38,6 +38,7 @@ from ..calibrated import find_causes, judge_figures
 from ..checkpoints import load_checkpoint, load_into, save_checkpoint
 from ..credit import CreditReport, LayerCredit
 from ..diagnosis import diagnose
+from ..process import prompt_switches
 from ..protocol import Diagnostic, DiagnosticThresholds, Figures, Protocol, verdict_of
 from ..report import _strict
 from ..zoo import ImageDataset, build_model, model_spec, restore_rule, rule_credit, train
@@ -356,7 +357,9 @@ def _run_together(study: _Study, plans: Sequence[_Plan], jobs: int) -> dict[str,
             except torch.OutOfMemoryError:
                 return None
 
-    with ThreadPoolExecutor(jobs, thread_name_prefix="study") as pool:
+    # A thread that repeats its step asks for the interpreter thousands of times a second, beside
+    # others that audit in Python.
+    with prompt_switches(), ThreadPoolExecutor(jobs, thread_name_prefix="study") as pool:
         futures = {pool.submit(run, plan): plan for plan in plans}
         try:
             for future in as_completed(futures):
