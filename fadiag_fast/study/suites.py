@@ -275,7 +275,18 @@ RANDOM_TARGETS = Suite(
     checkpoints=12,
 )
 
-SUITES = {suite.name: suite for suite in (QUICK, PAPER, PENALTY, TERMINAL_NORM, RANDOM_TARGETS)}
+# A residual network without a terminal norm, on labels that another network gave.
+TEACHER = Suite(
+    name="teacher",
+    models=(StudyModel("student", "student"),),
+    data="teacher",
+    epochs=30,
+    checkpoints=12,
+)
+
+SUITES = {
+    suite.name: suite for suite in (QUICK, PAPER, PENALTY, TERMINAL_NORM, RANDOM_TARGETS, TEACHER)
+}
 
 
 def load_suite(name: str) -> Suite:

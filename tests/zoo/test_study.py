@@ -39,6 +39,7 @@ from fadiag_fast.study.tables import geometric, mean_table, spread
 from fadiag_fast.zoo import (
     Rule,
     build_model,
+    load_dataset,
     restore_rule,
     rule_credit,
     teacher_dataset,
@@ -630,6 +631,18 @@ def test_the_paper_suite_has_the_published_sizes():
     assert [model.variant for model in SUITES["terminal-norm"].models] == [
         "resmlp",
         "resmlp without out_ln",
+    ]
+
+
+def test_the_teacher_suite_needs_no_data_of_its_own(tmp_path):
+    suite = SUITES["teacher"]
+    data = load_dataset(suite.data)
+    assert suite.steps_of(suite.models[0], len(data.train_labels)) == 30 * 78
+    short = replace(suite, rules=("bp", "dfa"), seeds=(42,), steps=2, epochs=None)
+    result = run_study(short, data, tmp_path)
+    assert [(run.variant, run.rule, run.reason) for run in result.runs] == [
+        ("student", "bp", ""),
+        ("student", "dfa", ""),
     ]
 
 
