@@ -774,7 +774,8 @@ def _environment(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"{platform.machine()} {device.type}, {threads} thread{'s' if threads > 1 else ''}"
     return f"fadiag_fast {__version__}, torch {torch.__version__}, {name}"
 
 
