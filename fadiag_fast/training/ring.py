@@ -42,8 +42,10 @@ class Ring:
         # Of steps that a CUDA graph replays: written at a place that is counted on the device, and
         # sent to the same place on the host.
         self._device_rows = torch.zeros((rows, width), dtype=torch.float64, device=device)
+        self._device_places = self._device_rows.unbind(0)
         self._device_next = torch.zeros(1, dtype=torch.int64, device=device)
         self._replayed_rows = memory()
+        self._replayed_places = self._replayed_rows.unbind(0)
         self._replayed: list[Any] = []
         self._read_from = 0
 
@@ -135,9 +137,13 @@ class Ring:
             first = self._read_from
             count = min(len(metas), self.rows - first)
             waited += self._make_room(count)
-            places = self._replayed_rows[first : first + count]
-            places.copy_(self._device_rows[first : first + count], non_blocking=True)
-            self._sent(list(zip(metas[:count], places.unbind(0), strict=True)))
+            places = self._replayed_places[first : first + count]
+            if count == 1:
+                places[0].copy_(self._device_places[first], non_blocking=True)
+            else:
+                rows = self._replayed_rows[first : first + count]
+                rows.copy_(self._device_rows[first : first + count], non_blocking=True)
+            self._sent(list(zip(metas, places, strict=False)))
             metas = metas[count:]
             self._read_from = (first + count) % self.rows
         return waited
