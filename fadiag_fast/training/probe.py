@@ -16,9 +16,8 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +65,7 @@ def _flush_all() -> None:
             warnings.warn(f"StepProbe: the last records are lost: {error}", stacklevel=1)
 
 
-@dataclass(frozen=True)
-class _Meta:
+class _Meta(NamedTuple):
     """What the host knows of a row on its way."""
 
     step: int
@@ -76,7 +74,6 @@ class _Meta:
     micro_batches: int
     autocast: str | None
     missing: tuple[int, ...]
-    compared: bool
     scaled: bool
     world_size: int = 1
 
@@ -729,7 +726,7 @@ class StepProbe:
             wanted = self._step_was_wanted
             if self._directions is not None:
                 self._directions.replayed()
-            self._emit(self._ring.replayed(replace(meta, step=step) if wanted else None))
+            self._emit(self._ring.replayed(meta._replace(step=step) if wanted else None))
             self._emit(self._ring.ready())
             return
         if not parts and self._step_was_wanted and not replayed:
@@ -775,30 +772,32 @@ class StepProbe:
         observation.forget()
         if self._directions is not None:
             self._directions.replayed()
-        samples, compared = len(tensors[0]), self._directions is not None
-        meta = _Meta(step, self._sizes, samples, 1, of.autocast, (), compared, False)
+        meta = _Meta(step, self._sizes, len(tensors[-1]), 1, of.autocast, (), False)
         self._emit(self._ring.replayed(meta, at_once=True))
         return True
 
     def _make_replay(self, tensors: Sequence[Tensor]) -> Replay | None:
         """Return a graph that reduces tensors like these, once they are what keeps coming."""
-        like = like_of(tensors)
+        n, ring, like = self._n, self._ring, like_of(tensors)
+        logits, states, grads = tensors[-1], like[:n], like[n:-1]
+        if logits.is_complex() or states != grads:
+            return None
+        if any(shape[0] != len(logits) or dtype != logits.dtype for shape, dtype in grads):
+            return None
         self._alike = self._alike + 1 if like == self._like else 1
         self._like = like
         refused = self._replay_refused or self._exchange_group() is not None
-        if refused or self._alike <= STEPS_BEFORE or self._ring is None:
+        if refused or self._alike <= STEPS_BEFORE or ring is None:
             return None
-        n, ring = self._n, self._ring
         if ring.device != tensors[0].device:
             return None
 
         def reduce(places: Sequence[Tensor]) -> None:
-            logits = places[2 * n]
-            found = ops.layer_statistics([*places[:n], logits], [*places[n : 2 * n], logits])
+            found = ops.layer_statistics([*places[:n], places[-1]], places[n:])
             assert isinstance(found, ops.PackedStatistics)
             assert self._settings is not None
             means: list[Tensor | None] = [found.mean_of(l) for l in self._settings.direction_layers]
-            figures = Figures(found.norms, means, set(), len(logits))
+            figures = Figures(found.norms, means, set(), len(places[-1]))
             ring.push_captured(self._row(figures, None, captured=True))
 
         try:
@@ -886,7 +885,7 @@ class StepProbe:
         if scaling is not None:
             scaling.overflowed(self._overflowed(figures))
         assert self._exchange is not None
-        meta = replace(meta, samples=None, world_size=self._exchange.world)
+        meta = meta._replace(samples=None, world_size=self._exchange.world)
         self._send(self._row(figures, scaling), meta)
 
     def _meta(self, figures: Figures, step: int) -> _Meta:
@@ -901,7 +900,6 @@ class StepProbe:
             figures.micro_batches,
             self._autocast,
             tuple(sorted(figures.missing)),
-            self._directions is not None,
             self.scaler is not None,
         )
 
@@ -1019,10 +1017,12 @@ class StepProbe:
             layers=labels,
             hidden_norms=tuple(hidden),
             rms_norms=tuple(
-                norm / math.sqrt(size) if size else math.nan
-                for norm, size in zip(hidden, meta.sizes, strict=True)
+                [
+                    norm / math.sqrt(size) if size else math.nan
+                    for norm, size in zip(hidden, meta.sizes, strict=True)
+                ]
             ),
-            grad_norms=tuple(norm / scale for norm in grad),
+            grad_norms=tuple([norm / scale for norm in grad]),
             credit_gains=tuple(gain),
             output_grad_norm=error / scale,
             stabilities=tuple(stabilities),
@@ -1033,7 +1033,7 @@ class StepProbe:
             skipped=skipped,
             loss_scale=scale,
             autocast=meta.autocast,
-            unreached=tuple(labels[l] for l in meta.missing),
+            unreached=tuple([labels[l] for l in meta.missing]),
             loss_reduction=self.loss_reduction,
             world_size=meta.world_size,
         )
