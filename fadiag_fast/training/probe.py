@@ -936,14 +936,13 @@ class StepProbe:
 
     def _row(self, figures: Figures, scaling: _Scaling | None, captured: bool = False) -> Tensor:
         """Return all figures of a step, ``[C]`` float64; see :meth:`_record` for their places."""
-        norms = figures.norms
-        gains = norms[1, :-1] / norms[1, -1]
-        values = torch.cat([norms.flatten(0, 1), gains])
+        rows, n = figures.norms.flatten(0, 1), self._n
+        values = torch.cat([rows, rows[n + 1 : -1] / rows[-1]])
         parts = [torch.nanmedian(values, dim=1).values]
         if self._directions is not None:
             cosines = self._directions.compare(figures.means, captured)
             if cosines is None:
-                cosines = norms.new_full(
+                cosines = rows.new_full(
                     (self._directions.num_layers, self._directions.width), torch.nan
                 )
             parts.append(cosines.reshape(-1))

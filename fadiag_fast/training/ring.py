@@ -32,7 +32,8 @@ class Ring:
         def memory() -> Tensor:
             return torch.empty((rows, width), dtype=torch.float64, pin_memory=self.on_gpu)
 
-        self._host_rows = list(memory().unbind(0))
+        self._host_rows = memory()
+        self._host_places: dict[int, tuple[Tensor, ...]] = {}  # by the numbers in a row
         self._free_events: list[Any] = []
         # What was sent off together: its event, and (meta, place on the host) of each row.
         self._under_way: deque[tuple[Any, list[tuple[Any, Tensor]]]] = deque()
@@ -57,9 +58,11 @@ class Ring:
         # Rows of graphs that were written before this one go before it.
         waited = self.send_replayed() if self._replayed else []
         waited += self._make_room(1)
-        place = self._host_rows[self._next]
+        width = len(row)
+        if width not in self._host_places:
+            self._host_places[width] = self._host_rows[:, :width].unbind(0)
+        place = self._host_places[width][self._next]
         self._next = (self._next + 1) % self.rows
-        place = place if len(row) == len(place) else place[: len(row)]
         place.copy_(row, non_blocking=True)
         self._sent([(meta, place)])
         return waited
