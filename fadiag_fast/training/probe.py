@@ -46,6 +46,10 @@ Mode = Literal["auto", "passing", "together"]
 # All states and gradients of a pass together: small beside any training that has larger ones.
 _KEPT_BYTES = 8 * 2**20
 
+# Rows of steps shorter than this go to the host several at a time: each journey costs the host as
+# much as the rest of a short step's record, and nobody feels what eight short steps take.
+_SHORT_STEP_S = 0.01
+
 _NOT_COMPILED = (
     "StepProbe: expected a network under tensor parallelism to run eagerly, got states of compiled "
     "modules; compile what lies between the tapped modules, or name taps outside of compiled ones"
@@ -710,7 +714,8 @@ class StepProbe:
         try:
             if not captured:
                 self._resolve()
-            replayed = not captured and self._reduce_by_graph(step)
+            short = began - self._step_began < _SHORT_STEP_S
+            replayed = not captured and self._reduce_by_graph(step, at_once=not short)
             self._reduce_finished()
             parts = self._take_parts()
         finally:
@@ -741,7 +746,7 @@ class StepProbe:
         self._seconds = 0.0
         self._step_began = now
 
-    def _reduce_by_graph(self, step: int) -> bool:
+    def _reduce_by_graph(self, step: int, at_once: bool) -> bool:
         """Record the step at hand through a CUDA graph of its reduction, if one will do.
 
         One micro-batch whose states were all kept, with the same shapes as those before it, in a
@@ -773,7 +778,7 @@ class StepProbe:
         if self._directions is not None:
             self._directions.replayed()
         meta = _Meta(step, self._sizes, len(tensors[-1]), 1, of.autocast, (), False)
-        self._emit(self._ring.replayed(meta, at_once=True))
+        self._emit(self._ring.replayed(meta, at_once))
         return True
 
     def _make_replay(self, tensors: Sequence[Tensor]) -> Replay | None:
