@@ -91,7 +91,7 @@ class OutputHook(Hook):
                 state = state_in(result)
                 if l in (probe._in_compiled or ()) and state is not None:
                     probe._current.see(l, state)
-        if self.taps and probe._looking():
+        if self.taps and (probe._current or probe._backward_of):
             if self.taps[0][1] == probe._n:
                 self._see(self._logits(result))
                 return None
@@ -117,7 +117,7 @@ class InputHook(Hook):
                 return None
             passed = probe._through(self.jobs, state)
             return _replaced(args, state, passed), _replaced(kwargs, state, passed)
-        if self.taps and probe._looking():
+        if self.taps and (probe._current or probe._backward_of):
             state = argument_state(args, kwargs)
             if state is not None:
                 self._see(state)

@@ -325,8 +325,8 @@ class StepProbe:
         self._step = 0
         self._wanted = bool(self.schedule.wants(0))
         self._step_began = time.perf_counter()
-        self._current: Pass | None = None
-        self._backward_of: Pass | None = None
+        self._current: Pass | None = None  # under way
+        self._backward_of: Pass | None = None  # whose backward pass may run parts of it again
         self._observations: list[Observation] = []
         self._parts: list[Figures] = []
         self._slot_parts: list[Figures] = []
@@ -628,10 +628,6 @@ class StepProbe:
             assert self._slots is not None
             state = self._slots.through(job, state, samples)
         return state
-
-    def _looking(self) -> bool:
-        """Say whether a pass is under way, or a backward pass that may run parts of it again."""
-        return self._current is not None or self._backward_of is not None
 
     def _begin(self, args: Any, kwargs: Any) -> None:
         if torch._C._current_graph_task_id() != -1:
