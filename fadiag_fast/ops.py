@@ -377,7 +377,7 @@ def direction_cosines(
             return reference.direction_cosines(grad_means, stacked=stacked)
     flat = [direction for batch in grad_means for direction in batch]
     try:
-        cosines: Tensor = torch.ops.fadiag.direction_cosines.default(flat, len(grad_means), stacked)
+        cosines: Tensor = _cosines_op(flat, len(grad_means), stacked)
     except (RuntimeError, TypeError, NotImplementedError):
         checks.check_cosines_input(grad_means, stacked)
         raise

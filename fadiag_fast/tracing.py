@@ -65,6 +65,8 @@ def state_in(value: object) -> Tensor | None:
 
 def argument_state(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor | None:
     """Return the state among a module's arguments."""
+    if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+        return args[0]
     found = state_in(args)
     if found is None:
         found = state_in([kwargs.get("hidden_states"), *kwargs.values()])

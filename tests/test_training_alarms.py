@@ -290,6 +290,27 @@ def test_skipped_steps_and_unreached_states_are_not_judged():
     assert [event.layer for event in fed(alarms, broken)] == ["blocks.0"]
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_records_that_wait_change_nothing(seed, monkeypatch):
+    """What all of a quiet run is compared with is no looser than what each record would be."""
+    chance = random.Random(seed)
+    drift, records = 0.0, []
+    for step in range(400):
+        drift += chance.gauss(0, 0.03)
+        jump = chance.choice((0.3, 0.6, -1.0)) if chance.random() < 0.02 else 0.0
+        hidden = [h * math.exp(drift + jump) for h in (8.0, 9.0, 10.0, 11.0)]
+        records.append(noisy(step, chance, hidden))
+
+    def judged():
+        alarms = Alarms(AlarmPolicy(fires=1, among=2, deviations=3.0), actions=())
+        return [(alarms(one), alarms.last_healthy_step) for one in records], alarms.events
+
+    waiting, events = judged()
+    monkeypatch.setattr(Alarms, "_bound_lasting", lambda _: None)
+    assert (waiting, events) == judged()
+    assert events
+
+
 def test_a_solved_batch_has_no_gain_to_judge():
     solved = {"gains": (math.nan,) * 4, "grad_norms": (0.0,) * 4, "output_grad_norm": 0.0}
     assert judge_series([*healthy(100), *(record(100 + i, **solved) for i in range(5))]) == []

@@ -651,6 +651,30 @@ def test_a_model_moved_to_another_dtype_goes_on():
         assert record.grad_norms == pytest.approx(records[0].grad_norms, rel=6e-2)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_state_has_hooks_of_others_too(first):
+    """They run once each, may be taken away, and what they return goes on."""
+    model, (x, y) = network(), batch_of()
+    (plain,) = records_of(model, [(x, y)], taps=["embed"])
+    seen, records = [], []
+
+    def forward_hook(module, args, state):
+        if module.training:
+            state.register_hook(lambda grad: seen.append("gone")).remove()
+            state.register_hook(lambda grad: seen.append("kept") or 0 * grad)
+
+    if not first:
+        model.embed.register_forward_hook(forward_hook)
+    with StepProbe(model, ["embed"], sink=records.append, example=x) as probe:
+        if first:
+            model.embed.register_forward_hook(forward_hook)
+        backward(model, x, y)
+        probe.step()
+    assert seen == ["kept"]
+    assert not model.embed.weight.grad.any()
+    assert [record.grad_norms for record in records] == [plain.grad_norms if first else (0.0,)]
+
+
 @pytest.mark.cuda
 def test_a_model_moved_to_another_device_goes_on():
     model, (x, y) = network(), batch_of()

@@ -40,7 +40,7 @@ _Array = npt.NDArray[np.float64]
 _MAD_TO_SIGMA = 1.4826
 # The last healthy records that a jump is measured from. Odd, so that the median is one of them.
 _RECENT = 9
-# They are taken anew after so many: medians are most of what a record costs.
+# They are taken anew after so many; how far they can have moved is known without their medians.
 _RECENT_REFRESH = 3
 # The baseline is computed anew once so many healthy records have come: a tenth of it is stale.
 _REFRESH = 30
@@ -307,13 +307,17 @@ class Alarms:
         self._forget()
 
     def _forget(self) -> None:
-        self._history: deque[_Array] = deque(maxlen=self.policy.window)
+        # The healthy figures of the last records, a row each, the oldest overwritten first.
+        self._history: _Array = np.empty((self.policy.window, 0))
+        self._learned = 0
         self._since_refresh = 0
         self._median: _Array | None = None
         self._mad: _Array | None = None
         # Records that were plainly healthy and are not yet in the history.
         self._waiting: list[StepRecord] = []
         self._bounds: tuple[list[float], list[float]] | None = None
+        # Narrower ones, which no healthy record that they hold can move.
+        self._lasting: tuple[list[float], list[float]] | None = None
         # Per record of the last few: its step, its findings per rule, the healthy step before it.
         self._last: deque[tuple[int, dict[str, list[_Finding]], int | None]] = deque(
             maxlen=self.policy.among
@@ -356,10 +360,13 @@ class Alarms:
             self._last.append((record.step, {}, self.last_healthy_step))
             self.last_healthy_step = record.step
             self._waiting.append(record)
-            if len(self._waiting) >= _RECENT_REFRESH:
-                self._learn_waiting()
+            count = len(self._waiting)
+            due = self._lasting is None or self._since_refresh + count >= _REFRESH
+            if due and count % _RECENT_REFRESH == 0:
+                self._learn_waiting(count)
+                self._bound_lasting()
             return None
-        self._learn_waiting()
+        self._learn_waiting(len(self._waiting))
         values = _figures(record)
         found = self._findings(record, values)
         by_rule: dict[str, list[_Finding]] = {}
@@ -397,24 +404,55 @@ class Alarms:
         if 0.0 in hidden:
             return False
         values = (*hidden, *map(truediv, hidden[1:], hidden), *record.credit_gains)
-        low, high = self._bounds  # a NaN is in no order with them
-        return all(map(le, low, values)) and all(map(le, values, high))
+        if self._lasting is not None:
+            if _within(self._lasting, values):
+                return True
+            # The bounds move with whole groups of those that wait.
+            self._lasting = None
+            self._learn_waiting(len(self._waiting) // _RECENT_REFRESH * _RECENT_REFRESH)
+        return self._bounds is not None and _within(self._bounds, values)
 
-    def _bound(self, n: int) -> None:
-        """Note between which figures of n states nothing deviates and no limit is passed."""
-        if self._median is None:
-            self._bounds = None
+    def _bound(self) -> None:
+        """Note between which figures nothing deviates and no limit is passed."""
+        self._bounds = None
+        if self._median is not None and self.policy.floor == "credit_gain":
+            jump, far = self._steps(self._num_layers)
+            self._bounds = self._between(
+                np.maximum(self._recent - jump, self._median - far),
+                np.minimum(self._recent + jump, self._median + far),
+            )  # with another floor another figure has the limit
+
+    def _bound_lasting(self) -> None:
+        """Note between which figures all is well for as long as all stays between them.
+
+        The median of the last records lies in an interval of half the jump to either side of it.
+        It stays there while others come from there: more than half would have to come from beyond.
+        So no two of them, nor a record and that median, are a jump apart. The baseline is another
+        matter: it stays as it is until a refresh.
+        """
+        rows = self._latest()
+        if self._bounds is None or self._median is None or np.isnan(rows).any():
             return
-        policy, limits = self.policy, self.policy.thresholds
-        jump, far = self._steps(n)
-        low = np.exp(np.maximum(self._recent - jump, self._median - far))
-        high = np.exp(np.minimum(self._recent + jump, self._median + far))
+        jump, far = self._steps(self._num_layers)
+        latest = _median(rows)
+        low = np.maximum(latest, self._recent) - jump / 2
+        high = np.minimum(latest, self._recent) + jump / 2
+        # What judges now is a little older than the latest: it must lie there too.
+        if (low <= self._recent).all() and (self._recent <= high).all():
+            low, high = np.maximum(low, self._median - far), np.minimum(high, self._median + far)
+            self._lasting = self._between(low, high)
+
+    def _between(self, low: _Array, high: _Array) -> tuple[list[float], list[float]]:
+        """Return the figures of bounds of logarithms, no farther than the published limits."""
+        limits, n = self.policy.thresholds, self._num_layers
+        low, high = np.exp(low), np.exp(high)
         high[n : 2 * n - 1] = np.minimum(high[n : 2 * n - 1], limits.scale_growth)
-        if policy.floor == "credit_gain":
-            low[-1] = max(low[-1], limits.credit_gain_floor)
-            self._bounds = low.tolist(), high.tolist()
-        else:
-            self._bounds = None  # another figure has the limit
+        low[-1] = max(low[-1], limits.credit_gain_floor)
+        return low.tolist(), high.tolist()
+
+    @property
+    def _num_layers(self) -> int:
+        return 0 if self._layers is None else len(self._layers)
 
     def _steps(self, n: int) -> tuple[_Array, _Array]:
         """Return by what a logarithm has jumped, and what is far, for figures of n states."""
@@ -626,36 +664,48 @@ class Alarms:
 
     # -- the baseline
 
-    def _learn_waiting(self) -> None:
-        if not self._waiting:
+    def _learn_waiting(self, count: int) -> None:
+        """Learn the first so many of the records that wait."""
+        if not count:
             return
-        n = len(self._waiting[0].layers)
+        records, self._waiting = self._waiting[:count], self._waiting[count:]
         # All of them hold positive numbers only.
-        logs = np.log([(*record.hidden_norms, *record.credit_gains) for record in self._waiting])
-        hidden = logs[:, :n]
-        for values in np.concatenate([hidden, np.diff(hidden), logs[:, n:]], axis=1):
-            self._learn(values)
-        self._waiting.clear()
+        logs = np.log([(*record.hidden_norms, *record.credit_gains) for record in records])
+        hidden = logs[:, : self._num_layers]
+        figures = np.concatenate([hidden, np.diff(hidden), logs[:, self._num_layers :]], axis=1)
+        for at, values in enumerate(figures, 1):
+            self._learn(values, len(figures) - at)
 
-    def _learn(self, values: _Array) -> None:
+    def _learn(self, values: _Array, more: int = 0) -> None:
+        """Put healthy figures into the baseline; ``more`` follow at once."""
         if self._seen <= self.policy.warmup:
             return
-        self._history.append(values)
+        self._lasting = None
+        if self._history.shape[1] != len(values):
+            self._history = np.empty((self.policy.window, len(values)))
+        self._history[self._learned % len(self._history)] = values
+        self._learned += 1
         self._since_refresh += 1
-        if len(self._history) < self.policy.min_window:
+        if self._learned < self.policy.min_window:
             return
-        if self._median is None or self._since_refresh % _RECENT_REFRESH == 0:
-            recent = [self._history[i] for i in range(-_RECENT, 0)]
-            self._recent: _Array = _median(np.stack(recent))
+        # Of several refreshes at once only the last one is seen.
+        due = self._since_refresh % _RECENT_REFRESH == 0 and more < _RECENT_REFRESH
+        if self._median is None or due:
+            self._recent: _Array = _median(self._latest())
             self._bounds = None
         if self._median is None or self._since_refresh >= _REFRESH:
-            past = np.stack(self._history)
+            past = self._history[: self._learned]
             self._median = _median(past)
             self._mad = np.maximum(_median(np.abs(past - self._median)), self.policy.min_mad)
             self._since_refresh = 0
             self._bounds = None
-        if self._bounds is None:
-            self._bound((len(values) + 1) // 3)
+        if self._bounds is None and more < _RECENT_REFRESH:
+            self._bound()
+
+    def _latest(self) -> _Array:
+        """Return the figures of the last healthy records, a row each."""
+        places = np.arange(self._learned - _RECENT, self._learned) % len(self._history)
+        return self._history[places]
 
     # -- what follows
 
@@ -756,6 +806,11 @@ def _first_cause(findings: list[_Finding]) -> _Finding:
     large = [finding for finding in forward if moved(finding) >= farthest / 2]
     hidden = [finding for finding in large if finding.figure == HIDDEN_NORM]
     return (hidden or large)[0]
+
+
+def _within(bounds: tuple[list[float], list[float]], values: Sequence[float]) -> bool:
+    low, high = bounds  # a NaN is in no order with them
+    return all(map(le, low, values)) and all(map(le, values, high))
 
 
 def _figures(record: StepRecord) -> _Array:

@@ -67,9 +67,8 @@ class Directions:
         self.window = window
         self.decay = decay
         self.sketch = sketch
-        self._past: list[list[Tensor]] = []  # K rows of one tensor for each layer
+        self._past_of: list[Tensor] = []  # K rows for each layer
         self._kept: list[list[Tensor]] = []  # the same by row, then the averages
-        self._past_of: list[Tensor] = []
         self._average: list[Tensor] = []
         self._kept_like: tuple[object, ...] = ()
         self._sketches: dict[tuple[int, torch.device], CountSketch] = {}
@@ -99,9 +98,9 @@ class Directions:
     def _start(self, directions: Sequence[Tensor]) -> None:
         self.starts += 1
         self._past_of = [d.new_zeros((self.window, len(d))) for d in directions]
-        self._past = [list(past.unbind(0)) for past in self._past_of]
         self._average = [torch.zeros_like(d) for d in directions]
-        self._kept = [list(row) for row in zip(*self._past, strict=True)] + [self._average]
+        rows = zip(*(past.unbind(0) for past in self._past_of), strict=True)
+        self._kept = [*map(list, rows), self._average]
         self._next = 0
         self._device_next = torch.zeros(1, dtype=torch.int64, device=directions[0].device)
 
@@ -145,22 +144,21 @@ class Directions:
                     for l in range(self.num_layers)
                 ]
             )
+        cosines = cosines.select(1, 0)
         # A direction that is not there must not spoil the average for ever.
-        present = cosines[:, 0, 0] == 1
-        for l, direction in enumerate(directions):
-            entering = torch.where(present[l], direction, self._average[l])
-            self._average[l].lerp_(entering, 1.0 - self.decay)
+        present = (cosines[:, :1] == 1).unbind(0)
+        entering = list(map(torch.where, present, directions, self._average))
+        torch._foreach_lerp_(self._average, entering, 1.0 - self.decay)
         self._keep(directions, captured)
-        return cosines[:, 0, 1:]
+        return cosines[:, 1:]
 
     def replayed(self) -> None:
         """Note that a direction was kept, here or by a graph: this goes on where that ended."""
         self._next = (self._next + 1) % self.window
 
-    def _keep(self, directions: Sequence[Tensor], captured: bool) -> None:
+    def _keep(self, directions: list[Tensor], captured: bool) -> None:
         if not captured:
-            for past, direction in zip(self._past, directions, strict=True):
-                past[self._next].copy_(direction)
+            torch._foreach_copy_(self._kept[self._next], directions)
             self.replayed()
             # A graph goes on where this ends.
             if self._device_next is not None and self._device_next.is_cuda:

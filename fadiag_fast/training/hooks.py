@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .probe import StepProbe
 
 
+# -1 outside of a backward pass.
+_backward_task = torch._C._current_graph_task_id
+
+
 class Inert:
     """What is left of the probe's hooks in a copy of a probed model."""
 
@@ -50,7 +54,7 @@ class Hook:
     def _see(self, state: Tensor) -> None:
         probe = self.probe
         current = probe._current
-        if torch._C._current_graph_task_id() != -1:
+        if _backward_task() != -1:
             # A checkpointed block runs its forward again inside of the backward pass. What the
             # first forward saw is not counted twice; with use_reentrant=True it saw no gradient.
             current = probe._backward_of
@@ -73,8 +77,8 @@ class OutputHook(Hook):
     """A forward hook."""
 
     def __call__(self, module: nn.Module, args: Any, result: Any) -> Any:
+        probe = self.probe
         if torch.compiler.is_compiling():
-            probe = self.probe
             if not self.jobs or not probe._compiled_observes():
                 return None
             state = self._logits(result) if self.jobs[0].slot == probe._n else state_in(result)
@@ -82,13 +86,13 @@ class OutputHook(Hook):
                 return None
             passed = probe._through(self.jobs, state)
             return _replaced(result, state, passed)
-        if self.stand_ins and self.probe._current is not None:
+        if self.stand_ins and probe._current is not None:
             for l in self.stand_ins:
                 state = state_in(result)
-                if l in (self.probe._in_compiled or ()) and state is not None:
-                    self.probe._current.see(l, state)
-        if self.taps and self.probe._looking():
-            if self.taps[0][1] == self.probe._n:
+                if l in (probe._in_compiled or ()) and state is not None:
+                    probe._current.see(l, state)
+        if self.taps and (probe._current or probe._backward_of):
+            if self.taps[0][1] == probe._n:
                 self._see(self._logits(result))
                 return None
             state = result if type(result) is Tensor else state_in(result)
@@ -104,8 +108,8 @@ class InputHook(Hook):
     """A forward pre-hook."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        probe = self.probe
         if torch.compiler.is_compiling():
-            probe = self.probe
             if not self.jobs or not probe._compiled_observes():
                 return None
             state = argument_state(args, kwargs)
@@ -113,7 +117,7 @@ class InputHook(Hook):
                 return None
             passed = probe._through(self.jobs, state)
             return _replaced(args, state, passed), _replaced(kwargs, state, passed)
-        if self.taps and self.probe._looking():
+        if self.taps and (probe._current or probe._backward_of):
             state = argument_state(args, kwargs)
             if state is not None:
                 self._see(state)

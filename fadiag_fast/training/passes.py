@@ -10,10 +10,11 @@ that is never differentiated is gone with its graph.
 
 from __future__ import annotations
 
-import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -107,6 +108,20 @@ def norms_and_mean(samples: Tensor) -> tuple[Tensor, Tensor]:
     found = ops.layer_statistics([samples], [samples])
     # A copy: the figures lie in one tensor, with the mean.
     return found.grad_norm[0].clone(), found.grad_mean[0]
+
+
+def _on_gradient(state: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """Do what ``state.register_hook(hook)`` does, at a third of its time where that is plain.
+
+    There is no handle: nobody takes such a hook away.
+    """
+    node = state.grad_fn
+    if node is None or state._backward_hooks is not None or type(state) is not Tensor:
+        state.register_hook(hook)
+        return
+    # Under a number that no handle of torch's will have.
+    state._backward_hooks = OrderedDict({-1: hook})
+    node._register_hook_dict(state)
 
 
 def by_sample(state: Tensor, batch_dim: int) -> Tensor:
@@ -206,26 +221,24 @@ class Observation:
         return torch.full_like(state, torch.nan)
 
     def whole(self) -> list[Tensor] | None:
-        """Return all n states, their gradients and that of the logits, ready to be reduced.
+        """Return all n states, their gradients and that of the logits; None unless all were kept.
 
-        None unless all of them were kept, as they are, and go into one call of the operator.
+        None too where a state must be made ready before it can be reduced.
         """
         settings, of = self.of.settings, self.of
-        n = len(settings.labels)
-        logits = self.grads[n]
-        if not settings.plain or logits is None or logits.is_complex():
+        if not settings.plain:
             return None
-        found = [logits]
-        for state, version, grad in zip(of.states, of.versions, self.grads, strict=False):
-            if state is None or grad is None or state._version != version:
+        found: list[Tensor] = []
+        for state, version in zip(of.states, of.versions, strict=True):
+            if state is None or state._version != version:
                 return None
-            if grad.shape != state.shape or grad.dtype != logits.dtype:
+            found.append(state)
+        for grad in self.grads:
+            if grad is None:
                 return None
             found.append(grad)
-        logits = found[0] = settings.logit_rows(logits, of.samples)
-        if any(tensor.shape[0] != logits.shape[0] for tensor in found):
-            return None
-        return [*(s for s in of.states if s is not None), *found[1:], logits]
+        found[-1] = settings.logit_rows(found[-1], of.samples)
+        return found
 
     def figures(self) -> Figures | None:
         """Reduce what was kept, and let go of it; None if no state was reached at all."""
@@ -350,14 +363,17 @@ class Pass:
         """Take note of a state; index n is the logits."""
         if self._hooked[l]:
             return
-        started = time.perf_counter()
+        started = perf_counter()
         settings = self.settings
-        if l < len(settings.labels):
-            local, self.counts[l] = settings.part_of(l, state)
+        if l < len(self.states):
+            local = state
+            if settings.tensor_ranks is not None or type(state) is not Tensor:
+                local, self.counts[l] = settings.part_of(l, state)
             if not self.samples:
                 self.samples = local.shape[settings.batch_dim]
             small = local.nbytes <= settings.kept_bytes and l not in settings.passing
-            local = settings.observed(local, settings.batch_dim)
+            if settings.samples is not None:
+                local = settings.observed(local, settings.batch_dim)
             if small:
                 kept = local.detach()
                 self.states[l], self.versions[l] = kept, kept._version
@@ -367,12 +383,12 @@ class Pass:
                     self.hidden_norms[l] = sample_norms(reduced)
         if state.requires_grad:
             # The closure must not hold the state: it would be kept alive by its own graph.
-            state.register_hook(partial(self._arrived, l))
+            _on_gradient(state, partial(self._arrived, l))
             self._hooked[l] = True
-        self.seconds += time.perf_counter() - started
+        self.seconds += perf_counter() - started
 
     def _arrived(self, l: int, grad: Tensor) -> None:
-        started = time.perf_counter()
+        started = perf_counter()
         last = self._last
         if last is None or last.has(l):
             # A gradient that came before: another backward through the same graph.
@@ -380,23 +396,22 @@ class Pass:
             _queue_callback(last.finish)
             self._opened(last)
         settings = self.settings
-        n = len(settings.labels)
-        grad, last.counts[l] = settings.part_of(l, grad, grad=True)
-        if l < n:
-            grad = settings.observed(grad, settings.batch_dim)
-        state = self.states[l] if l < n else None
-        # Of a state that is whole on each rank a part of the gradient may be, and the reverse.
-        small = (
-            state is not None and state.shape == grad.shape
-            if l < n
-            else grad.nbytes <= settings.kept_bytes
-        )
+        if settings.tensor_ranks is not None or type(grad) is not Tensor:
+            grad, last.counts[l] = settings.part_of(l, grad, grad=True)
+        if l == len(self.states):
+            small = grad.nbytes <= settings.kept_bytes
+        else:
+            if settings.samples is not None:
+                grad = settings.observed(grad, settings.batch_dim)
+            state = self.states[l]
+            # Of a state that is whole on each rank a part of the gradient may be, and the reverse.
+            small = state is not None and state.shape == grad.shape
         if small:
             last.grads[l] = grad.detach() if grad.requires_grad else grad
         else:
             with torch.no_grad():
                 self._reduce(last, l, grad)
-        self.seconds += time.perf_counter() - started
+        self.seconds += perf_counter() - started
 
     def drop(self, observation: Observation) -> None:
         if self._last is observation:

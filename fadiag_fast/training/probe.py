@@ -16,9 +16,8 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +46,10 @@ Mode = Literal["auto", "passing", "together"]
 # All states and gradients of a pass together: small beside any training that has larger ones.
 _KEPT_BYTES = 8 * 2**20
 
+# Rows of steps shorter than this go to the host several at a time: each journey costs the host as
+# much as the rest of a short step's record, and nobody feels what eight short steps take.
+_SHORT_STEP_S = 0.01
+
 _NOT_COMPILED = (
     "StepProbe: expected a network under tensor parallelism to run eagerly, got states of compiled "
     "modules; compile what lies between the tapped modules, or name taps outside of compiled ones"
@@ -66,8 +69,7 @@ def _flush_all() -> None:
             warnings.warn(f"StepProbe: the last records are lost: {error}", stacklevel=1)
 
 
-@dataclass(frozen=True)
-class _Meta:
+class _Meta(NamedTuple):
     """What the host knows of a row on its way."""
 
     step: int
@@ -76,7 +78,6 @@ class _Meta:
     micro_batches: int
     autocast: str | None
     missing: tuple[int, ...]
-    compared: bool
     scaled: bool
     world_size: int = 1
 
@@ -324,8 +325,8 @@ class StepProbe:
         self._step = 0
         self._wanted = bool(self.schedule.wants(0))
         self._step_began = time.perf_counter()
-        self._current: Pass | None = None
-        self._backward_of: Pass | None = None
+        self._current: Pass | None = None  # under way
+        self._backward_of: Pass | None = None  # whose backward pass may run parts of it again
         self._observations: list[Observation] = []
         self._parts: list[Figures] = []
         self._slot_parts: list[Figures] = []
@@ -628,10 +629,6 @@ class StepProbe:
             state = self._slots.through(job, state, samples)
         return state
 
-    def _looking(self) -> bool:
-        """Say whether a pass is under way, or a backward pass that may run parts of it again."""
-        return self._current is not None or self._backward_of is not None
-
     def _begin(self, args: Any, kwargs: Any) -> None:
         if torch._C._current_graph_task_id() != -1:
             return  # a checkpointed model runs again
@@ -691,7 +688,6 @@ class StepProbe:
 
     # ---- after the backward pass
 
-    @torch.no_grad()
     def step(self) -> None:
         """Record the step whose backward passes have just ended; hand out what has arrived.
 
@@ -704,6 +700,15 @@ class StepProbe:
             RuntimeError: no backward pass reached an observed state since the last step.
             ValueError, TapError: states or logits do not have a row for each sample.
         """
+        # As torch.no_grad does, at a seventh of its time.
+        enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            self._end_step()
+        finally:
+            torch._C._set_grad_enabled(enabled)
+
+    def _end_step(self) -> None:
         began = time.perf_counter()
         step = self._step
         captured = self._has_gpu and torch.cuda.is_current_stream_capturing()
@@ -713,7 +718,8 @@ class StepProbe:
         try:
             if not captured:
                 self._resolve()
-            replayed = not captured and self._reduce_by_graph(step)
+            short = began - self._step_began < _SHORT_STEP_S
+            replayed = not captured and self._reduce_by_graph(step, at_once=not short)
             self._reduce_finished()
             parts = self._take_parts()
         finally:
@@ -729,7 +735,7 @@ class StepProbe:
             wanted = self._step_was_wanted
             if self._directions is not None:
                 self._directions.replayed()
-            self._emit(self._ring.replayed(replace(meta, step=step) if wanted else None))
+            self._emit(self._ring.replayed(meta._replace(step=step) if wanted else None))
             self._emit(self._ring.ready())
             return
         if not parts and self._step_was_wanted and not replayed:
@@ -744,7 +750,7 @@ class StepProbe:
         self._seconds = 0.0
         self._step_began = now
 
-    def _reduce_by_graph(self, step: int) -> bool:
+    def _reduce_by_graph(self, step: int, at_once: bool) -> bool:
         """Record the step at hand through a CUDA graph of its reduction, if one will do.
 
         One micro-batch whose states were all kept, with the same shapes as those before it, in a
@@ -775,30 +781,32 @@ class StepProbe:
         observation.forget()
         if self._directions is not None:
             self._directions.replayed()
-        samples, compared = len(tensors[0]), self._directions is not None
-        meta = _Meta(step, self._sizes, samples, 1, of.autocast, (), compared, False)
-        self._emit(self._ring.replayed(meta, at_once=True))
+        meta = _Meta(step, self._sizes, tensors[-1].shape[0], 1, of.autocast, (), False)
+        self._emit(self._ring.replayed(meta, at_once))
         return True
 
     def _make_replay(self, tensors: Sequence[Tensor]) -> Replay | None:
         """Return a graph that reduces tensors like these, once they are what keeps coming."""
-        like = like_of(tensors)
+        n, ring, like = self._n, self._ring, like_of(tensors)
+        logits, states, grads = tensors[-1], like[:n], like[n:-1]
+        if logits.is_complex() or states != grads:
+            return None
+        if any(shape[0] != len(logits) or dtype != logits.dtype for shape, dtype in grads):
+            return None
         self._alike = self._alike + 1 if like == self._like else 1
         self._like = like
         refused = self._replay_refused or self._exchange_group() is not None
-        if refused or self._alike <= STEPS_BEFORE or self._ring is None:
+        if refused or self._alike <= STEPS_BEFORE or ring is None:
             return None
-        n, ring = self._n, self._ring
         if ring.device != tensors[0].device:
             return None
 
         def reduce(places: Sequence[Tensor]) -> None:
-            logits = places[2 * n]
-            found = ops.layer_statistics([*places[:n], logits], [*places[n : 2 * n], logits])
+            found = ops.layer_statistics([*places[:n], places[-1]], places[n:])
             assert isinstance(found, ops.PackedStatistics)
             assert self._settings is not None
             means: list[Tensor | None] = [found.mean_of(l) for l in self._settings.direction_layers]
-            figures = Figures(found.norms, means, set(), len(logits))
+            figures = Figures(found.norms, means, set(), len(places[-1]))
             ring.push_captured(self._row(figures, None, captured=True))
 
         try:
@@ -886,7 +894,7 @@ class StepProbe:
         if scaling is not None:
             scaling.overflowed(self._overflowed(figures))
         assert self._exchange is not None
-        meta = replace(meta, samples=None, world_size=self._exchange.world)
+        meta = meta._replace(samples=None, world_size=self._exchange.world)
         self._send(self._row(figures, scaling), meta)
 
     def _meta(self, figures: Figures, step: int) -> _Meta:
@@ -901,7 +909,6 @@ class StepProbe:
             figures.micro_batches,
             self._autocast,
             tuple(sorted(figures.missing)),
-            self._directions is not None,
             self.scaler is not None,
         )
 
@@ -938,14 +945,13 @@ class StepProbe:
 
     def _row(self, figures: Figures, scaling: _Scaling | None, captured: bool = False) -> Tensor:
         """Return all figures of a step, ``[C]`` float64; see :meth:`_record` for their places."""
-        norms = figures.norms
-        gains = norms[1, :-1] / norms[1, -1]
-        values = torch.cat([norms.flatten(0, 1), gains])
+        rows, n = figures.norms.flatten(0, 1), self._n
+        values = torch.cat([rows, rows[n + 1 : -1] / rows[-1]])
         parts = [torch.nanmedian(values, dim=1).values]
         if self._directions is not None:
             cosines = self._directions.compare(figures.means, captured)
             if cosines is None:
-                cosines = norms.new_full(
+                cosines = rows.new_full(
                     (self._directions.num_layers, self._directions.width), torch.nan
                 )
             parts.append(cosines.reshape(-1))
@@ -1019,10 +1025,12 @@ class StepProbe:
             layers=labels,
             hidden_norms=tuple(hidden),
             rms_norms=tuple(
-                norm / math.sqrt(size) if size else math.nan
-                for norm, size in zip(hidden, meta.sizes, strict=True)
+                [
+                    norm / math.sqrt(size) if size else math.nan
+                    for norm, size in zip(hidden, meta.sizes, strict=True)
+                ]
             ),
-            grad_norms=tuple(norm / scale for norm in grad),
+            grad_norms=tuple([norm / scale for norm in grad]),
             credit_gains=tuple(gain),
             output_grad_norm=error / scale,
             stabilities=tuple(stabilities),
@@ -1033,7 +1041,7 @@ class StepProbe:
             skipped=skipped,
             loss_scale=scale,
             autocast=meta.autocast,
-            unreached=tuple(labels[l] for l in meta.missing),
+            unreached=tuple([labels[l] for l in meta.missing]),
             loss_reduction=self.loss_reduction,
             world_size=meta.world_size,
         )

@@ -26,13 +26,15 @@ class Ring:
 
     def __init__(self, rows: int, width: int, device: torch.device) -> None:
         self.rows = rows
+        self._together = max(1, rows // 4)
         self.device = device
         self.on_gpu = device.type == "cuda"
 
         def memory() -> Tensor:
             return torch.empty((rows, width), dtype=torch.float64, pin_memory=self.on_gpu)
 
-        self._host_rows = list(memory().unbind(0))
+        self._host_rows = memory()
+        self._host_places: dict[int, tuple[Tensor, ...]] = {}  # by the numbers in a row
         self._free_events: list[Any] = []
         # What was sent off together: its event, and (meta, place on the host) of each row.
         self._under_way: deque[tuple[Any, list[tuple[Any, Tensor]]]] = deque()
@@ -42,9 +44,12 @@ class Ring:
         # Of steps that a CUDA graph replays: written at a place that is counted on the device, and
         # sent to the same place on the host.
         self._device_rows = torch.zeros((rows, width), dtype=torch.float64, device=device)
+        self._device_places = self._device_rows.unbind(0)
         self._device_next = torch.zeros(1, dtype=torch.int64, device=device)
         self._replayed_rows = memory()
+        self._replayed_places = self._replayed_rows.unbind(0)
         self._replayed: list[Any] = []
+        self._replayed_since = 0  # how often what has arrived was asked for since the first of them
         self._read_from = 0
 
     def __len__(self) -> int:
@@ -55,9 +60,11 @@ class Ring:
         # Rows of graphs that were written before this one go before it.
         waited = self.send_replayed() if self._replayed else []
         waited += self._make_room(1)
-        place = self._host_rows[self._next]
+        width = len(row)
+        if width not in self._host_places:
+            self._host_places[width] = self._host_rows[:, :width].unbind(0)
+        place = self._host_places[width][self._next]
         self._next = (self._next + 1) % self.rows
-        place = place if len(row) == len(place) else place[: len(row)]
         place.copy_(row, non_blocking=True)
         self._sent([(meta, place)])
         return waited
@@ -97,8 +104,13 @@ class Ring:
         return [(meta, place.tolist()) for meta, place in rows if meta is not None]
 
     def ready(self) -> list[tuple[Any, list[float]]]:
-        """Return (meta, row) of all that have arrived, oldest first, without waiting."""
+        """Return (meta, row) of all that have arrived, oldest first, without waiting for them."""
         found: list[tuple[Any, list[float]]] = []
+        if self._replayed:
+            # Steps that write no row may lie between those that do.
+            self._replayed_since += 1
+            if self._replayed_since >= self._together:
+                found = self.send_replayed()
         while self._under_way and (self._under_way[0][0] is None or self._under_way[0][0].query()):
             found += self._take()
         return found
@@ -120,24 +132,29 @@ class Ring:
     def replayed(self, meta: Any, at_once: bool = False) -> list[tuple[Any, list[float]]]:
         """Say that a graph wrote a row, None for one that nobody wants.
 
-        R/4 of them go off together, unless ``at_once``. Returns as :meth:`push` does.
+        R/4 of them go off together, or those of R/4 calls of :meth:`ready`, unless ``at_once``.
+        Returns as :meth:`push` does.
         """
         self._replayed.append(meta)
-        if at_once or len(self._replayed) >= max(1, self.rows // 4):
+        if at_once or len(self._replayed) >= self._together:
             return self.send_replayed()
         return []
 
     def send_replayed(self) -> list[tuple[Any, list[float]]]:
         """Send off the rows that graphs wrote since the last time."""
-        metas, self._replayed = self._replayed, []
+        metas, self._replayed, self._replayed_since = self._replayed, [], 0
         waited: list[tuple[Any, list[float]]] = []
         while metas:
             first = self._read_from
             count = min(len(metas), self.rows - first)
             waited += self._make_room(count)
-            places = self._replayed_rows[first : first + count]
-            places.copy_(self._device_rows[first : first + count], non_blocking=True)
-            self._sent(list(zip(metas[:count], places.unbind(0), strict=True)))
+            places = self._replayed_places[first : first + count]
+            if count == 1:
+                places[0].copy_(self._device_places[first], non_blocking=True)
+            else:
+                rows = self._replayed_rows[first : first + count]
+                rows.copy_(self._device_rows[first : first + count], non_blocking=True)
+            self._sent(list(zip(metas, places, strict=False)))
             metas = metas[count:]
             self._read_from = (first + count) % self.rows
         return waited
