@@ -85,16 +85,6 @@ def test_rows_of_replayed_graphs_keep_their_steps():
     assert [row for _, row in found] == [row_of(number).tolist() for number in wanted]
 
 
-def test_rows_of_replayed_graphs_do_not_wait_for_others_for_ever():
-    ring = Ring(16, 2, CPU)
-    ring.push_captured(row_of(0))
-    assert ring.replayed(0) == []
-    assert [ring.ready() for _ in range(4)] == [[], [], [], [(0, [0.0, 0.0])]]
-    ring.push_captured(row_of(1))
-    assert ring.replayed(1, at_once=True) == []
-    assert ring.ready() == [(1, [1.0, -1.0])]
-
-
 @pytest.mark.parametrize("cosine", [0.0, 0.5, 0.95])
 def test_a_sketchs_cosine_has_the_error_that_is_stated(cosine):
     """Over many pairs: no bias beyond its own error, and a spread of √((1 + c²) / width)."""

@@ -46,10 +46,6 @@ Mode = Literal["auto", "passing", "together"]
 # All states and gradients of a pass together: small beside any training that has larger ones.
 _KEPT_BYTES = 8 * 2**20
 
-# Rows of steps shorter than this go to the host several at a time: each journey costs the host as
-# much as the rest of a short step's record, and nobody feels what eight short steps take.
-_SHORT_STEP_S = 0.01
-
 _NOT_COMPILED = (
     "StepProbe: expected a network under tensor parallelism to run eagerly, got states of compiled "
     "modules; compile what lies between the tapped modules, or name taps outside of compiled ones"
@@ -718,8 +714,7 @@ class StepProbe:
         try:
             if not captured:
                 self._resolve()
-            short = began - self._step_began < _SHORT_STEP_S
-            replayed = not captured and self._reduce_by_graph(step, at_once=not short)
+            replayed = not captured and self._reduce_by_graph(step)
             self._reduce_finished()
             parts = self._take_parts()
         finally:
@@ -750,7 +745,7 @@ class StepProbe:
         self._seconds = 0.0
         self._step_began = now
 
-    def _reduce_by_graph(self, step: int, at_once: bool) -> bool:
+    def _reduce_by_graph(self, step: int) -> bool:
         """Record the step at hand through a CUDA graph of its reduction, if one will do.
 
         One micro-batch whose states were all kept, with the same shapes as those before it, in a
@@ -782,7 +777,7 @@ class StepProbe:
         if self._directions is not None:
             self._directions.replayed()
         meta = _Meta(step, self._sizes, tensors[-1].shape[0], 1, of.autocast, (), False)
-        self._emit(self._ring.replayed(meta, at_once))
+        self._emit(self._ring.replayed(meta, at_once=True))
         return True
 
     def _make_replay(self, tensors: Sequence[Tensor]) -> Replay | None:

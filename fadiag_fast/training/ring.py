@@ -26,7 +26,6 @@ class Ring:
 
     def __init__(self, rows: int, width: int, device: torch.device) -> None:
         self.rows = rows
-        self._together = max(1, rows // 4)
         self.device = device
         self.on_gpu = device.type == "cuda"
 
@@ -49,7 +48,6 @@ class Ring:
         self._replayed_rows = memory()
         self._replayed_places = self._replayed_rows.unbind(0)
         self._replayed: list[Any] = []
-        self._replayed_since = 0  # how often what has arrived was asked for since the first of them
         self._read_from = 0
 
     def __len__(self) -> int:
@@ -104,13 +102,8 @@ class Ring:
         return [(meta, place.tolist()) for meta, place in rows if meta is not None]
 
     def ready(self) -> list[tuple[Any, list[float]]]:
-        """Return (meta, row) of all that have arrived, oldest first, without waiting for them."""
+        """Return (meta, row) of all that have arrived, oldest first, without waiting."""
         found: list[tuple[Any, list[float]]] = []
-        if self._replayed:
-            # Steps that write no row may lie between those that do.
-            self._replayed_since += 1
-            if self._replayed_since >= self._together:
-                found = self.send_replayed()
         while self._under_way and (self._under_way[0][0] is None or self._under_way[0][0].query()):
             found += self._take()
         return found
@@ -132,17 +125,16 @@ class Ring:
     def replayed(self, meta: Any, at_once: bool = False) -> list[tuple[Any, list[float]]]:
         """Say that a graph wrote a row, None for one that nobody wants.
 
-        R/4 of them go off together, or those of R/4 calls of :meth:`ready`, unless ``at_once``.
-        Returns as :meth:`push` does.
+        R/4 of them go off together, unless ``at_once``. Returns as :meth:`push` does.
         """
         self._replayed.append(meta)
-        if at_once or len(self._replayed) >= self._together:
+        if at_once or len(self._replayed) >= max(1, self.rows // 4):
             return self.send_replayed()
         return []
 
     def send_replayed(self) -> list[tuple[Any, list[float]]]:
         """Send off the rows that graphs wrote since the last time."""
-        metas, self._replayed, self._replayed_since = self._replayed, [], 0
+        metas, self._replayed = self._replayed, []
         waited: list[tuple[Any, list[float]]] = []
         while metas:
             first = self._read_from
