@@ -80,8 +80,9 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
     ) -> None:
         """Train the rules of a suite, audit every checkpoint and print the tables.
 
-        Stop it and start it again: finished runs are kept. Exit codes: 0 all runs are audited,
-        3 an error, or a run that failed; the others are in the tables.
+        Stop it and start it again: finished runs are kept, and one that was stopped half-way goes
+        on from its last checkpoint. Exit codes: 0 all runs are audited, 3 an error, or a run that
+        failed; the others are in the tables.
         """
         from .. import cli
 

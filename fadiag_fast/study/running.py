@@ -3,8 +3,13 @@
 A run's folder, ``OUT/{model}/{rule}/seed_{s}``, has its checkpoints ``step_{n}.pt``, ``run.json``
 once training has ended, well or badly, and ``audit.json`` with the figures of every checkpoint.
 Each file is written whole or not at all. ``run.json`` holds the run's configuration and its hash:
-a run is trained again only if it has none, or one that failed. A run that was stopped half-way
-starts again at its first step.
+a run is trained again only if it has none, or one that failed.
+
+A run that was stopped half-way goes on from its last checkpoint, with the same result as if it had
+not been: while it trains its folder also has ``resume.pt``, which holds what that takes. Where this
+is damaged or does not fit (another configuration, device, version of torch or of the rule's code; a
+checkpoint that is gone; a rule that keeps more than is carried, see :class:`Rule`) the run starts
+again at its first step, and so does one that failed.
 
 Several runs may go on at once, each on a thread of its own and on a GPU on a stream of its own.
 They share the images, on the device, and nothing else, so that a run's figures do not depend on
@@ -25,7 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +46,16 @@ from ..diagnosis import diagnose
 from ..process import prompt_switches
 from ..protocol import Diagnostic, DiagnosticThresholds, Figures, Protocol, verdict_of
 from ..report import _strict
-from ..zoo import ImageDataset, build_model, model_spec, restore_rule, rule_credit, train
+from ..zoo import (
+    CannotResume,
+    ImageDataset,
+    TrainedNetwork,
+    build_model,
+    model_spec,
+    restore_rule,
+    rule_credit,
+    train,
+)
 from ..zoo.anatomy import anatomy_of
 from ..zoo.stepping import recording_stream, stream_of_thread
 from .suites import StudyModel, Suite
@@ -185,7 +199,7 @@ class RunRecord:
         seed: of the run.
         reason: why it failed, "" where it did not.
         steps: its audited checkpoints, ascending.
-        seconds: of training.
+        seconds: of training; of one that was stopped, without those after its last checkpoint.
         environment: versions and device it was trained with.
     """
 
@@ -261,6 +275,10 @@ class _Plan:
     def checkpoint(self, step: int) -> Path:
         return self.folder / f"step_{step}.pt"
 
+    @property
+    def resume(self) -> Path:
+        return self.folder / "resume.pt"
+
 
 def run_study(
     suite: Suite,
@@ -285,10 +303,12 @@ def run_study(
             training and at its end; by one thread at a time.
 
     Returns the runs. Whatever a run raises becomes its ``reason``, and the others go on; it is
-    tried again by the next call. Figures are over the model's own sample reduction: the class token
-    in a transformer, as the protocol reads it, all features elsewhere. (d) compares with the frozen
-    run of the same model and seed at the same step, so that both had the same training. On CUDA
-    convolutions are computed by repeatable algorithms for as long as this runs.
+    tried again by the next call. Where a call is interrupted the next one makes the same figures,
+    going on from the last checkpoint of each run that was stopped. Figures are over the model's own
+    sample reduction: the class token in a transformer, as the protocol reads it, all features
+    elsewhere. (d) compares with the frozen run of the same model and seed at the same step, so that
+    both had the same training. On CUDA convolutions are computed by repeatable algorithms for as
+    long as this runs.
 
     Raises ValueError, before anything is trained, where the folder holds runs of another
     configuration, the test set is too small or ``jobs`` is out of range. Source: 'Beyond Accuracy
@@ -401,6 +421,8 @@ class _Study:
             record = _train_run(plan, self, alone)
             with self.lock:
                 self.trained += record["status"] == TRAINED
+        # Here rather than after training, so that one left by a call that was killed goes too.
+        plan.resume.unlink(missing_ok=True)
         run = _audited(plan, record, self, alone)
         self.clock.finished(plan, "failed" if run.reason else "kept" if kept else "audited")
         return run
@@ -503,32 +525,39 @@ class _Clock:
         self.steps, self.seconds = 0, 0.0
         # While any run trained, and since when one does.
         self.wall, self.since = 0.0, 0.0
-        # Of those that train: when they began, updates so far.
-        self.running: dict[str, tuple[float, int]] = {}
+        # Of those that train: when they began, updates before that, updates so far.
+        self.running: dict[str, tuple[float, int, int]] = {}
         self.lock = threading.RLock()
 
-    def start(self, plan: _Plan) -> None:
+    def start(self, plan: _Plan, before: int = 0) -> None:
         with self.lock:
             now = time.perf_counter()
             if not self.running:
                 self.since = now
-            self.running[plan.name] = now, 0
+            self.running[plan.name] = now, before, before
 
     def training(self, plan: _Plan, done: int) -> None:
         with self.lock:
-            self.running[plan.name] = self.running[plan.name][0], done
+            self.running[plan.name] = *self.running[plan.name][:2], done
             self._say(plan, "training", done)
+
+    def seconds_of(self, plan: _Plan) -> float:
+        """Return for how long a run has trained in this call."""
+        with self.lock:
+            return time.perf_counter() - self.running[plan.name][0]
 
     def stop(self, plan: _Plan, *, trained: bool) -> float:
         """Take note of a training's end and return its seconds."""
         with self.lock:
             now = time.perf_counter()
-            seconds = now - self.running.pop(plan.name)[0]
+            began, before, _ = self.running.pop(plan.name)
+            seconds = now - began
             if not self.running:
                 self.wall += now - self.since
             if trained:
-                self.costs[plan.model.label, plan.rule] = seconds / plan.steps
-                self.steps, self.seconds = self.steps + plan.steps, self.seconds + seconds
+                made = plan.steps - before
+                self.costs[plan.model.label, plan.rule] = seconds / made
+                self.steps, self.seconds = self.steps + made, self.seconds + seconds
             return seconds
 
     def finished(self, plan: _Plan, state: str) -> None:
@@ -540,13 +569,13 @@ class _Clock:
         if self.progress is None:
             return
         now = time.perf_counter()
-        steps = self.steps + sum(made for _, made in self.running.values())
-        busy = self.seconds + sum(now - began for began, _ in self.running.values())
+        steps = self.steps + sum(done - before for _, before, done in self.running.values())
+        busy = self.seconds + sum(now - began for began, _, _ in self.running.values())
         wall = self.wall + (now - self.since if self.running else 0.0)
         average = busy / steps if steps else 0.0
         left = [
             self.costs.get((other.model.label, other.rule), average)
-            * (other.steps - self.running.get(name, (0.0, 0))[1])
+            * (other.steps - self.running.get(name, (0.0, 0, 0))[2])
             for name, other in self.left.items()
         ]
         self.progress(
@@ -567,58 +596,113 @@ class _Clock:
 def _train_run(plan: _Plan, study: _Study, alone: bool) -> dict[str, Any]:
     """Train one run, keep its checkpoints and return its record, also of a failure."""
     plan.folder.mkdir(parents=True, exist_ok=True)
-    # What a stopped run left would stand beside the new one's, perhaps at other steps.
-    for pattern in ("run.json", "audit.json", "step_*.pt"):
-        for old in plan.folder.glob(pattern):
-            old.unlink(missing_ok=True)
+    environment = _environment(study.device)
     record: dict[str, Any] = {
         "key": plan.key,
         "config": plan.config,
-        "environment": _environment(study.device),
+        "environment": environment,
     }
-    suite, clock = study.suite, study.clock
-    dataset = study.dataset
-    if plan.model.random_targets:
-        dataset = dataset.with_random_targets(plan.seed)
-    trained = False
-    clock.start(plan)
+    clock = study.clock
+    saved = _read_resume(plan, environment)
+    network = None
     try:
-        network = train(
-            plan.model.model,
-            plan.rule,
-            dataset,
-            steps=plan.steps,
-            batch_size=suite.batch_size,
-            seed=plan.seed,
-            learning_rate=suite.learning_rate,
-            weight_decay=suite.weight_decay,
-            penalty=plan.penalty,
-            model_options=plan.model.options,
-            rule_options=suite.rule_options.get(plan.rule, {}),
-            device=study.device,
-            progress=lambda done, total, loss: clock.training(plan, done),
-            checkpoint_steps=plan.marks,
-            on_checkpoint=lambda step, network: save_checkpoint(
-                network.checkpoint(), plan.checkpoint(step)
-            ),
-            stop=study.stopped.is_set,
-        )
-        trained = True
+        if saved is not None:
+            with suppress(CannotResume):
+                network = _train_from(saved, plan, study, environment)
+        if network is None:
+            saved = None
+            network = _train_from(None, plan, study, environment)
     except Exception as error:  # whatever a rule raises is its run's failure, not the study's
         if isinstance(error, torch.OutOfMemoryError) and not alone:
             raise
         record |= {"status": FAILED, "reason": _said(error)}
     finally:
-        seconds = clock.stop(plan, trained=trained)
-    if trained:
+        seconds = clock.stop(plan, trained=network is not None)
+    if network is not None:
+        before = 0.0 if saved is None else saved["seconds"]
         record |= {
             "status": TRAINED,
-            "seconds": round(seconds, 3),
+            "seconds": round(before + seconds, 3),
             "graphed_steps": network.graphed_steps,
             "graph_note": network.graph_note,
         }
     _write(plan.folder / "run.json", record)
     return record
+
+
+def _train_from(
+    saved: dict[str, Any] | None, plan: _Plan, study: _Study, environment: str
+) -> TrainedNetwork:
+    """Train one run from what its ``resume.pt`` held, or from its first step."""
+    done, seconds = (0, 0.0) if saved is None else (_steps_in(saved), saved["seconds"])
+    study.clock.start(plan, done)
+    kept = {plan.checkpoint(step) for step in plan.marks if step <= done}
+    # What a stopped run left would stand beside the new one's, perhaps at other steps. Without the
+    # first of these nothing goes on from what is left of the others.
+    if saved is None:
+        plan.resume.unlink(missing_ok=True)
+    for pattern in ("run.json", "audit.json", "step_*.pt"):
+        for old in plan.folder.glob(pattern):
+            if old not in kept:
+                old.unlink(missing_ok=True)
+
+    def keep(step: int, network: TrainedNetwork) -> None:
+        save_checkpoint(network.checkpoint(), plan.checkpoint(step))
+        if step == plan.steps:
+            return
+        # What a rule of one's own has may not be for saving: that costs a second start, not a run.
+        with suppress(Exception):
+            state = {
+                "key": plan.key,
+                "environment": environment,
+                "seconds": seconds + study.clock.seconds_of(plan),
+                "training": network.training_state(),
+            }
+            save_checkpoint(state, plan.resume)
+
+    suite, dataset = study.suite, study.dataset
+    if plan.model.random_targets:
+        dataset = dataset.with_random_targets(plan.seed)
+    return train(
+        plan.model.model,
+        plan.rule,
+        dataset,
+        steps=plan.steps,
+        batch_size=suite.batch_size,
+        seed=plan.seed,
+        learning_rate=suite.learning_rate,
+        weight_decay=suite.weight_decay,
+        penalty=plan.penalty,
+        model_options=plan.model.options,
+        rule_options=suite.rule_options.get(plan.rule, {}),
+        device=study.device,
+        progress=lambda done, total, loss: study.clock.training(plan, done),
+        checkpoint_steps=plan.marks,
+        on_checkpoint=keep,
+        stop=study.stopped.is_set,
+        resume=None if saved is None else saved["training"],
+    )
+
+
+def _read_resume(plan: _Plan, environment: str) -> dict[str, Any] | None:
+    """Return what a stopped run goes on from, None where it has to start at its first step."""
+    try:
+        saved = torch.load(plan.resume, map_location="cpu", weights_only=True)
+        done = _steps_in(saved)
+        fits = (
+            (saved["key"], saved["environment"]) == (plan.key, environment)
+            # One that failed is over; its rule is another by now, perhaps.
+            and not (plan.folder / "run.json").exists()
+            and all(plan.checkpoint(step).is_file() for step in plan.marks if step <= done)
+            and 0 <= saved["seconds"] < math.inf
+        )
+    except Exception:  # none there, or one that is damaged
+        return None
+    return saved if fits else None
+
+
+def _steps_in(saved: Mapping[str, Any]) -> int:
+    return len(saved["training"]["losses"])
 
 
 def _audited(plan: _Plan, record: dict[str, Any] | None, study: _Study, alone: bool) -> RunRecord:

@@ -12,12 +12,14 @@ from .models import (
     build_model,
     model_spec,
 )
+from .resuming import CannotResume
 from .rules import RULES, Rule, make_rule
 from .training import TrainedNetwork, accuracy, train
 
 __all__ = [
     "MODELS",
     "RULES",
+    "CannotResume",
     "ImageDataset",
     "ModelSpec",
     "ResidualMLP",

@@ -15,6 +15,8 @@ training goes on with ordinary steps where they are found.
 
 from __future__ import annotations
 
+import pickle
+import random
 import re
 import threading
 import types
@@ -24,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,9 +53,11 @@ class Stepper:
         total: number of steps.
         record: whether steps may be recorded; on CUDA only, and on another stream than the
             device's default.
+        losses: ``[done]``, of steps that were made before, for a training that goes on after them;
+            ``batches`` then begins with the next one's.
 
     Attributes:
-        done: steps made.
+        done: steps made, those before included.
         graphed: those of them that a recording repeated.
         note: why steps cannot be recorded, "" where they can or need not be.
     """
@@ -67,20 +72,23 @@ class Stepper:
         batch_size: int,
         total: int,
         record: bool,
+        losses: Tensor | None = None,
     ) -> None:
         self.rule = rule
         self.images, self.labels = images, labels
         self.batches = batches
         self.total = total
         self.record = record and images.is_cuda
-        self.done = self.graphed = 0
+        self.graphed = 0
         self.note = ""
         device = images.device
-        self._order = torch.empty(min(total, CHUNK), batch_size, dtype=torch.int64, device=device)
+        self._kept: list[Tensor] = [] if losses is None else [losses.to(device)]
+        self.done = self._before = sum(map(len, self._kept))
+        rows = min(total - self.done, CHUNK)
+        self._order = torch.empty(rows, batch_size, dtype=torch.int64, device=device)
         self._place = torch.zeros(1, dtype=torch.int64, device=device)
         # Made by the first step, in the dtype of its loss.
         self._losses: Tensor | None = None
-        self._kept: list[Tensor] = []
         self._graph: torch.cuda.CUDAGraph | None = None
         self._phase: Any = None
         self._warm = 0
@@ -91,7 +99,7 @@ class Stepper:
 
     def step(self) -> None:
         """Make the next step."""
-        if self.done % len(self._order) == 0:
+        if (self.done - self._before) % len(self._order) == 0:
             self._next_chunk()
         if self.record:
             if self._warm and self.rule.phase != self._phase:
@@ -109,13 +117,16 @@ class Stepper:
     def last_loss(self) -> float:
         """Return the loss of the last step; waits for it."""
         assert self._losses is not None
-        return float(self._losses[(self.done - 1) % len(self._order)])
+        return float(self._losses[(self.done - self._before - 1) % len(self._order)])
+
+    def losses(self) -> Tensor:
+        """Return the losses of all steps so far, ``[done]``, on the device."""
+        return torch.cat([*self._kept, *self._losses_of_chunk()])
 
     def history(self) -> list[tuple[int, float]]:
         """Return (step, loss) of every step so far, counted from 1; waits for the last one."""
         # One transfer for the whole run rather than one wait per step.
-        losses = torch.cat([*self._kept, *self._losses_of_chunk()]).tolist()
-        return list(enumerate(losses, start=1))
+        return list(enumerate(self.losses().tolist(), start=1))
 
     def close(self) -> None:
         """Drop the recording and its memory. Further steps start with ordinary ones."""
@@ -236,9 +247,10 @@ _MOVING = re.compile(r"aten\.(_to_copy|copy_?)(\.|$)")
 def host_state(of: Any, device_type: str = "cuda") -> dict[str, Any]:
     """Return what an object holds on the host, by where it lies.
 
-    Numbers, texts, generators and tensors, in attributes and containers at any depth. A step that
-    changes any of it, or puts another tensor in a tensor's place, does something that a recording
-    of it would not repeat. What tensors on a device of ``device_type`` hold is not looked at.
+    Numbers, texts, generators and tensors, numpy's and Python's too, in attributes and containers
+    at any depth. A step that changes any of it, or puts another tensor in a tensor's place, does
+    something that a recording of it would not repeat. What tensors on a device of ``device_type``
+    hold is not looked at.
     """
     found: dict[str, Any] = {}
     _collect(of, "rule", device_type, found, set())
@@ -258,12 +270,21 @@ def _collect(
         found[path] = value
         if value.device.type == "cpu":
             found[f"{path} (state)"] = value.get_state().numpy().tobytes()
+    elif isinstance(value, _PICKLED):
+        found[path] = pickle.dumps(value)
     elif id(value) not in seen and not isinstance(value, _NO_STATE):
         seen.add(id(value))
         for where, item in _items(value, path):
             _collect(item, where, device_type, found, seen)
 
 
+_PICKLED = (
+    np.ndarray,
+    np.generic,
+    np.random.Generator,
+    np.random.RandomState,
+    random.Random,
+)
 _NO_STATE = (
     type,
     types.FunctionType,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .data import ImageDataset
 from .models import build_model, model_spec
+from .resuming import load_training_state, training_state
 from .rules import Rule, make_rule
 from .stepping import Stepper, recording_stream
 
@@ -32,7 +34,8 @@ class TrainedNetwork:
         history: (step, loss) of every step; steps count from 1, the loss is the mean
             cross-entropy of that step's batch before the update.
         config: every argument of the run, as plain Python values.
-        graphed_steps: updates that repeated a recorded one, as a CUDA graph; 0 on the CPU.
+        graphed_steps: updates that repeated a recorded one, as a CUDA graph; 0 on the CPU. Those
+            before the state that a training went on from are not counted.
         graph_note: why updates could not be recorded, "" where they were or need not be.
     """
 
@@ -43,6 +46,7 @@ class TrainedNetwork:
     config: dict[str, Any]
     graphed_steps: int = 0
     graph_note: str = ""
+    _steps: Stepper | None = field(default=None, repr=False)
 
     def checkpoint(self) -> dict[str, Any]:
         """Copy the run into a dictionary that ``torch.load(weights_only=True)`` can read back.
@@ -56,6 +60,18 @@ class TrainedNetwork:
             "rule_state": _copy_to_cpu(self.rule.state_dict()),
             "config": {**self.config, "accuracy": self.accuracy},
         }
+
+    def training_state(self) -> dict[str, Any]:
+        """Copy what :func:`train` needs to go on from here, its argument ``resume``.
+
+        Within ``on_checkpoint`` only; ValueError elsewhere. Model, rule (tensors, networks,
+        optimiser, schedule and generators) and losses: some three times a checkpoint's size, all
+        tensors on the CPU, and readable by ``torch.load(weights_only=True)``.
+        """
+        if self._steps is None:
+            raise ValueError("training_state: expected a network that trains on, got a trained one")
+        config = {name: value for name, value in self.config.items() if name != "step"}
+        return training_state(self.rule, self._steps.losses(), config)
 
 
 def train(
@@ -77,6 +93,7 @@ def train(
     on_checkpoint: Callable[[int, TrainedNetwork], None] | None = None,
     graph: bool = True,
     stop: Callable[[], bool] | None = None,
+    resume: Mapping[str, Any] | None = None,
 ) -> TrainedNetwork:
     """Train a model of the registry with one rule on one image set.
 
@@ -108,14 +125,20 @@ def train(
             or counts on the host (see :meth:`Rule.count_step`), trains with ordinary updates and a
             RuntimeWarning.
         stop: asked before every update; True raises KeyboardInterrupt.
+        resume: what :meth:`TrainedNetwork.training_state` returned in an earlier call with the same
+            arguments. Only the updates after it are made, and the outcome is that of a training
+            that was never interrupted, bit for bit on the same machine. Checkpoints before it are
+            not handed out again.
 
     Returns the trained network. The same arguments on the same machine, with the same number of
     threads, give the same bits; convolutions on CUDA do so only under
     ``torch.use_deterministic_algorithms``. Torch's global random state is neither used nor
-    changed. Raises ValueError for an unknown model or rule and for sizes that do not fit, and
-    TypeError for a rule that cannot train the model. Source: 'Beyond Accuracy and Alignment'
-    protocol, arXiv 2606.21126 (training rules, AdamW 1e-3, weight decay 0.01, batches of 128,
-    cosine schedule).
+    changed. Raises ValueError for an unknown model or rule and for sizes that do not fit, TypeError
+    for a rule that cannot train the model, and :class:`CannotResume`, a ValueError, before any
+    update where ``resume`` is damaged, of other arguments or of another version of the rule's code,
+    or where the rule keeps something from step to step that is not carried (see :class:`Rule`).
+    Source: 'Beyond Accuracy and Alignment' protocol, arXiv 2606.21126 (training rules, AdamW 1e-3,
+    weight decay 0.01, batches of 128, cosine schedule).
     """
     train_count = dataset.train_images.shape[0]
     if steps < 1:
@@ -175,21 +198,37 @@ def train(
         def network(history: list[tuple[int, float]], **at: int) -> TrainedNetwork:
             reached = accuracy(model, dataset.test_images, dataset.test_labels, flatten=flatten)
             return TrainedNetwork(
-                model, rule, reached, history, {**config, **at}, steps_of.graphed, steps_of.note
+                model,
+                rule,
+                reached,
+                history,
+                {**config, **at},
+                steps_of.graphed,
+                steps_of.note,
+                steps_of if at else None,
             )
 
+        batches = _shuffled_batches(
+            train_count, batch_size, torch.Generator().manual_seed(shuffle_seed)
+        )
+        losses = None
+        if resume is not None:
+            model.eval()  # as it was when its state was taken
+            losses = load_training_state(rule, resume, config)
+            batches = islice(batches, len(losses), None)
         model.train()
         steps_of = Stepper(
             rule,
             images.to(device),
             dataset.train_labels.to(device),
-            _shuffled_batches(train_count, batch_size, torch.Generator().manual_seed(shuffle_seed)),
+            batches,
             batch_size=batch_size,
             total=steps,
             record=graph,
+            losses=losses,
         )
         try:
-            for step in range(1, steps + 1):
+            for step in range(steps_of.done + 1, steps + 1):
                 if stop is not None and stop():
                     raise KeyboardInterrupt
                 steps_of.step()

@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,6 +218,228 @@ def test_an_interrupted_study_goes_on(images, tmp_path, monkeypatch):
     assert run_study(suite, images, tmp_path).trained == 2
     assert not stray.exists()
     assert calls == ["bp", "frozen", "frozen", "dfa"]
+
+
+# ---- a run that was stopped half-way: 12 steps, checkpoints at 3, 6 and 12
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    made, update = [], Rule.update
+
+    def counted(self, x, y):
+        made.append(self.name)
+        return update(self, x, y)
+
+    monkeypatch.setattr(Rule, "update", counted)
+    return made
+
+
+def one_run(rule, **changes):
+    return replace(SMALL, models=SMALL.models[:1], rules=(rule,), seeds=(42,), **changes)
+
+
+def stop_at(step):
+    def interrupt(at):
+        if at.step == step:
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
+def interrupted(suite, images, out, step=8):
+    with pytest.raises(KeyboardInterrupt):
+        run_study(suite, images, out, progress=stop_at(step))
+    return out / "mlp" / suite.rules[0] / "seed_42"
+
+
+def assert_same_run(one: Path, other: Path):
+    """Every file but the times is the same, and there are no others."""
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    for name in names:
+        if name.endswith(".pt"):
+            mine, yours = (torch.load(at / name, weights_only=True) for at in (one, other))
+            assert mine["config"] == yours["config"]
+            for part in ("state_dict", "rule_state"):
+                assert list(mine[part]) == list(yours[part])
+                for key, tensor in mine[part].items():
+                    assert torch.equal(tensor, yours[part][key]), (name, key)
+        else:
+            mine, yours = (json.loads((at / name).read_text()) for at in (one, other))
+            mine.pop("seconds", None), yours.pop("seconds", None)
+            assert mine == yours
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"), [("dfa", {}), ("credit-bridge", {"dfa_fraction": 0.6})]
+)
+def test_a_run_that_was_stopped_goes_on_from_its_last_checkpoint(
+    images, tmp_path, updates, rule, options
+):
+    suite = one_run(rule, rule_options={rule: options})
+    whole = run_study(suite, images, tmp_path / "whole")
+    folder = interrupted(suite, images, tmp_path / "out")
+    assert {path.name for path in folder.iterdir()} == {"step_3.pt", "step_6.pt", "resume.pt"}
+    kept = (folder / "step_6.pt").stat().st_mtime_ns
+    (folder / "step_5.pt").write_bytes(b"of another run")
+    del updates[:]
+    seen = []
+    again = run_study(suite, images, tmp_path / "out", progress=seen.append)
+    assert updates == [rule] * 6
+    assert [at.step for at in seen if at.state == "training"] == list(range(7, 13))
+    assert (folder / "step_6.pt").stat().st_mtime_ns == kept
+    assert again.trained == 1
+    assert without_times(again) == without_times(whole)
+    assert_same_run(folder, tmp_path / "whole/mlp" / rule / "seed_42")
+
+
+def test_a_run_may_be_stopped_again_and_again(study, images, tmp_path, updates):
+    _, whole = study
+    suite = one_run("bp")
+    for step, made in ((2, 2), (4, 4), (5, 2), (12, 9)):
+        del updates[:]
+        folder = interrupted(suite, images, tmp_path, step)
+        assert len(updates) == made
+    run_study(suite, images, tmp_path)
+    assert_same_run(folder, whole / "mlp/bp/seed_42")
+
+
+def shorten(folder):
+    content = (folder / "resume.pt").read_bytes()
+    (folder / "resume.pt").write_bytes(content[: len(content) // 2])
+
+
+def rewrite(folder, **changes):
+    saved = torch.load(folder / "resume.pt", weights_only=True)
+    torch.save({**saved, **changes}, folder / "resume.pt")
+
+
+def flip_a_bit(folder):
+    saved = torch.load(folder / "resume.pt", weights_only=True)
+    content = bytearray((folder / "resume.pt").read_bytes())
+    moment = saved["training"]["optimizer"]["state"][0]["exp_avg"].numpy().tobytes()
+    content[content.index(moment)] ^= 1
+    (folder / "resume.pt").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        shorten,
+        flip_a_bit,
+        lambda folder: torch.save([1, 2], folder / "resume.pt"),
+        lambda folder: rewrite(folder, training={"losses": torch.zeros(5)}),
+        lambda folder: rewrite(folder, environment="another device"),
+        lambda folder: rewrite(folder, seconds=math.nan),
+        lambda folder: (folder / "step_3.pt").unlink(),
+        lambda folder: (folder / "run.json").write_text('{"status": "failed", "reason": "?"}'),
+    ],
+    ids=["short", "bit", "list", "parts", "device", "seconds", "checkpoint", "failed"],
+)
+def test_what_does_not_fit_makes_a_run_start_at_its_first_step(
+    study, images, tmp_path, updates, harm
+):
+    _, whole = study
+    folder = interrupted(one_run("dfa"), images, tmp_path)
+    harm(folder)
+    del updates[:]
+    result = run_study(one_run("dfa"), images, tmp_path)
+    assert result.failed == []
+    assert len(updates) == 12
+    assert_same_run(folder, whole / "mlp/dfa/seed_42")
+
+
+def test_a_stopped_run_of_another_configuration_is_none_of_this_one(images, tmp_path, updates):
+    folder = interrupted(one_run("dfa"), images, tmp_path / "out")
+    suite = one_run("dfa", checkpoint_steps=(3, 9))
+    run_study(suite, images, tmp_path / "whole")
+    del updates[:]
+    run_study(suite, images, tmp_path / "out")
+    assert len(updates) == 12
+    assert_same_run(folder, tmp_path / "whole/mlp/dfa/seed_42")
+
+
+class Fading(Rule):
+    """Keep a number that nothing carries."""
+
+    name = "fading"
+    share = 1.0
+
+    def block_credit(self, states):
+        self.share = self.share * 0.5
+        return [self.share * h for h in states.hiddens[1:]]
+
+
+def test_a_rule_that_keeps_more_than_is_carried_starts_at_its_first_step(images, tmp_path, updates):
+    suite = one_run("test_study:Fading")
+    run_study(suite, images, tmp_path / "whole")
+    folder = tmp_path / "out/mlp/test_study-Fading/seed_42"
+    with pytest.raises(KeyboardInterrupt):
+        run_study(suite, images, tmp_path / "out", progress=stop_at(8))
+    assert (folder / "resume.pt").exists()
+    del updates[:]
+    run_study(suite, images, tmp_path / "out")
+    assert len(updates) == 12
+    assert_same_run(folder, tmp_path / "whole/mlp/test_study-Fading/seed_42")
+
+
+class Stepping(Rule):
+    """Have a schedule of one's own that cannot be saved."""
+
+    name = "stepping"
+
+    def _descent(self, learning_rate, weight_decay):
+        optimizer, _ = super()._descent(learning_rate, weight_decay)
+        return optimizer, SimpleNamespace(step=lambda: None)
+
+    def block_credit(self, states):
+        return [torch.zeros_like(h) for h in states.hiddens[1:]]
+
+
+def test_a_rule_whose_state_cannot_be_saved_trains_all_the_same(images, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run_study(one_run("test_study:Stepping"), images, tmp_path, progress=stop_at(8))
+    assert not list(tmp_path.rglob("resume.pt"))
+    result = run_study(one_run("test_study:Stepping"), images, tmp_path)
+    assert result.failed == []
+
+
+def test_a_run_that_failed_leaves_nothing_to_go_on_from(images, tmp_path, updates):
+    suite = one_run("test_study:Refusing", checkpoint_steps=(1, 2))
+    for _ in range(2):
+        del updates[:]
+        assert run_study(suite, images, tmp_path).failed
+        assert len(updates) == 3
+        assert not list(tmp_path.rglob("resume.pt"))
+
+
+def test_what_a_killed_call_left_of_a_finished_run_is_removed(images, tmp_path):
+    suite = one_run("bp")
+    run_study(suite, images, tmp_path)
+    (tmp_path / "mlp/bp/seed_42/resume.pt").write_bytes(b"of a call that was killed")
+    assert run_study(suite, images, tmp_path).trained == 0
+    assert not list(tmp_path.rglob("resume.pt"))
+
+
+def test_the_time_of_a_run_goes_on_too(images, tmp_path, monkeypatch):
+    now, update = [0.0], Rule.update
+    monkeypatch.setattr(running.time, "perf_counter", lambda: now[0])
+
+    def in_a_second(self, x, y):
+        now[0] += 1.0
+        return update(self, x, y)
+
+    monkeypatch.setattr(Rule, "update", in_a_second)
+    interrupted(one_run("bp"), images, tmp_path)
+    seen = []
+    (run,) = run_study(one_run("bp"), images, tmp_path, progress=seen.append).runs
+    # 6 seconds until the checkpoint, and 6 since.
+    assert (now[0], run.seconds) == (14.0, 12.0)
+    assert [(at.step, at.rate, at.seconds_left) for at in seen[:-1]] == [
+        (step, 1.0, 12.0 - step) for step in range(7, 13)
+    ]
+    assert seen[-1].rate == 1.0
 
 
 # ---- several runs at once

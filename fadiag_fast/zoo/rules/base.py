@@ -88,6 +88,11 @@ class Rule(ABC):
     Attributes:
         tensors: what ``setup`` drew and does not train, by name: feedback matrices.
         networks: what ``setup`` made and the rule trains beside the model, by name.
+        optimizer, scheduler: of all that learns.
+
+    A training that is interrupted and goes on carries the model's weights, these four and every
+    ``torch.Generator`` in an attribute. A rule that keeps anything else from step to step, such as
+    a number or a tensor in an attribute, trains as well, but starts again at its first step.
 
     Raises TypeError for a model without the attributes named above and ValueError for
     ``total_steps`` below 1, a ``train_embed`` for a model without an embedding, or a ``penalty``

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -35,3 +36,11 @@ class DeviceCosine:
     def get_last_lr(self) -> list[Tensor]:
         """Return a copy of the rate, as torch's schedulers do."""
         return [self.rate.clone()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return how many steps were taken; the rate itself is the optimiser's."""
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.taken.copy_(state["taken"])
