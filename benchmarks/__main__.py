@@ -46,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--only",
         default="",
-        help="operator, architectures, calibration, steps, study-rate: those whose name has this; "
-        "steps: soak for a long run that watches memory",
+        help="operator, architectures, calibration, scan-rate, steps, study-rate: those whose name "
+        "has this; steps: soak for a long run that watches memory",
     )
     found.add_argument(
         "--no-compile", action="store_true", help="operator and capture: without torch.compile"
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "special" in what:
         written.append(special.run(device, asked.results, asked.quick))
     if "scan-rate" in what:
-        written.append(scan_rate.run(device, asked.results, asked.quick))
+        written.append(scan_rate.run(device, asked.results, asked.quick, asked.only))
     if "capture" in what:
         written.append(capture.run(device, asked.results, asked.quick, not asked.no_compile))
     if "architectures" in what:

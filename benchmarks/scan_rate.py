@@ -177,11 +177,14 @@ def _busy(paths: list[Path], model: nn.Module, batches: list[Any]) -> float:
     return round(covered / 1e6 / wall, 3)
 
 
-def run(device: torch.device, results: Path, quick: bool) -> Path:
-    """Time loop and scan in turns over the same files; write checkpoints per second."""
+def run(device: torch.device, results: Path, quick: bool, only: str = "") -> Path:
+    """Time loop and scan in turns over the same files, of studies whose name has ``only``."""
     written = []
     here = rows.environment(device)
-    for study in studies(device, quick):
+    chosen = [one for one in studies(device, quick) if only.lower() in one.name.lower()]
+    if not chosen:
+        raise ValueError(f"scan-rate: no study has {only!r} in its name")
+    for study in chosen:
         torch.manual_seed(0)
         template = study.build().to(device)
         batches = [
@@ -237,5 +240,6 @@ def run(device: torch.device, results: Path, quick: bool) -> Path:
                     }
                 )
         # After each: a run that is cut short leaves what it has.
-        path = rows.write(rows.results_path(results, "scan-rate", device, quick), written)
+        path = rows.results_path(results, "scan-rate", device, quick)
+        rows.write(path, written, replace="study")
     return path

@@ -24,6 +24,7 @@ from benchmarks import (
     plots,
     pure,
     rows,
+    scan_rate,
     special,
     steps,
     sweep,
@@ -432,6 +433,20 @@ def test_partial_run_keeps_the_other_workloads(tmp_path):
     rows.write(path, [{"workload": "a", "us": 1}, {"workload": "b", "us": 2}])
     rows.write(path, [{"workload": "b", "us": 3}], replace="workload")
     assert {row["workload"]: row["us"] for row in rows.read(path)} == {"a": "1", "b": "3"}
+
+
+def test_the_rate_of_one_study_leaves_the_other_s_rows(tmp_path):
+    path = rows.results_path(tmp_path, "scan-rate", CPU, True)
+    rows.write(path, [{"study": "another", "variant": "scan", "ms_each": 1}])
+    scan_rate.run(CPU, tmp_path, quick=True, only="residual")
+    other, loop, scan = rows.read(path)
+    assert other["study"] == "another"
+    assert loop["study"] == scan["study"] == "ResidualMLP d256 L4, 10×128"
+    assert rows.number(scan, "ratio") == pytest.approx(
+        rows.number(loop, "ms_each") / rows.number(scan, "ms_each"), abs=0.006
+    )
+    with pytest.raises(ValueError, match="no study has 'gpt' in its name"):
+        scan_rate.run(CPU, tmp_path, quick=True, only="gpt")
 
 
 def test_command_does_not_record_the_results_folder(monkeypatch):
