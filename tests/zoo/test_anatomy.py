@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from toys import noisy_patterns
 
 from fadiag_fast.zoo import RULES, ImageDataset, build_model, make_rule, train
 from fadiag_fast.zoo.anatomy import Anatomy, anatomy_of
@@ -284,15 +285,7 @@ def test_ep_on_tokens_is_plain_gradient_descent_on_the_energy():
 @pytest.fixture(scope="module")
 def tiny() -> ImageDataset:
     """Four classes of noisy 2x8x8 patterns, easy to tell apart."""
-    generator = torch.Generator().manual_seed(0)
-    patterns = torch.randn(4, *SHAPE, generator=generator)
-
-    def split(count):
-        labels = torch.arange(count) % 4
-        noise = torch.randn(count, *SHAPE, generator=generator)
-        return patterns[labels] + 0.3 * noise, labels
-
-    return ImageDataset("tiny", *split(200), *split(80), num_classes=4, input_shape=SHAPE)
+    return noisy_patterns("tiny", SHAPE, train=200, test=80, noise=0.3)
 
 
 # Wide enough that also a local rule separates four patterns in fifty steps.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from toys import Decaying
 
 from fadiag_fast.zoo import CannotResume, Rule, train
 from fadiag_fast.zoo.rules import Backpropagation, DirectFeedbackAlignment
@@ -62,17 +63,6 @@ class DrawingByNumpy(Drawing):
 
     def noise(self, shape):
         return torch.from_numpy(self.draws.standard_normal(shape, dtype=np.float32))
-
-
-class Decaying(Backpropagation):
-    """Count in a Python number."""
-
-    name = "decaying"
-    share = 1.0
-
-    def losses(self, x, y):
-        self.share = self.share * 0.9
-        return {"loss": F.cross_entropy(self.model(x), y) * self.share}
 
 
 class Remembering(DirectFeedbackAlignment):
@@ -234,12 +224,13 @@ def test_a_state_is_a_copy_and_is_left_as_it_is(images):
 # ---- refusals
 
 
-@pytest.mark.parametrize("rule", ["Decaying", "Remembering", "DrawingByNumpy"])
+@pytest.mark.parametrize("rule", [Decaying, Remembering, DrawingByNumpy])
 def test_a_rule_that_keeps_more_than_is_carried_is_refused(images, updates, rule):
-    _, states, _ = run(images, f"test_resuming:{rule}")
+    name = f"{rule.__module__}:{rule.__name__}"
+    _, states, _ = run(images, name)
     del updates[:]
     with pytest.raises(CannotResume, match="keeps nothing else from step to step"):
-        run(images, f"test_resuming:{rule}", resume=through_a_file(states[3]))
+        run(images, name, resume=through_a_file(states[3]))
     assert updates == []
 
 

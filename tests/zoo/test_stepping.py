@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
+from toys import Decaying  # noqa: F401 (found here by its name)
 
 from fadiag_fast.study import StudyModel, Suite, run_study
 from fadiag_fast.zoo import RULES, build_model, make_rule, stepping, train
@@ -53,17 +54,6 @@ class Synchronising(Backpropagation):
         if x.is_cuda:
             torch.cuda.synchronize()
         return super().update(x, y)
-
-
-class Decaying(Backpropagation):
-    """Count in a Python number, and do less with every step."""
-
-    name = "decaying"
-    share = 1.0
-
-    def losses(self, x, y):
-        self.share = self.share * 0.9
-        return {"loss": F.cross_entropy(self.model(x), y) * self.share}
 
 
 class Remembering(DirectFeedbackAlignment):

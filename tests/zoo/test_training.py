@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from toys import noisy_patterns
 
 from fadiag_fast.zoo import ImageDataset, accuracy, build_model, load_dataset, make_rule, train
 
@@ -12,15 +13,7 @@ TINY = {"d_hidden": 16, "num_blocks": 2}
 @pytest.fixture(scope="module")
 def tiny() -> ImageDataset:
     """Four classes of noisy 1x3x3 patterns, easy to tell apart."""
-    generator = torch.Generator().manual_seed(0)
-    patterns = torch.randn(4, 1, 3, 3, generator=generator)
-
-    def split(count):
-        labels = torch.arange(count) % 4
-        noise = torch.randn(count, 1, 3, 3, generator=generator)
-        return patterns[labels] + 0.3 * noise, labels
-
-    return ImageDataset("tiny", *split(200), *split(80), num_classes=4, input_shape=(1, 3, 3))
+    return noisy_patterns("tiny", (1, 3, 3), train=200, test=80, noise=0.3)
 
 
 def run(dataset, rule="bp", **options):
