@@ -135,4 +135,22 @@ FADIAG_HOST_DEVICE double cosine(double dot, double squares_a, double squares_b)
 // The same for a direction with itself: exactly one, unless it has no direction.
 FADIAG_HOST_DEVICE double self_cosine(double squares) { return squares / squares; }
 
+// A power of two that brings the largest element of a float64 vector near one, so that neither its
+// squares overflow nor all of them vanish; one for vectors that are zero or not finite. Narrower
+// types need none: their products fit float64.
+FADIAG_HOST_DEVICE double power_of_two_scale(double largest) {
+  if (!(largest > 0.0 && largest <= kLargestDouble)) return 1.0;
+  int exponent = 0;
+  std::frexp(largest, &exponent);
+  // Normal numbers only: subnormal ones may be flushed to zero.
+  return std::ldexp(1.0, exponent > 1022 ? -1022 : exponent < -1022 ? 1022 : -exponent);
+}
+
+// One element of an exponential average, moved by `weight` of the way to x.
+template <typename Element>
+FADIAG_HOST_DEVICE Element moved_average(Element average, Element x, double weight) {
+  const double from = static_cast<double>(average);
+  return static_cast<Element>(from + (static_cast<double>(x) - from) * weight);
+}
+
 }  // namespace fadiag

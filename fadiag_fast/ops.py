@@ -1,8 +1,8 @@
 """Load the native library and offer its operators as thin functions.
 
-``layer_statistics`` and ``direction_cosines`` call ``torch.ops.fadiag.*`` where a kernel for the
-tensors' device is loaded, and :mod:`fadiag_fast.reference` elsewhere, after one warning with the
-cause. ``FADIAG_BACKEND=native|torch`` or the argument ``backend`` forces either.
+They call ``torch.ops.fadiag.*`` where a kernel for the tensors' device is loaded, and
+:mod:`fadiag_fast.reference` elsewhere, after one warning with the cause.
+``FADIAG_BACKEND=native|torch`` or the argument ``backend`` forces either.
 """
 
 import json
@@ -24,7 +24,7 @@ from .reference import LayerStatistics
 Backend = Literal["native", "torch"]
 
 _FOLDER = Path(__file__).parent / "_native"
-_OPS = ("layer_statistics", "direction_cosines")
+_OPS = ("layer_statistics", "direction_cosines", "step_row")
 
 
 @dataclass(frozen=True)
@@ -384,6 +384,60 @@ def direction_cosines(
     return cosines
 
 
+def step_row(
+    norms: Tensor,
+    directions: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    rows: Tensor,
+    places: Tensor,
+    *,
+    decay: float,
+    extras: Sequence[Tensor] = (),
+    backend: Backend | None = None,
+) -> None:
+    """Write all that one training step says into a row of a ring, and keep its directions.
+
+    One call in place of some twenty, which reads its places on the device, so that a CUDA graph can
+    replay it.
+
+    Args:
+        norms: ``[2, S, N]`` float64, contiguous: of S states, then of their gradients; the last
+            gradient is that of the logits.
+        directions: batch-mean gradients, ``[D]`` each, float32 or float64, the same in all.
+        kept: per direction ``[K + 1, D]`` in its type: K earlier ones, zero where there is none
+            yet, and their exponential average. Written to: the direction takes the place of the
+            oldest, and enters the average unless it is zero or not finite.
+        rows: the ring, ``[R, W]`` float64. Written to at ``places[0]``: 3 S - 1 medians (of the
+            rows of ``norms``, NaN left out and the lower of two middle values, then of each
+            gradient's norm over the logits'), K + 1 cosines per direction with what was kept
+            before, the extras.
+        places: ``[3]`` int64: the next row, the next kept direction, and a zero that the kernels
+            count with. Both places count on.
+        decay: a direction enters the average with the weight 1 - decay.
+        extras: ``[E]`` float64 each, four at most, that go behind the rest.
+        backend: ``"native"`` or ``"torch"`` to force one.
+
+    Raises:
+        RuntimeError: a shape, type or device is not as above; nothing is written.
+
+    >>> import torch
+    >>> norms = torch.tensor([[[3.0, 1.0, 2.0]], [[4.0, 6.0, 5.0]]], dtype=torch.float64)
+    >>> kept = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
+    >>> rows, places = torch.zeros(2, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    >>> step_row(norms, [torch.tensor([1.0, 1.0])], [kept], rows, places, decay=0.5)
+    >>> rows[0]
+    tensor([2.0000, 5.0000, 0.7071,    nan], dtype=torch.float64)
+    >>> kept
+    tensor([[1.0000, 1.0000],
+            [0.5000, 0.5000]])
+    """
+    if _is_native(norms.device.type, backend):
+        _step_row_op(norms, directions, kept, rows, places, decay, extras)
+    else:
+        with torch.no_grad():
+            reference.step_row(norms, directions, kept, rows, places, decay=decay, extras=extras)
+
+
 def _register_rules() -> None:
     """Teach torch the operators' shapes and batching rules, and that none has a gradient."""
     library = torch.library.Library("fadiag", "IMPL")
@@ -412,6 +466,10 @@ def _register_rules() -> None:
         return grad_means[0].new_empty(
             (*stack, layers, num_batches, num_batches), dtype=torch.float64
         )
+
+    @torch.library.register_fake("fadiag::step_row")
+    def _(*_: Any) -> None:
+        return None
 
     @torch.library.custom_op("fadiag::reinterpret_as_double", mutates_args=())
     def reinterpret(words: Tensor) -> Tensor:
@@ -471,3 +529,4 @@ if "cpu" in _NATIVE_DEVICES:
     # Bound once: looking an overload up costs as much as a small kernel.
     _statistics_op = torch.ops.fadiag.layer_statistics.default
     _cosines_op = torch.ops.fadiag.direction_cosines.default
+    _step_row_op = torch.ops.fadiag.step_row.default

@@ -189,3 +189,34 @@ def direction_cosines(grad_means: Sequence[Sequence[Tensor]], *, stacked: bool =
         rows = [row.reshape((*row.shape[:sample_dim], -1)) for row in layer]
         matrices.append(cosine_matrix(torch.stack(rows, dim=sample_dim)))
     return torch.stack(matrices, dim=sample_dim)
+
+
+def step_row(
+    norms: Tensor,
+    directions: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    rows: Tensor,
+    places: Tensor,
+    *,
+    decay: float,
+    extras: Sequence[Tensor] = (),
+) -> None:
+    """Write the row of a training step; see :func:`fadiag_fast.ops.step_row`."""
+    states = norms.shape[1]
+    flat = norms.flatten(0, 1)
+    values = torch.cat([flat, flat[states:-1] / flat[-1]])
+    if values.shape[1]:
+        parts = [torch.nanmedian(values, dim=1).values]
+    else:
+        parts = [values.new_full((len(values),), torch.nan)]
+    for direction, held in zip(directions, kept, strict=True):
+        cosines = direction_cosines([[direction], *([one] for one in held.unbind(0))])[0, 0]
+        parts.append(cosines[1:])
+        average = held[-1]
+        average.lerp_(torch.where(cosines[0] == 1, direction, average), 1.0 - decay)
+        held.index_copy_(0, places[1:2], direction[None])
+    row = torch.cat([*parts, *extras])
+    rows[:, : len(row)].index_copy_(0, places[:1], row[None])
+    places[:1].add_(1).remainder_(len(rows))
+    if kept:
+        places[1:2].add_(1).remainder_(len(kept[0]) - 1)

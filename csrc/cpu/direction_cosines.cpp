@@ -12,15 +12,6 @@ namespace {
 // 4096 columns of ten float32 directions are 160 KB: all pairs are formed from the L2 cache.
 constexpr int64_t kChunkColumns = 4096;
 
-// A power of two that brings the largest element of a float64 vector near one, so that neither its
-// squares overflow nor all of them vanish. Narrower types need none: their products fit float64.
-double power_of_two_scale(double largest) {
-  if (!(largest > 0.0) || !std::isfinite(largest)) return 1.0;
-  int exponent = 0;
-  std::frexp(largest, &exponent);
-  return std::ldexp(1.0, std::clamp(-exponent, -1022, 1023));
-}
-
 Tensor direction_cosines(std::vector<Tensor> grad_means, int64_t num_batches, bool stacked) {
   const CosinesCall call = check_cosines_call(grad_means, num_batches, stacked);
   const int type = call.type;

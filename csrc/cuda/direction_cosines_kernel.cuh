@@ -229,34 +229,15 @@ __global__ void finish_cosines_kernel(
   }
 }
 
-// A power of two that brings a vector's largest element near one; one for vectors that are zero or
-// not finite. One block a vector.
+// One block a vector.
 template <int kVectors, int kGroups>
 __global__ void direction_scales_kernel(
     const __grid_constant__ CosineTable<kVectors, kGroups> table, double* scales) {
   const CosineGroup& group = table.groups[blockIdx.y];
   const int vector = group.first_vector + blockIdx.x;
-  const auto* source = static_cast<const double*>(table.vectors[vector]);
-  double largest = 0.0;
-  for (int64_t c = threadIdx.x; c < group.columns; c += blockDim.x) {
-    const double magnitude = fabs(source[c]);
-    // A NaN, once met, fails every later comparison and stays.
-    largest = magnitude <= largest ? largest : magnitude;
-  }
-  __shared__ double shared[kCosineThreads];
-  shared[threadIdx.x] = largest;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (int t = 1; t < blockDim.x; ++t) {
-    largest = shared[t] <= largest ? largest : shared[t];
-  }
-  double scale = 1.0;
-  if (largest > 0.0 && largest <= kLargestDouble) {
-    int exponent;
-    frexp(largest, &exponent);
-    scale = ldexp(1.0, -exponent < 1023 ? -exponent : 1023);
-  }
-  scales[vector] = scale;
+  const double largest =
+      largest_magnitude(static_cast<const double*>(table.vectors[vector]), group.columns);
+  if (threadIdx.x == 0) scales[vector] = power_of_two_scale(largest);
 }
 
 // Launches all kernels for one table. `scales` is workspace of K doubles a group for float64

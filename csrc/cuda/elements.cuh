@@ -50,4 +50,24 @@ struct Vector {
   }
 };
 
+// The largest magnitude of a float64 vector, NaN if it holds one; for thread 0 of a block.
+__device__ __forceinline__ double largest_magnitude(const double* source, int64_t columns) {
+  constexpr int kMostThreads = 1024;
+  double largest = 0.0;
+  for (int64_t c = threadIdx.x; c < columns; c += blockDim.x) {
+    const double magnitude = fabs(source[c]);
+    // A NaN, once met, fails every later comparison and stays.
+    largest = magnitude <= largest ? largest : magnitude;
+  }
+  __shared__ double shared[kMostThreads];
+  shared[threadIdx.x] = largest;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int t = 1; t < blockDim.x; ++t) {
+      largest = shared[t] <= largest ? largest : shared[t];
+    }
+  }
+  return largest;
+}
+
 }  // namespace fadiag

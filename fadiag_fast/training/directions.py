@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import ops
-
 _SEED = 0x5EED
 
 
@@ -59,6 +57,9 @@ class Directions:
         sketch: width of a :class:`CountSketch`; None keeps directions whole. One that is not longer
             than the sketch would be stays whole.
 
+    Attributes:
+        kept: per layer the K past directions and the average, ``[K + 1, D]``.
+
     Memory: K + 1 vectors for each layer, in float32 (float64 for float64 states).
     """
 
@@ -67,13 +68,9 @@ class Directions:
         self.window = window
         self.decay = decay
         self.sketch = sketch
-        self._past_of: list[Tensor] = []  # K rows for each layer
-        self._kept: list[list[Tensor]] = []  # the same by row, then the averages
-        self._average: list[Tensor] = []
+        self.kept: list[Tensor] = []
         self._kept_like: tuple[object, ...] = ()
         self._sketches: dict[tuple[int, torch.device], CountSketch] = {}
-        self._next = 0
-        self._device_next: Tensor | None = None
         self.starts = 0  # how often the kept directions were put into other memory
 
     @property
@@ -84,7 +81,7 @@ class Directions:
     @property
     def bytes(self) -> int:
         """How much memory the kept directions take."""
-        return sum(t.nbytes for t in (*self._past_of, *self._average))
+        return sum(t.nbytes for t in self.kept)
 
     def _sketched(self, direction: Tensor) -> Tensor:
         flat = direction if direction.dim() == 1 else direction.reshape(-1)
@@ -95,17 +92,8 @@ class Directions:
             self._sketches[key] = CountSketch(len(flat), self.sketch, flat.device)
         return self._sketches[key](flat)
 
-    def _start(self, directions: Sequence[Tensor]) -> None:
-        self.starts += 1
-        self._past_of = [d.new_zeros((self.window, len(d))) for d in directions]
-        self._average = [torch.zeros_like(d) for d in directions]
-        rows = zip(*(past.unbind(0) for past in self._past_of), strict=True)
-        self._kept = [*map(list, rows), self._average]
-        self._next = 0
-        self._device_next = torch.zeros(1, dtype=torch.int64, device=directions[0].device)
-
-    def compare(self, means: Sequence[Tensor | None], captured: bool = False) -> Tensor | None:
-        """Return cosines with what is kept, and keep these directions too.
+    def take(self, means: Sequence[Tensor | None], captured: bool = False) -> list[Tensor] | None:
+        """Return the directions of a step, for :func:`fadiag_fast.ops.step_row` with ``kept``.
 
         Args:
             means: the layers' batch-mean (or batch-sum) gradients, of any shape; None for one
@@ -113,17 +101,20 @@ class Directions:
             captured: the call is being captured into a CUDA graph.
 
         Returns:
-            ``[layers, K + 1]`` float64: with each of the last K, in no order, then with the
-            average. NaN where either is not there, zero or not finite; None where nothing is.
+            ``[D]`` each, NaN for one that did not arrive; None where nothing is to be compared.
             States of another shape, dtype or device begin anew.
         """
-        present_means = [mean for mean in means if mean is not None]
-        if len(present_means) < len(means) and (not self._average or not present_means):
+        there = [mean for mean in means if mean is not None]
+        if len(there) < len(means) and (not self.kept or not there):
             return None
         directions = [
-            torch.full_like(self._average[l], torch.nan) if mean is None else self._sketched(mean)
+            self.kept[l].new_full((self.kept[l].shape[1],), torch.nan)
+            if mean is None
+            else self._sketched(mean)
             for l, mean in enumerate(means)
         ]
+        if len({d.dtype for d in directions}) > 1:
+            directions = [d.double() for d in directions]
         like = tuple([(d.shape, d.dtype, d.device) for d in directions])
         if like != self._kept_like:
             if captured:
@@ -131,42 +122,7 @@ class Directions:
                     "StepProbe: expected a step outside of the CUDA graph first, with states of "
                     "the same shapes; run one before capturing"
                 )
-            self._start(directions)
+            self.starts += 1
+            self.kept = [d.new_zeros((self.window + 1, len(d))) for d in directions]
             self._kept_like = like
-        batches = [directions, *self._kept]
-        # One call may serve all layers of one dtype; others need one each.
-        if len(directions) == 1 or len({d.dtype for d in directions}) == 1:
-            cosines = ops.direction_cosines(batches)
-        else:
-            cosines = torch.cat(
-                [
-                    ops.direction_cosines([[batch[l]] for batch in batches])
-                    for l in range(self.num_layers)
-                ]
-            )
-        cosines = cosines.select(1, 0)
-        # A direction that is not there must not spoil the average for ever.
-        present = (cosines[:, :1] == 1).unbind(0)
-        entering = list(map(torch.where, present, directions, self._average))
-        torch._foreach_lerp_(self._average, entering, 1.0 - self.decay)
-        self._keep(directions, captured)
-        return cosines[:, 1:]
-
-    def replayed(self) -> None:
-        """Note that a direction was kept, here or by a graph: this goes on where that ended."""
-        self._next = (self._next + 1) % self.window
-
-    def _keep(self, directions: list[Tensor], captured: bool) -> None:
-        if not captured:
-            torch._foreach_copy_(self._kept[self._next], directions)
-            self.replayed()
-            # A graph goes on where this ends.
-            if self._device_next is not None and self._device_next.is_cuda:
-                self._device_next.fill_(self._next)
-            return
-        # In a graph the place must be read on the device: the host is not there when it replays.
-        place = self._device_next
-        assert place is not None
-        for past_of, direction in zip(self._past_of, directions, strict=True):
-            past_of.index_copy_(0, place, direction[None])
-        place.add_(1).remainder_(self.window)
+        return directions

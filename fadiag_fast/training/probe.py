@@ -336,7 +336,7 @@ class StepProbe:
         self._exchange: Exchange | None = None
         self._pending: tuple[Pending, _Meta, _Scaling | None] | None = None
         self._unresolved: _Scaling | None = None
-        self._held: tuple[Tensor, _Meta, _Scaling] | None = None
+        self._held: tuple[_Meta, _Scaling] | None = None
         self._graphed: _Meta | None = None
         self._replay: Replay | None = None
         self._replay_refused = False
@@ -728,9 +728,7 @@ class StepProbe:
         if not parts and self._graphed is not None and self._ring is not None:
             meta = self._graphed
             wanted = self._step_was_wanted
-            if self._directions is not None:
-                self._directions.replayed()
-            self._emit(self._ring.replayed(meta._replace(step=step) if wanted else None))
+            self._emit(self._ring.written(meta._replace(step=step) if wanted else None, False))
             self._emit(self._ring.ready())
             return
         if not parts and self._step_was_wanted and not replayed:
@@ -774,10 +772,8 @@ class StepProbe:
         self._backward_of = None
         self._replay(tensors)
         observation.forget()
-        if self._directions is not None:
-            self._directions.replayed()
         meta = _Meta(step, self._sizes, tensors[-1].shape[0], 1, of.autocast, (), False)
-        self._emit(self._ring.replayed(meta, at_once=True))
+        self._emit(self._ring.written(meta))
         return True
 
     def _make_replay(self, tensors: Sequence[Tensor]) -> Replay | None:
@@ -802,7 +798,7 @@ class StepProbe:
             assert self._settings is not None
             means: list[Tensor | None] = [found.mean_of(l) for l in self._settings.direction_layers]
             figures = Figures(found.norms, means, set(), len(places[-1]))
-            ring.push_captured(self._row(figures, None, captured=True))
+            self._write_row(figures, None, captured=True)
 
         try:
             return Replay(tensors, reduce)
@@ -850,11 +846,11 @@ class StepProbe:
         meta = self._meta(figures, step)
         scaling = self._scaling(figures)
         if found_group is None:
-            row = self._row(figures, scaling)
+            self._write_row(figures, scaling)
             if scaling is None:
-                self._send(row, meta)
+                self._send(meta)
             else:
-                self._held, self._unresolved = (row, meta, scaling), scaling
+                self._held, self._unresolved = (meta, scaling), scaling
             return
         self._settle()
         self._unresolved = scaling
@@ -890,7 +886,8 @@ class StepProbe:
             scaling.overflowed(self._overflowed(figures))
         assert self._exchange is not None
         meta = meta._replace(samples=None, world_size=self._exchange.world)
-        self._send(self._row(figures, scaling), meta)
+        self._write_row(figures, scaling)
+        self._send(meta)
 
     def _meta(self, figures: Figures, step: int) -> _Meta:
         ranks = self._tensor_ranks
@@ -923,10 +920,10 @@ class StepProbe:
             self._unresolved.resolve()
             self._unresolved = None
         if self._held is not None:
-            (row, meta, scaling), self._held = self._held, None
-            at = len(row) - (2 if meta.samples is not None else 3)
-            row[at : at + 2] = scaling.figures()
-            self._send(row, meta)
+            (meta, scaling), self._held = self._held, None
+            assert self._ring is not None
+            self._ring.newest()[self._scaling_at : self._scaling_at + 2] = scaling.figures()
+            self._send(meta)
 
     def _overflowed(self, figures: Figures) -> Tensor:
         """Say on the device whether a gradient that arrived is not finite."""
@@ -938,23 +935,29 @@ class StepProbe:
         # A place without a sample holds NaN in both.
         return (torch.isinf(grad) | (torch.isnan(grad) & ~torch.isnan(hidden))).any()
 
-    def _row(self, figures: Figures, scaling: _Scaling | None, captured: bool = False) -> Tensor:
-        """Return all figures of a step, ``[C]`` float64; see :meth:`_record` for their places."""
-        rows, n = figures.norms.flatten(0, 1), self._n
-        values = torch.cat([rows, rows[n + 1 : -1] / rows[-1]])
-        parts = [torch.nanmedian(values, dim=1).values]
-        if self._directions is not None:
-            cosines = self._directions.compare(figures.means, captured)
-            if cosines is None:
-                cosines = rows.new_full(
-                    (self._directions.num_layers, self._directions.width), torch.nan
-                )
-            parts.append(cosines.reshape(-1))
+    def _write_row(
+        self, figures: Figures, scaling: _Scaling | None, captured: bool = False
+    ) -> None:
+        """Write all figures of a step into the ring; see :meth:`_record` for their places."""
+        assert self._ring is not None
+        norms, kept = figures.norms, self._directions
+        directions = None if kept is None else kept.take(figures.means, captured)
+        extras: list[Tensor] = []
+        if kept is not None and directions is None:
+            extras.append(norms.new_full((kept.num_layers * kept.width,), torch.nan))
         if scaling is not None:
-            parts.append(scaling.figures())
+            extras.append(scaling.figures())
         if figures.samples is None and figures.count is not None:
-            parts.append(figures.count.reshape(1).double())
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+            extras.append(figures.count.reshape(1).double())
+        ops.step_row(
+            norms.contiguous(),
+            directions or (),
+            kept.kept if kept is not None and directions else (),
+            self._ring.device_rows,
+            self._ring.places,
+            decay=self.decay,
+            extras=extras,
+        )
 
     def _make_ring(self, device: torch.device) -> None:
         if self._ring is not None and self._ring.device == device:
@@ -962,14 +965,14 @@ class StepProbe:
         if self._ring is not None:
             self._emit(self._ring.drain())
         self._replay = None  # it writes into the ring that was
-        kept = 0
-        if self._directions is not None:
-            kept = self._directions.num_layers * self._directions.width
-        self._ring = Ring(self._ring_rows, 3 * self._n + 2 + kept + 3, device)
+        kept = self._directions
+        # Behind medians and cosines; then whether a scaler skipped the step, and the samples.
+        self._scaling_at = 3 * self._n + 2 + (kept.num_layers * kept.width if kept else 0)
+        self._ring = Ring(self._ring_rows, self._scaling_at + 3, device)
 
-    def _send(self, row: Tensor, meta: _Meta) -> None:
+    def _send(self, meta: _Meta) -> None:
         assert self._ring is not None
-        self._emit(self._ring.push(row, meta))
+        self._emit(self._ring.written(meta))
 
     def _capture(self, parts: list[Figures]) -> None:
         """Record a step into a CUDA graph; each replay then leaves a row in the device's ring."""
@@ -986,7 +989,7 @@ class StepProbe:
                 "StepProbe: expected a single process inside of a CUDA graph, got a process group; "
                 "give group=False to observe each rank's own samples"
             )
-        self._ring.push_captured(self._row(figures, self._scaling(figures), captured=True))
+        self._write_row(figures, self._scaling(figures), captured=True)
         self._graphed = self._meta(figures, -1)
 
     # ---- on the host

@@ -13,13 +13,17 @@ from torch import Tensor
 class Ring:
     """Rows of figures on their way to the host.
 
-    A row is copied into pinned memory behind the work that computes it, and read once its event has
-    passed, some steps later. On a CPU it is there at once, and goes the same way.
+    A row is written on the device, copied into pinned memory behind that, and read once its event
+    has passed, some steps later. On a CPU it is there at once, and goes the same way.
 
     Args:
-        rows: R, how many may be under way; memory is 4·R·width·8 bytes.
+        rows: R, how many may be under way; memory is 2·R·width·8 bytes.
         width: numbers in a row.
         device: where they are computed.
+
+    Attributes:
+        device_rows: ``[R, width]`` float64.
+        places: ``[3]`` int64, see :func:`fadiag_fast.ops.step_row`.
 
     When R rows are under way the oldest ones are waited for, with one warning: nothing is lost.
     """
@@ -29,42 +33,55 @@ class Ring:
         self.device = device
         self.on_gpu = device.type == "cuda"
 
-        def memory() -> Tensor:
-            return torch.empty((rows, width), dtype=torch.float64, pin_memory=self.on_gpu)
-
-        self._host_rows = memory()
-        self._host_places: dict[int, tuple[Tensor, ...]] = {}  # by the numbers in a row
+        # Written by :func:`fadiag_fast.ops.step_row`, which counts its places on the device.
+        self.device_rows = torch.zeros((rows, width), dtype=torch.float64, device=device)
+        self.places = torch.zeros(3, dtype=torch.int64, device=device)
+        self._device_places = self.device_rows.unbind(0)
+        self._host_rows = torch.empty((rows, width), dtype=torch.float64, pin_memory=self.on_gpu)
+        self._host_places = self._host_rows.unbind(0)
         self._free_events: list[Any] = []
         # What was sent off together: its event, and (meta, place on the host) of each row.
         self._under_way: deque[tuple[Any, list[tuple[Any, Tensor]]]] = deque()
         self._count = 0
-        self._next = 0
-        self._warned = False
-        # Of steps that a CUDA graph replays: written at a place that is counted on the device, and
-        # sent to the same place on the host.
-        self._device_rows = torch.zeros((rows, width), dtype=torch.float64, device=device)
-        self._device_places = self._device_rows.unbind(0)
-        self._device_next = torch.zeros(1, dtype=torch.int64, device=device)
-        self._replayed_rows = memory()
-        self._replayed_places = self._replayed_rows.unbind(0)
-        self._replayed: list[Any] = []
+        self._written: list[Any] = []
         self._read_from = 0
+        self._warned = False
 
     def __len__(self) -> int:
-        return self._count + len(self._replayed)
+        return self._count + len(self._written)
 
-    def push(self, row: Tensor, meta: Any) -> list[tuple[Any, list[float]]]:
-        """Send a row of at most ``[width]`` off; return what had to be waited for to make room."""
-        # Rows of graphs that were written before this one go before it.
-        waited = self.send_replayed() if self._replayed else []
-        waited += self._make_room(1)
-        width = len(row)
-        if width not in self._host_places:
-            self._host_places[width] = self._host_rows[:, :width].unbind(0)
-        place = self._host_places[width][self._next]
-        self._next = (self._next + 1) % self.rows
-        place.copy_(row, non_blocking=True)
-        self._sent([(meta, place)])
+    def newest(self) -> Tensor:
+        """Return the row on the device that :meth:`written` will be told of next."""
+        return self._device_places[(self._read_from + len(self._written)) % self.rows]
+
+    def written(self, meta: Any, at_once: bool = True) -> list[tuple[Any, list[float]]]:
+        """Send off a row that was written on the device, with None for one that nobody wants.
+
+        With ``at_once=False``, as for those of a CUDA graph, R/4 of them go together. Returns what
+        had to be waited for to make room.
+        """
+        self._written.append(meta)
+        if at_once or len(self._written) >= max(1, self.rows // 4):
+            return self.send()
+        return []
+
+    def send(self) -> list[tuple[Any, list[float]]]:
+        """Send off what was written since the last time; returns as :meth:`written` does."""
+        metas, self._written = self._written, []
+        waited: list[tuple[Any, list[float]]] = []
+        while metas:
+            first = self._read_from
+            count = min(len(metas), self.rows - first)
+            waited += self._make_room(count)
+            places = self._host_places[first : first + count]
+            if count == 1:
+                places[0].copy_(self._device_places[first], non_blocking=True)
+            else:
+                rows = self._host_rows[first : first + count]
+                rows.copy_(self.device_rows[first : first + count], non_blocking=True)
+            self._sent(list(zip(metas, places, strict=False)))
+            metas = metas[count:]
+            self._read_from = (first + count) % self.rows
         return waited
 
     def _make_room(self, count: int) -> list[tuple[Any, list[float]]]:
@@ -110,43 +127,7 @@ class Ring:
 
     def drain(self) -> list[tuple[Any, list[float]]]:
         """Wait for all rows and return them, oldest first."""
-        found = self.send_replayed()
+        found = self.send()
         if self._under_way and self._under_way[-1][0] is not None:
             self._under_way[-1][0].synchronize()
         return found + self.ready()
-
-    # ---- steps that a CUDA graph replays
-
-    def push_captured(self, row: Tensor) -> None:
-        """Write a row at the device's own place; for a call that is captured into a graph."""
-        self._device_rows[:, : len(row)].index_copy_(0, self._device_next, row[None])
-        self._device_next.add_(1).remainder_(self.rows)
-
-    def replayed(self, meta: Any, at_once: bool = False) -> list[tuple[Any, list[float]]]:
-        """Say that a graph wrote a row, None for one that nobody wants.
-
-        R/4 of them go off together, unless ``at_once``. Returns as :meth:`push` does.
-        """
-        self._replayed.append(meta)
-        if at_once or len(self._replayed) >= max(1, self.rows // 4):
-            return self.send_replayed()
-        return []
-
-    def send_replayed(self) -> list[tuple[Any, list[float]]]:
-        """Send off the rows that graphs wrote since the last time."""
-        metas, self._replayed = self._replayed, []
-        waited: list[tuple[Any, list[float]]] = []
-        while metas:
-            first = self._read_from
-            count = min(len(metas), self.rows - first)
-            waited += self._make_room(count)
-            places = self._replayed_places[first : first + count]
-            if count == 1:
-                places[0].copy_(self._device_places[first], non_blocking=True)
-            else:
-                rows = self._replayed_rows[first : first + count]
-                rows.copy_(self._device_rows[first : first + count], non_blocking=True)
-            self._sent(list(zip(metas, places, strict=False)))
-            metas = metas[count:]
-            self._read_from = (first + count) % self.rows
-        return waited

@@ -1,0 +1,335 @@
+// step_row on the GPU: all that a training step says, in one launch, or two for long directions.
+//
+// Layout:        blocks of the first launch are one median each, then one chunk of columns of one
+//                direction each. A warp multiplies the direction with one vector that is kept. Where
+//                a direction is one chunk, its block writes the cosines and keeps it; longer ones
+//                leave their products, and the blocks of a second launch, again one a chunk, merge
+//                them and keep their columns.
+// Median:        radix selection, eight bits of the order-preserving key a turn, over counts in
+//                shared memory; it ends as soon as one candidate is left.
+// Accumulation:  float64; float64 directions are scaled by a power of two each, from a first launch.
+// Determinism:   lanes and chunks are merged in a fixed order. The atomics count: candidates of a
+//                median, and blocks that are done, whose last one moves the places on.
+#pragma once
+
+#include <cstdint>
+
+#include "elements.cuh"
+
+namespace fadiag {
+
+constexpr int kStepLayers = 64;
+constexpr int kStepExtras = 4;
+constexpr int64_t kStepChunk = 4096;  // columns
+constexpr int kStepWarps = 16;        // at most
+constexpr int kDigits = 256;
+
+struct StepEntry {
+  const void* direction;
+  void* kept;  // [K + 1, columns]
+  int64_t columns;
+  int first_unit;
+  int num_chunks;
+  bool aligned;  // the direction and every row of what is kept
+};
+
+// One launch: some layers, and in the first one the medians and the extras.
+struct StepTable {
+  StepEntry entries[kStepLayers];
+  int num_layers;
+  int window;
+  double decay;
+
+  const double* norms;  // [2, states, samples]
+  int64_t states;
+  int64_t samples;
+  int num_medians;
+  const double* extras[kStepExtras];
+  int extra_counts[kStepExtras];
+  int num_extras;
+
+  double* rows;
+  int64_t num_rows;
+  int64_t row_stride;
+  int64_t cosines_at;  // the first column of these layers
+  int64_t extras_at;
+  int64_t* places;
+
+  double* sums;          // [units, K + 2, 2]
+  const double* scales;  // [layers, K + 2], or null where no scaling is needed
+  bool closes;           // no launch follows
+  bool moves_direction;
+};
+static_assert(sizeof(StepTable) <= 4096);
+
+__device__ __forceinline__ int64_t read_once(const int64_t* place) {
+  return *static_cast<const volatile int64_t*>(place);
+}
+
+// ---- medians
+
+// Unsigned integers in the order of the numbers.
+__device__ __forceinline__ uint64_t order_key(double x) {
+  const auto bits = static_cast<uint64_t>(__double_as_longlong(x));
+  return bits >> 63 ? ~bits : bits | uint64_t{1} << 63;
+}
+
+__device__ __forceinline__ double from_order_key(uint64_t key) {
+  const uint64_t bits = key >> 63 ? key & ~(uint64_t{1} << 63) : ~key;
+  return __longlong_as_double(static_cast<long long>(bits));
+}
+
+struct Selection {
+  unsigned counts[kDigits];
+  uint64_t prefix;
+  unsigned rank;
+  unsigned left;
+};
+
+// Finds the digit of the candidate of the wanted rank. One warp; eight digits a lane.
+__device__ __forceinline__ void choose_digit(Selection& found, bool first, int lane) {
+  constexpr int kOfLane = kDigits / 32;
+  unsigned own = 0;
+#pragma unroll
+  for (int i = 0; i < kOfLane; ++i) own += found.counts[lane * kOfLane + i];
+  unsigned through = own;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const unsigned other = __shfl_up_sync(0xffffffffu, through, offset);
+    if (lane >= offset) through += other;
+  }
+  const unsigned total = __shfl_sync(0xffffffffu, through, 31);
+  // The lower of the two middle ones, like torch.nanmedian.
+  const unsigned rank = first ? (total - 1) / 2 : found.rank;
+  __syncwarp();
+  if (total == 0) {
+    if (lane == 0) found.left = 0;
+    return;
+  }
+  unsigned below = through - own;
+  if (rank < below || rank >= through) return;
+  int digit = lane * kOfLane;
+  while (rank >= below + found.counts[digit]) below += found.counts[digit++];
+  found.prefix = found.prefix << 8 | static_cast<uint64_t>(digit);
+  found.rank = rank - below;
+  found.left = found.counts[digit];
+}
+
+// Writes the median of value(0) ... value(count - 1), NaN left out; NaN if nothing else is there.
+template <typename Value>
+__device__ void write_median(Value&& value, int64_t count, double* target) {
+  __shared__ Selection found;
+  if (threadIdx.x == 0) found.prefix = 0;
+  for (int shift = 56; shift >= 0; shift -= 8) {
+    for (int d = threadIdx.x; d < kDigits; d += blockDim.x) found.counts[d] = 0;
+    __syncthreads();
+    const uint64_t prefix = found.prefix;
+    for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
+      const double x = value(i);
+      const uint64_t key = order_key(x);
+      const bool candidate = x == x && (shift == 56 || key >> (shift + 8) == prefix);
+      if (candidate) atomicAdd(&found.counts[key >> shift & (kDigits - 1)], 1u);
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) choose_digit(found, shift == 56, threadIdx.x);
+    __syncthreads();
+    const unsigned left = found.left;
+    if (left == 0) {
+      if (threadIdx.x == 0) *target = nan("");
+      return;
+    }
+    if (shift == 0) {
+      if (threadIdx.x == 0) *target = from_order_key(found.prefix);
+      return;
+    }
+    if (left == 1) {
+      for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
+        const double x = value(i);
+        if (x == x && order_key(x) >> shift == found.prefix) *target = x;
+      }
+      return;
+    }
+  }
+}
+
+__device__ __forceinline__ void write_medians(const StepTable& table, int m, double* row) {
+  const int64_t samples = table.samples;
+  const int64_t doubled = 2 * table.states;
+  if (m < doubled) {
+    const double* norms = table.norms + m * samples;
+    write_median([&](int64_t i) { return norms[i]; }, samples, row + m);
+  } else {
+    const double* norms = table.norms + (m - table.states) * samples;
+    const double* error = table.norms + (doubled - 1) * samples;
+    write_median([&](int64_t i) { return norms[i] / error[i]; }, samples, row + m);
+  }
+}
+
+// ---- directions
+
+// A lane's part of a row of what is kept, beside the direction's.
+template <typename Element>
+__device__ void multiply(const Element* direction, const Element* vector, double direction_scale,
+                         double vector_scale, int64_t columns, bool aligned, int lane,
+                         double (&sums)[2]) {
+  constexpr int kSize = Vector<Element>::kSize;
+  constexpr int kUnroll = 4;
+  constexpr int64_t kStep = 32 * kSize;
+  for (int64_t first = lane * kSize; first < columns; first += kUnroll * kStep) {
+    Vector<Element> x[kUnroll];
+    Vector<Element> y[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t left = columns - (first + u * kStep);
+      const int valid = left <= 0 ? 0 : left >= kSize ? kSize : static_cast<int>(left);
+      x[u].load(direction + first + u * kStep, valid, aligned);
+      y[u].load(vector + first + u * kStep, valid, aligned);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) {
+        const double a = x[u][e] * direction_scale;
+        const double b = y[u][e] * vector_scale;
+        sums[0] += a * b;
+        sums[1] += b * b;
+      }
+    }
+  }
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    sums[0] += __shfl_xor_sync(0xffffffffu, sums[0], offset);
+    sums[1] += __shfl_xor_sync(0xffffffffu, sums[1], offset);
+  }
+}
+
+// Keeps columns [begin, end) of a direction, given its products and squares with all that is kept
+// and with itself, [K + 2, 2]. The block of the first chunk writes the cosines.
+template <typename Element>
+__device__ void keep(const StepTable& table, int l, int64_t begin, int64_t end, const double* sums,
+                     int64_t place, double* row) {
+  const StepEntry& entry = table.entries[l];
+  const int num_kept = table.window + 1;
+  const double squares = sums[2 * num_kept];
+  if (begin == 0) {
+    double* cosines = row + table.cosines_at + static_cast<int64_t>(l) * num_kept;
+    for (int k = threadIdx.x; k < num_kept; k += blockDim.x) {
+      cosines[k] = cosine(sums[2 * k], squares, sums[2 * k + 1]);
+    }
+  }
+  const bool enters = self_cosine(squares) == 1.0;
+  const auto* direction = static_cast<const Element*>(entry.direction);
+  auto* past = static_cast<Element*>(entry.kept) + place * entry.columns;
+  auto* average = static_cast<Element*>(entry.kept) + table.window * entry.columns;
+  const double weight = 1.0 - table.decay;
+  for (int64_t c = begin + threadIdx.x; c < end; c += blockDim.x) {
+    const Element x = direction[c];
+    past[c] = x;
+    if (enters) average[c] = moved_average<Element>(average[c], x, weight);
+  }
+}
+
+__device__ __forceinline__ int find_layer(const StepTable& table, int unit) {
+  int l = 0;
+  while (l + 1 < table.num_layers && table.entries[l + 1].first_unit <= unit) ++l;
+  return l;
+}
+
+// Every block has read the places; the last one to be done moves them on.
+__device__ __forceinline__ void close(const StepTable& table) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  auto* done = reinterpret_cast<unsigned long long*>(table.places + 2);
+  if (atomicAdd(done, 1ull) + 1 < gridDim.x) return;
+  *done = 0;
+  table.places[0] = (table.places[0] + 1) % table.num_rows;
+  if (table.moves_direction) table.places[1] = (table.places[1] + 1) % table.window;
+}
+
+template <typename Element>
+__global__ void __launch_bounds__(kStepWarps * 32)
+    step_row_kernel(const __grid_constant__ StepTable table) {
+  extern __shared__ double shared_sums[];  // [K + 2, 2]
+  double* row = table.rows + read_once(table.places) * table.row_stride;
+  const int64_t place = read_once(table.places + 1);
+  if (blockIdx.x < table.num_medians) {
+    write_medians(table, blockIdx.x, row);
+    if (blockIdx.x == 0) {
+      double* next = row + table.extras_at;
+      for (int e = 0; e < table.num_extras; ++e) {
+        for (int i = threadIdx.x; i < table.extra_counts[e]; i += blockDim.x) {
+          next[i] = table.extras[e][i];
+        }
+        next += table.extra_counts[e];
+      }
+    }
+  } else {
+    const int unit = blockIdx.x - table.num_medians;
+    const int l = find_layer(table, unit);
+    const StepEntry& entry = table.entries[l];
+    const int64_t begin = (unit - entry.first_unit) * kStepChunk;
+    const int64_t end = min(entry.columns, begin + kStepChunk);
+    const int num_vectors = table.window + 2;
+    const bool alone = entry.num_chunks == 1;
+    double* sums = alone ? shared_sums : table.sums + 2 * static_cast<int64_t>(unit) * num_vectors;
+    const double* scales = table.scales ? table.scales + l * num_vectors : nullptr;
+    const auto* direction = static_cast<const Element*>(entry.direction) + begin;
+    const auto* kept = static_cast<const Element*>(entry.kept) + begin;
+    const int lane = threadIdx.x % 32;
+    for (int v = threadIdx.x / 32; v < num_vectors; v += blockDim.x / 32) {
+      const Element* vector = v < num_vectors - 1 ? kept + v * entry.columns : direction;
+      double own[2] = {};
+      multiply(direction, vector, scales ? scales[num_vectors - 1] : 1.0, scales ? scales[v] : 1.0,
+               end - begin, entry.aligned, lane, own);
+      if (lane < 2) sums[2 * v + lane] = own[lane];
+    }
+    if (alone) {
+      __syncthreads();
+      keep<Element>(table, l, begin, end, shared_sums, place, row);
+    }
+  }
+  if (table.closes) close(table);
+}
+
+// For directions of several chunks; a block a chunk, and none for the others.
+template <typename Element>
+__global__ void __launch_bounds__(kStepWarps * 32)
+    keep_directions_kernel(const __grid_constant__ StepTable table) {
+  extern __shared__ double shared_sums[];
+  double* row = table.rows + read_once(table.places) * table.row_stride;
+  const int64_t place = read_once(table.places + 1);
+  const int l = find_layer(table, blockIdx.x);
+  const StepEntry& entry = table.entries[l];
+  if (entry.num_chunks > 1) {
+    const int64_t count = 2 * (table.window + 2);
+    const double* sums = table.sums + entry.first_unit * count;
+    const int lane = threadIdx.x % 32;
+    for (int64_t i = threadIdx.x / 32; i < count; i += blockDim.x / 32) {
+      double total = 0.0;
+      for (int chunk = lane; chunk < entry.num_chunks; chunk += 32) total += sums[chunk * count + i];
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) {
+        total += __shfl_xor_sync(0xffffffffu, total, offset);
+      }
+      if (lane == 0) shared_sums[i] = total;
+    }
+    __syncthreads();
+    const int64_t begin = (blockIdx.x - entry.first_unit) * kStepChunk;
+    keep<Element>(table, l, begin, min(entry.columns, begin + kStepChunk), shared_sums, place, row);
+  }
+  if (table.closes) close(table);
+}
+
+// Scales of float64 vectors, [layers, K + 2]: of what is kept, then of the direction. One block a
+// vector; blockIdx.y is the layer.
+__global__ void __launch_bounds__(kStepWarps * 32)
+    step_scales_kernel(const __grid_constant__ StepTable table, double* scales) {
+  const StepEntry& entry = table.entries[blockIdx.y];
+  const auto* vector = blockIdx.x + 1 < gridDim.x
+                           ? static_cast<const double*>(entry.kept) + blockIdx.x * entry.columns
+                           : static_cast<const double*>(entry.direction);
+  const double largest = largest_magnitude(vector, entry.columns);
+  if (threadIdx.x == 0) scales[blockIdx.y * gridDim.x + blockIdx.x] = power_of_two_scale(largest);
+}
+
+}  // namespace fadiag
