@@ -13,7 +13,7 @@ from . import rows
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
-_NAME = re.compile(r"fadiag::(\w+<[^(]*>)")
+_NAME = re.compile(r"fadiag::(\w+(?:<[^(]*>)?)\(")
 
 
 def _nvcc() -> str:

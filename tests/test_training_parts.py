@@ -110,6 +110,22 @@ def test_rows_of_replayed_graphs_keep_their_steps():
     assert [row for _, row in found] == [row_of(number).tolist() for number in wanted]
 
 
+def test_rows_that_arrive_together_are_handed_out_a_few_at_a_time():
+    ring = LateRing(16)
+    for number in range(12):
+        write(ring, number)
+        ring.written(number if number != 5 else None, at_once=False)  # four go together
+    assert ring.ready(2) == []
+    ring.arrived = 2
+    assert [meta for meta, _ in ring.ready(2)] == [0, 1]
+    assert [meta for meta, _ in ring.ready(3)] == [2, 3, 4]
+    assert [meta for meta, _ in ring.ready(2)] == [6]  # nobody wants the fifth
+    assert [meta for meta, _ in ring.ready(2)] == [7]
+    assert len(ring) == 4
+    ring.arrived = 3
+    assert [meta for meta, _ in ring.drain()] == [8, 9, 10, 11]
+
+
 @pytest.mark.parametrize("cosine", [0.0, 0.5, 0.95])
 def test_a_sketchs_cosine_has_the_error_that_is_stated(cosine):
     """Over many pairs: no bias beyond its own error, and a spread of √((1 + c²) / width)."""

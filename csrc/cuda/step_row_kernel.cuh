@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(kStepWarps * 32)
       double own[2] = {};
       multiply(direction, vector, scales ? scales[num_vectors - 1] : 1.0, scales ? scales[v] : 1.0,
                end - begin, entry.aligned, lane, own);
-      if (lane < 2) sums[2 * v + lane] = own[lane];
+      if (lane < 2) sums[2 * v + lane] = lane == 0 ? own[0] : own[1];
     }
     if (alone) {
       __syncthreads();

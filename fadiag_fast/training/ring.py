@@ -41,7 +41,7 @@ class Ring:
         self._host_places = self._host_rows.unbind(0)
         self._free_events: list[Any] = []
         # What was sent off together: its event, and (meta, place on the host) of each row.
-        self._under_way: deque[tuple[Any, list[tuple[Any, Tensor]]]] = deque()
+        self._under_way: deque[tuple[Any, deque[tuple[Any, Tensor]]]] = deque()
         self._count = 0
         self._written: list[Any] = []
         self._read_from = 0
@@ -98,7 +98,7 @@ class Ring:
                         stacklevel=5,
                     )
                 event.synchronize()
-            waited += self._take()
+            waited += self._take(self._count)
         return waited
 
     def _new_event(self) -> Any:
@@ -108,21 +108,35 @@ class Ring:
         event = self._free_events.pop() if self._free_events else self._new_event()
         if event is not None:
             event.record()
-        self._under_way.append((event, rows))
+        self._under_way.append((event, deque(rows)))
         self._count += len(rows)
 
-    def _take(self) -> list[tuple[Any, list[float]]]:
-        event, rows = self._under_way.popleft()
-        if event is not None:
-            self._free_events.append(event)
-        self._count -= len(rows)
-        return [(meta, place.tolist()) for meta, place in rows if meta is not None]
+    def _take(self, most: int) -> list[tuple[Any, list[float]]]:
+        """Return at most so many of the oldest rows, which have arrived together."""
+        event, rows = self._under_way[0]
+        taken = [rows.popleft() for _ in range(min(most, len(rows)))]
+        if not rows:
+            self._under_way.popleft()
+            if event is not None:
+                self._free_events.append(event)
+        self._count -= len(taken)
+        return [(meta, place.tolist()) for meta, place in taken if meta is not None]
 
-    def ready(self) -> list[tuple[Any, list[float]]]:
-        """Return (meta, row) of all that have arrived, oldest first, without waiting."""
+    def ready(self, most: int | None = None) -> list[tuple[Any, list[float]]]:
+        """Return (meta, row) of what has arrived, oldest first, without waiting.
+
+        Args:
+            most: look at so many rows at most; None at all of them.
+        """
         found: list[tuple[Any, list[float]]] = []
-        while self._under_way and (self._under_way[0][0] is None or self._under_way[0][0].query()):
-            found += self._take()
+        left = self._count if most is None else most
+        while left > 0 and self._under_way:
+            event, rows = self._under_way[0]
+            if event is not None and not event.query():
+                break
+            count = min(left, len(rows))
+            found += self._take(count)
+            left -= count
         return found
 
     def drain(self) -> list[tuple[Any, list[float]]]:
