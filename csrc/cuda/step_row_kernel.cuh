@@ -247,7 +247,7 @@ __device__ __forceinline__ void close(const StepTable& table) {
 }
 
 template <typename Element>
-__global__ void __launch_bounds__(kStepWarps * 32)
+__global__ void __launch_bounds__(kStepWarps * 32, 1)
     step_row_kernel(const __grid_constant__ StepTable table) {
   extern __shared__ double shared_sums[];  // [K + 2, 2]
   double* row = table.rows + read_once(table.places) * table.row_stride;
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kStepWarps * 32)
 
 // For directions of several chunks; a block a chunk, and none for the others.
 template <typename Element>
-__global__ void __launch_bounds__(kStepWarps * 32)
+__global__ void __launch_bounds__(kStepWarps * 32, 1)
     keep_directions_kernel(const __grid_constant__ StepTable table) {
   extern __shared__ double shared_sums[];
   double* row = table.rows + read_once(table.places) * table.row_stride;
@@ -322,7 +322,7 @@ __global__ void __launch_bounds__(kStepWarps * 32)
 
 // Scales of float64 vectors, [layers, K + 2]: of what is kept, then of the direction. One block a
 // vector; blockIdx.y is the layer.
-__global__ void __launch_bounds__(kStepWarps * 32)
+__global__ void __launch_bounds__(kStepWarps * 32, 1)
     step_scales_kernel(const __grid_constant__ StepTable table, double* scales) {
   const StepEntry& entry = table.entries[blockIdx.y];
   const auto* vector = blockIdx.x + 1 < gridDim.x
