@@ -364,7 +364,9 @@ class Alarms:
             due = self._lasting is None or self._since_refresh + count >= _REFRESH
             if due and count % _RECENT_REFRESH == 0:
                 self._learn_waiting(count)
-                self._bound_lasting()
+                # Not beside a refresh: both at once take as long as a small step in a CUDA graph.
+                if self._since_refresh:
+                    self._bound_lasting()
             return None
         self._learn_waiting(len(self._waiting))
         values = _figures(record)
@@ -673,7 +675,17 @@ class Alarms:
         logs = np.log([(*record.hidden_norms, *record.credit_gains) for record in records])
         hidden = logs[:, : self._num_layers]
         figures = np.concatenate([hidden, np.diff(hidden), logs[:, self._num_layers :]], axis=1)
-        for at, values in enumerate(figures, 1):
+        # Of most nothing follows but that they are there.
+        quiet = max(0, count - _RECENT_REFRESH)
+        if self._since_refresh + quiet >= _REFRESH or self._history.shape[1] != figures.shape[1]:
+            quiet = 0
+        if quiet:
+            places = np.arange(self._learned, self._learned + quiet) % len(self._history)
+            self._history[places] = figures[:quiet]
+            self._learned += quiet
+            self._since_refresh += quiet
+            self._lasting = None
+        for at, values in enumerate(figures[quiet:], quiet + 1):
             self._learn(values, len(figures) - at)
 
     def _learn(self, values: _Array, more: int = 0) -> None:
