@@ -226,6 +226,18 @@ def test_a_bad_call_says_what_is_wrong_and_writes_nothing(device, change, messag
 
 
 @pytest.mark.cuda
+def test_the_longest_window_of_a_gpu():
+    for window in (3070, 3071):
+        run = Run(torch.device("cuda"), "native", [40], window)
+        if window == 3070:
+            for _ in range(2):
+                assert_row(run.step(random_norms(2, 3), [torch.randn(40)]))
+        else:
+            with pytest.raises(RuntimeError, match="at most 3070 kept directions on CUDA, got"):
+                run.step(random_norms(2, 3), [torch.randn(40)])
+
+
+@pytest.mark.cuda
 def test_a_graph_of_it_counts_on_with_every_replay():
     run = Run(torch.device("cuda"), "native", [300, 9000], window=3)
     given = torch.Generator().manual_seed(4)

@@ -194,7 +194,8 @@ class StepProbe:
         schedule: which steps are recorded: ``"every"``, a whole number n for every n-th, ``"log"``,
             a share such as 0.01 of the time that the probe may take, or a
             :class:`~fadiag_fast.training.schedule.Schedule`.
-        window: K, with how many earlier recorded steps a direction is compared.
+        window: K, with how many earlier recorded steps a direction is compared; on CUDA at most
+            3,070.
         decay: of the exponential average of directions.
         directions: whose directions are kept: of the ``"middle"`` state, which the protocol's (c)
             reads, of ``"all"``, or of ``"none"``. Kept are K + 1 vectors of D float32 each.
