@@ -3,11 +3,14 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from conftest import oracle_norm, wide
 
 from fadiag_fast import ops
 from fadiag_fast.training.directions import CountSketch, Directions
+from fadiag_fast.training.passes import sample_norms
 from fadiag_fast.training.ring import Ring
 
 CPU = torch.device("cpu")
@@ -42,6 +45,22 @@ class Late:
         if not self.query():
             self.ring.waited.append(self.number)
         self.ring.arrived = max(self.ring.arrived, self.number + 1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 8, 33])
+def test_norms_of_samples_in_any_layout(device, count):
+    drawn = torch.randn(count, 6, 5, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    for samples in (
+        drawn,
+        drawn.to(memory_format=torch.channels_last),
+        drawn.flatten(1),
+        drawn.flatten(2),
+        drawn[:, 0, 0, 0],
+        drawn.bfloat16(),
+        drawn.double() * 1e200,
+    ):
+        expected = oracle_norm(samples) if count else np.empty(0)
+        np.testing.assert_allclose(wide(sample_norms(samples)), expected, rtol=1e-12)
 
 
 def row_of(number):
