@@ -126,7 +126,6 @@ class Reader:
         self._unsafe_pickle = unsafe_pickle
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fadiag-read")
         self._local = threading.local()
-        self._lock = threading.Lock()  # a fitter looks at one layout at a time
         self._free: list[Rows] = []
         tensors = len(self._fitter.canonical.places)
         self.row_bytes = aligned(self._fitter.canonical.stop + tensors * _BETWEEN_TENSORS)
@@ -156,33 +155,37 @@ class Reader:
         """Read one checkpoint into a row; raises nothing."""
         found = Read(entry)
         try:
-            found.nbytes = _size(entry.path)
             self._read_into(found, row)
         except Exception as error:  # whatever a file holds, the others go on
             found.error_kind, found.error = kind_of(error), str(error) or repr(error)
+            if found.nbytes is None:
+                found.nbytes = _size(entry.path)
             if found.content is None and not is_url(entry.path):
-                with suppress(OSError):
+                with suppress(OSError, ValueError):  # ValueError: a path with a NUL byte
                     found.content = content_hash(entry.path)
         return found
 
     def _read_into(self, found: Read, row: Tensor) -> None:
         path, on_cpu = found.entry.path, self._device.type == "cpu"
         hasher = ContentHasher()
-        buffer = row if on_cpu else self._pinned(found.nbytes or self.row_bytes)
+        # How large a file is turns out while it is read: to ask before would be one more wait.
+        buffer = row if on_cpu else self._pinned(self.row_bytes)
         try:
             read = read_into(path, buffer, hasher=hasher, unsafe_pickle=self._unsafe_pickle)
         except SlabTooSmall as error:
             hasher = ContentHasher()
-            buffer = torch.empty(error.needed, dtype=torch.uint8)
+            needed = error.needed
+            buffer = torch.empty(needed, dtype=torch.uint8) if on_cpu else self._pinned(needed)
             read = read_into(path, buffer, hasher=hasher, unsafe_pickle=self._unsafe_pickle)
         found.content = hasher.result()
+        # Of a folder all files count, also those that are not read.
+        found.nbytes = _size(path) if read.nbytes is None else read.nbytes
         if found.nbytes is None:
             found.nbytes = hasher.count
         if self._writer.done(found.content, self._config):
             found.reused = True
             return
-        with self._lock:
-            fit = self._fitter.fit(read)
+        fit = self._fitter.fit(read)
         in_place = on_cpu and buffer is row
         if fit is None or (not in_place and fit.stop - fit.start > len(row)):
             target = row if on_cpu else torch.empty(self.row_bytes, dtype=torch.uint8)
@@ -244,5 +247,5 @@ def _size(path: str) -> int | None:
         if stat.S_ISDIR(status.st_mode):
             return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
         return status.st_size
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a path with a NUL byte
         return None
