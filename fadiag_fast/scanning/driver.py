@@ -348,8 +348,7 @@ class _Scan:
                 if self._measure(group.rows, fit, part, launched):
                     del indices[: len(part)]
 
-        for i, future in enumerate(group.reads):
-            read = future.result()
+        for i, read in enumerate(group.reads()):
             launched.reads.append(read)
             if read.fit is not None:
                 fit, indices = waiting.setdefault(id(read.fit), (read.fit, []))

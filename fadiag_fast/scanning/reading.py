@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +30,9 @@ from .series import Entry
 from .store import ScanWriter
 from .weights import Fit, Fitter
 
+# Files that one task reads, where each reader still has a task of a group: to hand over a task and
+# its outcome, threads wait for the interpreter's lock some six times.
+_MOST_OF_A_PIECE = 4
 # What a file has between two tensors: a zip entry's header, a name, and the way to a boundary.
 _BETWEEN_TENSORS = 512
 
@@ -88,11 +91,15 @@ class Rows:
 
 @dataclass
 class Group:
-    """Checkpoints that are read together."""
+    """Checkpoints that are read together, some of them by one task."""
 
-    entries: list[Entry]
     rows: Rows
-    reads: list[Future[Read]]
+    pieces: list[Future[list[Read]]]
+
+    def reads(self) -> Iterator[Read]:
+        """Yield what became of each checkpoint, in their order, as they are read."""
+        for piece in self.pieces:
+            yield from piece.result()
 
 
 class Reader:
@@ -124,6 +131,8 @@ class Reader:
         self._writer = writer
         self._config = config
         self._unsafe_pickle = unsafe_pickle
+        self._workers = workers
+        self._closed = False
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fadiag-read")
         self._local = threading.local()
         self._free: list[Rows] = []
@@ -132,6 +141,7 @@ class Reader:
 
     def close(self) -> None:
         """Wait for what is being read, and drop the rest."""
+        self._closed = True
         self._pool.shutdown(cancel_futures=True)
 
     def begin(self, entries: Sequence[Entry]) -> Group:
@@ -144,12 +154,25 @@ class Reader:
         if rows is None or not rows.hold(len(entries), width):
             rows = None  # its memory is free before the new ones are there
             rows = Rows(len(entries), width, self._device)
-        reads = [self._pool.submit(self._read, entry, rows[i]) for i, entry in enumerate(entries)]
-        return Group(list(entries), rows, reads)
+        size = max(1, min(_MOST_OF_A_PIECE, len(entries) // self._workers))
+        pieces = [
+            self._pool.submit(self._read_piece, entries[first : first + size], rows, first)
+            for first in range(0, len(entries), size)
+        ]
+        return Group(rows, pieces)
 
     def done_with(self, group: Group) -> None:
         """Say that a group's rows may be read into again."""
         self._free.append(group.rows)
+
+    def _read_piece(self, entries: Sequence[Entry], rows: Rows, first: int) -> list[Read]:
+        """Read checkpoints into the rows from ``first`` on."""
+        reads = []
+        for index, entry in enumerate(entries, first):
+            if self._closed:  # nobody waits for the rest
+                break
+            reads.append(self._read(entry, rows[index]))
+        return reads
 
     def _read(self, entry: Entry, row: Tensor) -> Read:
         """Read one checkpoint into a row; raises nothing."""

@@ -18,11 +18,12 @@ from torch import nn
 
 from fadiag_fast import DiagnosticThresholds, diagnose
 from fadiag_fast.capture import Probe
-from fadiag_fast.scanning import ScanResult, ScanWriter, scan
+from fadiag_fast.scanning import Entry, ScanResult, ScanWriter, scan
 
 pytest.importorskip("pyarrow")
 
 from fadiag_fast.scanning.passes import Way
+from fadiag_fast.scanning.reading import Reader
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +144,7 @@ def faulty(folder):
     torch.save({"model_state": state | {"x": torch.nn.ReLU}}, add("unsafe.pt", "unsafe"))
     torch.save({"loss": 1.0}, add("empty.pt", "no weights"))
     add("text.pt", "unreadable").write_text("not a checkpoint")
+    add("nul\0.pt", "unreadable")
     return kinds
 
 
@@ -161,6 +163,48 @@ def test_every_fault_is_explained_and_stops_nothing(stack, tmp_path):
     for path, model in models.items():
         assert found[path][0]["verdict"] == diagnose(model, batches).verdict
     assert len(rows) == len(models) + len(bad)
+
+
+def test_one_bad_file_does_not_hurt_those_read_by_the_same_task(tmp_path):
+    """One reader takes four files at a time; figures and errors stay with their paths."""
+    models = study(tmp_path / "runs", range(5))
+    bad = faulty(tmp_path / "bad")
+    paths = list(models)
+    for place, path in enumerate(bad):
+        paths.insert(2 * place + 1, path)
+    batches = batches_of()
+    entries = [Entry(path, "a", step) for step, path in enumerate(paths)]
+    result = scan(entries, Branching(), batches, tmp_path / "out", stack=16, workers=1)
+    rows = {row["path"]: row for row in result.rows}
+    assert {path: rows[path]["error_kind"] for path in bad} == bad
+    assert [row["path"] for row in sorted(result.rows, key=lambda row: row["record"])] == paths
+    found = figures_by_path(result)
+    for path, model in models.items():
+        norms = torch.tensor(found[path][1].residual_norms)
+        torch.testing.assert_close(
+            norms, torch.tensor(diagnose(model, batches).figures.residual_norms), rtol=2e-5, atol=0
+        )
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 64])
+@pytest.mark.parametrize("workers", [1, 3, 16])
+def test_a_group_has_what_became_of_each_file_in_order(count, workers, tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save(Branching().state_dict(), path)
+    entries = [Entry(str(path if i % 3 else tmp_path / f"{i}.pt"), "a", i) for i in range(count)]
+    with ScanWriter(tmp_path / "out") as writer:
+        reader = Reader(Branching(), torch.device("cpu"), writer, "c", False, workers)
+        try:
+            group = reader.begin(entries)
+            reads = list(group.reads())
+            tasks = len(group.pieces)
+        finally:
+            reader.close()
+    assert [read.entry for read in reads] == entries
+    assert [read.error_kind for read in reads] == [
+        None if i % 3 else "missing" for i in range(count)
+    ]
+    assert min(count, workers) <= tasks
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -384,7 +428,12 @@ def test_progress_counts_everything(tmp_path):
         on_progress=seen.append,
     )
     last = seen[-1]
-    assert (last.done, last.total, last.failed, last.reused) == (6 + len(bad), 6 + len(bad), 7, 0)
+    assert (last.done, last.total, last.failed, last.reused) == (
+        6 + len(bad),
+        6 + len(bad),
+        len(bad),
+        0,
+    )
     assert last.bytes > 0
 
 
