@@ -1,5 +1,6 @@
 """A scan end to end: figures against ``diagnose``, stacks, faults, resume, kills."""
 
+import errno
 import json
 import os
 import random
@@ -7,8 +8,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -22,8 +25,10 @@ from fadiag_fast.scanning import Entry, ScanResult, ScanWriter, scan
 
 pytest.importorskip("pyarrow")
 
+from fadiag_fast.scanning import driver
 from fadiag_fast.scanning.passes import Way
 from fadiag_fast.scanning.reading import Reader
+from fadiag_fast.scanning.store import Disk, UnwritableResults
 
 
 @pytest.fixture(autouse=True)
@@ -435,6 +440,74 @@ def test_progress_counts_everything(tmp_path):
         0,
     )
     assert last.bytes > 0
+
+
+@pytest.fixture
+def far_ahead(monkeypatch):
+    """Let a scan on the CPU take groups of two files and be four groups ahead, as on a GPU."""
+    original = driver._Scan.run
+    monkeypatch.setattr(
+        driver._Scan, "run", lambda self, entries, fewest, ahead: original(self, entries, 2, 4)
+    )
+
+
+def test_groups_that_wait_to_be_written_down_stay_in_order(tmp_path, monkeypatch, far_ahead):
+    models = study(tmp_path / "runs", range(12), runs=("a",))
+    launched, released, told, waited = [], threading.Event(), [], []
+    launch, finish = driver._Scan._launch, driver._Scan._finish
+
+    def launching(self, group):
+        launched.append(group)
+        if len(launched) == 5:
+            assert told == []  # with nothing written down, later groups were computed
+            released.set()
+        return launch(self, group)
+
+    def finishing(self, group):
+        waited.append(released.wait(60))
+        return finish(self, group)
+
+    def telling(progress):
+        told.append((progress.done, threading.current_thread()))
+
+    monkeypatch.setattr(driver._Scan, "_launch", launching)
+    monkeypatch.setattr(driver._Scan, "_finish", finishing)
+    glob, out = str(tmp_path / "runs/*/*.pt"), tmp_path / "out"
+    result = scan(glob, Branching(), batches_of(), out, stack=1, on_progress=telling)
+    assert waited == [True] * 6
+    assert told == [(done, threading.main_thread()) for done in range(2, 13, 2)]
+    assert [(row["record"], row["step"]) for row in result.rows] == [(i, i) for i in range(12)]
+    assert_like_diagnose(result, models, batches_of(), 2e-5)
+
+
+def test_what_the_disk_refuses_ends_the_scan_though_groups_wait(tmp_path, monkeypatch, far_ahead):
+    study(tmp_path / "runs", range(12), runs=("a",))
+    write, finish = Disk.write, driver._Scan._finish
+    full, finished, told = threading.Event(), [], []
+
+    def writing(self, path, data):
+        if full.is_set():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, path, data)
+
+    def finishing(self, group):
+        finished.append(group)
+        if len(finished) == 3:
+            full.set()
+        return finish(self, group)
+
+    monkeypatch.setattr(Disk, "write", writing)
+    monkeypatch.setattr(driver._Scan, "_finish", finishing)
+    monkeypatch.setattr(driver, "ScanWriter", partial(ScanWriter, flush_rows=1))
+    glob, out = str(tmp_path / "runs/*/*.pt"), tmp_path / "out"
+    with pytest.raises(UnwritableResults, match="the disk is full"):
+        scan(glob, Branching(), batches_of(), out, stack=1, on_progress=told.append)
+    assert len(finished) == 3  # what waited behind it was not tried
+    assert [progress.done for progress in told] == [2, 4]
+    full.clear()
+    assert [row["step"] for row in ScanResult.load(out).rows] == [0, 1, 2, 3]
+    again = scan(glob, Branching(), batches_of(), out, stack=1)
+    assert [row["step"] for row in again.rows] == list(range(12))
 
 
 def test_checkpoints_behind_a_url(tmp_path):
