@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -396,8 +396,8 @@ class _Scan:
         outcomes: dict[int, Any] = dict(launched.failed)
         for part, pending in launched.parts:
             measured = pending.result()
-            rows = zip(measured.figures, measured.finite, measured.accuracies, strict=True)
-            outcomes.update(zip(part, rows, strict=True))
+            for index, i in enumerate(part):
+                outcomes[i] = (measured, index)
         records = []
         for i, read in enumerate(launched.reads):
             if read.reused and read.content is not None:
@@ -426,18 +426,18 @@ class _Scan:
         if isinstance(outcome, BaseException):
             kind, error = kind_of(outcome), str(outcome) or repr(outcome)
         elif outcome is not None:
-            figures, finite, accuracy = outcome
-            if not finite:
-                figures, accuracy = None, None
+            measured, index = outcome
+            if measured.finite[index]:
+                accuracy = measured.accuracies[index]
+                figures = measured.judged(
+                    index,
+                    headline_acc=accuracy if entry.accuracy is None else entry.accuracy,
+                    frozen_baseline_acc=entry.frozen_accuracy,
+                    test_size=test_size_of(entry, accuracy, measured.num_samples),
+                    frozen_test_size=entry.frozen_test_size,
+                )
+            else:
                 kind, error = "non-finite weights", "some weights are NaN or infinite"
-        if figures is not None:
-            figures = replace(
-                figures,
-                headline_acc=accuracy if entry.accuracy is None else entry.accuracy,
-                frozen_baseline_acc=entry.frozen_accuracy,
-                test_size=test_size_of(entry, accuracy, figures.num_samples),
-                frozen_test_size=entry.frozen_test_size,
-            )
         return CheckpointRecord(
             path=entry.path,
             run=entry.run,
