@@ -247,11 +247,14 @@ def _read_file(path: Path, schema: Any, names: Sequence[str] | None = None) -> A
 
 def _read_part(file: Any, names: Sequence[str] | None) -> Any:
     ipc = require("pyarrow.ipc", "a scan's tables")
-    reader = ipc.open_file(file)
+    # Small columns are read sooner than threads are woken.
+    options = ipc.IpcReadOptions(use_threads=False)
+    data = arrow().py_buffer(file.read())
+    reader = ipc.open_file(data, options=options)
     if names is not None:
-        wanted = [index for index, name in enumerate(reader.schema.names) if name in names]
-        file.seek(0)
-        reader = ipc.open_file(file, options=ipc.IpcReadOptions(included_fields=wanted))
+        known = enumerate(reader.schema.names)
+        options.included_fields = [index for index, name in known if name in names]
+        reader = ipc.open_file(data, options=options)
     return reader.read_all()
 
 
@@ -302,6 +305,18 @@ def _without(part: Any, table: Any) -> Any:
     """Drop the rows of a part that a table has already."""
     known = np.isin(_numbers(part, "record"), _numbers(table, "record"))
     return part.filter(arrow().array(~known)) if known.any() else part
+
+
+def _table_of(rows: Sequence[Row]) -> Any:
+    """Return rows of a part as a table.
+
+    They are turned into columns in one call: arrow's own way makes three for each of a hundred, and
+    all leave the interpreter's lock, for which a scan's readers wait in a row.
+    """
+    pa, schema = arrow(), part_schema()
+    structs = pa.array(rows, type=pa.struct(list(schema)))
+    batch = pa.RecordBatch.from_struct_array(structs)
+    return pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata)
 
 
 def _joined(parts: Iterable[Any]) -> Iterator[Any]:
@@ -675,8 +690,7 @@ class ScanWriter:
         self._last_flush = time.monotonic()
         if not self._waiting:
             return
-        pa = arrow()
-        table = pa.Table.from_pylist(self._waiting, schema=part_schema())
+        table = _table_of(self._waiting)
         try:
             self._put_part(self._part_path(table), table)
             self._waiting.clear()
@@ -838,7 +852,8 @@ class ScanWriter:
         ipc = require("pyarrow.ipc", "a scan's tables")
         # A part is gone when the scan is over. With zstd, a fourth smaller, each of some hundred
         # small columns costs a context: five times the time to write, and four times to read.
-        options = ipc.IpcWriteOptions(compression="lz4")
+        # And to wake a thread for each takes longer than to do it here.
+        options = ipc.IpcWriteOptions(compression="lz4", use_threads=False)
         with ipc.new_file(sink, table.schema, options=options) as file:
             file.write_table(table)
         self._put(path, memoryview(sink.getvalue()))
