@@ -488,7 +488,9 @@ class ScanWriter:
         self._tables: Tables | None = None
         self._stored_at: dict[int, tuple[int, int, int]] | None = None
         self._dirty = False
-        arrow()
+        # The first rows make arrow import pandas, where there is one: 0.2 seconds alone, and
+        # many times that while readers compete for the interpreter.
+        _table_of([])
         try:
             (self.folder / _PARTS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
