@@ -195,7 +195,10 @@ class Figures:
 def growth_ratios(residual_norms: Sequence[float]) -> list[float]:
     """Return ‖h_{l+1}‖ / ‖h_l‖ for consecutive norms, the denominator floored at 1e-30."""
     return [
-        later / max(earlier, _NORM_FLOOR) if not math.isnan(earlier) else math.nan
+        # A NaN is unequal to itself. A scan asks this three times of each checkpoint.
+        later / (earlier if earlier > _NORM_FLOOR else _NORM_FLOOR)
+        if earlier == earlier
+        else math.nan
         for earlier, later in pairwise(residual_norms)
     ]
 

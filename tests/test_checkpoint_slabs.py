@@ -131,6 +131,38 @@ def test_torch_saved_under_the_other_formats_name(tmp_path: Path) -> None:
     read(tmp_path / "a.safetensors")
 
 
+def test_safetensors_under_the_other_formats_name(tmp_path: Path) -> None:
+    write_weights("safetensors", plain_tensors(), tmp_path / "a.pt")
+    got = read(tmp_path / "a.pt")
+    assert min(place.offset for place in got.layout.values() if 0 not in place.shape) % 64 == 0
+
+
+def test_the_size_of_a_file(tmp_path: Path) -> None:
+    torch.save(plain_tensors(), tmp_path / "a.pt")
+    torch.save(plain_tensors(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    write_weights("safetensors", plain_tensors(), tmp_path / "a.safetensors")
+    for name in ("a.pt", "a.safetensors"):
+        assert read(tmp_path / name).nbytes == (tmp_path / name).stat().st_size
+    # What else may belong to it is not known here.
+    assert read(tmp_path / "old.pt").nbytes is None
+    (tmp_path / "c").mkdir()
+    write_shards(tmp_path / "c", "safetensors", plain_tensors())
+    assert read(tmp_path / "c").nbytes is None
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_shard_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    index = write_shards(tmp_path, "safetensors", plain_tensors())
+    shard = sorted(tmp_path.glob("*.safetensors"))[0]
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(CheckpointError) as wanted:
+        load_checkpoint(index)
+    with pytest.raises(type(wanted.value)) as got:
+        read_into(index, SLAB)
+    assert str(got.value) == str(wanted.value)
+
+
 @pytest.mark.parametrize("way", ["fake", ""])
 def test_versions_of_torch_that_tell_offsets_otherwise_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
@@ -564,7 +596,8 @@ def test_errors_are_those_of_load_checkpoint(tmp_path: Path) -> None:
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe")
         paths.append(tmp_path / "pipe")
-    for path in [*paths, tmp_path, "a\0b", os.fspath(tmp_path / "absent")]:
+    index = tmp_path / "model.safetensors.index.json"
+    for path in [*paths, tmp_path, "a\0b", os.fspath(tmp_path / "absent"), index]:
         with pytest.raises(CheckpointError) as wanted:
             load_checkpoint(path)
         with pytest.raises(type(wanted.value)) as got:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -82,6 +82,7 @@ class SlabCheckpoint:
         format, container, removed_prefix: as in Checkpoint.
         extra: as in Checkpoint, but tensors in it have no data (they are on the meta device), and
             it is shared between checkpoints where it is the same: not to be written to.
+        nbytes: size of a file that was read as it is; None of folders and of what was loaded.
     """
 
     path: Path | str
@@ -93,6 +94,7 @@ class SlabCheckpoint:
     container: str
     removed_prefix: str
     extra: Mapping[str, Any] = field(repr=False)
+    nbytes: int | None = None
 
     def tensors(self, buffer: Tensor, base: int = 0) -> dict[str, Tensor]:
         """Return the state dict as views of the slab, or of a copy of it on any device.
@@ -166,19 +168,19 @@ def _bytes_of(slab: Tensor) -> _Bytes:
 def _read_local(
     path: Path, data: _Bytes, hasher: Hasher | None, unsafe_pickle: bool
 ) -> SlabCheckpoint:
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        read_head(path)  # says why
-        raise
-    if stat.S_ISDIR(status.st_mode):
-        return _read_folder(path, data, hasher, unsafe_pickle)
-    if path.name.endswith(INDEX_SUFFIX):
+    if path.name.endswith(INDEX_SUFFIX) and not path.is_dir():
         return _read_sharded(path, path, data, hasher, unsafe_pickle)
     read = loaded = None
-    if stat.S_ISREG(status.st_mode):  # opening a named pipe would wait
-        with _opened(path) as file:
-            read = _read_stream(path, file, os.fstat(file.fileno()).st_size, data, 0)
+    with _opened(path) as file:
+        # Without a descriptor it is a folder that the system or its permissions don't let open.
+        folder = file is None or stat.S_ISDIR(file.status.st_mode)
+        if file is not None and stat.S_ISREG(file.status.st_mode):
+            # Where a safetensors file belongs in the slab stands in its head. All others are read
+            # at once, and looked at in the slab.
+            at_once = not path.name.endswith(".safetensors")
+            read = _read_stream(path, file, file.status.st_size, data, 0, at_once=at_once)
+    if folder:
+        return _read_folder(path, data, hasher, unsafe_pickle)
     found = None if read is None else _find(read, data)
     if found is None:
         # Loaded before it is hashed: what is no checkpoint need not be.
@@ -194,16 +196,55 @@ def _read_local(
     return copied
 
 
+# Without waiting: nobody may ever write to a named pipe.
+_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+
+
+class _Descriptor:
+    """An open file, without what Python's own ask the system about it beyond its status.
+
+    Every system call costs a reader the interpreter's lock, for which others wait too.
+    """
+
+    def __init__(self, number: int, status: os.stat_result) -> None:
+        self._number = number
+        self.status = status
+
+    def read(self, size: int) -> bytes:
+        return os.read(self._number, size)
+
+    def readinto(self, target: memoryview) -> int:
+        if hasattr(os, "readv"):
+            return os.readv(self._number, [target])
+        data = os.read(self._number, len(target))
+        target[: len(data)] = data
+        return len(data)
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[_Descriptor | None]:
+    """Open what is there, also a folder; None for a folder that cannot be opened."""
+    number = _open(path)
+    if number is None:
+        yield None
+        return
     try:
-        # Not in the with statement: errors of the body are not those of opening.
-        file = open(path, "rb", buffering=0)  # noqa: SIM115
-    except (OSError, ValueError):
+        yield _Descriptor(number, os.fstat(number))
+    finally:
+        os.close(number)
+
+
+def _open(path: Path) -> int | None:
+    try:
+        return os.open(path, _FLAGS)
+    except (OSError, ValueError) as error:
+        with suppress(OSError, ValueError):
+            if stat.S_ISDIR(os.stat(path).st_mode):
+                return None
         read_head(path)  # says why
+        if isinstance(error, BlockingIOError):  # who has leased it must give it up first
+            return os.open(path, os.O_RDONLY)
         raise
-    with file:
-        yield file
 
 
 class _InSlab(NamedTuple):
@@ -215,29 +256,56 @@ class _InSlab(NamedTuple):
 
 
 def _read_stream(
-    path: Path | str, file: Any, size: int, data: _Bytes, first: int
+    path: Path | str, file: Any, size: int, data: _Bytes, first: int, *, at_once: bool = False
 ) -> _InSlab | None:
-    """Read an open file to the slab's byte `first`, None if it must be loaded instead."""
+    """Read an open file to the slab's byte `first`, None if it must be loaded instead.
+
+    Args:
+        path: for messages.
+        file: with `read` and `readinto`.
+        size: its bytes.
+        data: the slab.
+        first: see above; a safetensors file begins a little further, on account of its alignment.
+        at_once: without looking at its head first, if there is room.
+    """
+    view = data.data
+    start = first
     try:
-        head = file.read(_HEAD)[:size]
+        if at_once and first + size <= len(data):
+            done = _fill(file, view[first : first + size])
+            head = bytes(view[first : first + min(done, _HEAD)])
+        else:
+            head = file.read(_HEAD)[:size]
+            done = 0
         zipped = head.startswith(b"PK\x03\x04")
-        if not zipped and not looks_like_safetensors(head):
-            return None
-        start = first if zipped else first + safetensors_layouts.start_in_slab(head)
+        if not zipped:
+            if not looks_like_safetensors(head):
+                return None
+            start += safetensors_layouts.start_in_slab(head)
         _check_room(path, data, start + size)
-        view = data[start : start + size].data
-        view[: len(head)] = head
-        done = len(head)
-        while done < size:
-            count = file.readinto(view[done:])
-            if not count:
-                return None  # shorter than it was
-            done += count
+        if not done:
+            view[start : start + len(head)] = head
+            done = len(head) + _fill(file, view[start + len(head) : start + size])
+        elif start != first:  # a safetensors file under another name
+            view[start : start + size] = view[first : first + size]
+        if done < size:
+            return None  # shorter than it was
     except OSError as error:
         raise UnreadableCheckpoint(
             at(path, f"expected a file that can be read, got {brief(error)}")
         ) from error
     return _InSlab(start, size, zipped)
+
+
+def _fill(file: Any, view: memoryview) -> int:
+    """Read until a view is full or the file ends; return how many bytes that are."""
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            break
+        done += count
+    return done
 
 
 def _find(read: _InSlab, data: _Bytes) -> Found | None:
@@ -253,7 +321,7 @@ def _finished(
     if hasher is not None:
         hasher.update(data[read.start : read.start + read.size].data)
     _move(path, found.layout, data)
-    return _described(path, found)
+    return _described(path, found, read.size)
 
 
 def _move(path: Path | str, layout: Layout, data: _Bytes) -> None:
@@ -262,7 +330,7 @@ def _move(path: Path | str, layout: Layout, data: _Bytes) -> None:
         data[target : target + length] = data[source : source + length]
 
 
-def _described(path: Path | str, found: Found) -> SlabCheckpoint:
+def _described(path: Path | str, found: Found, nbytes: int | None = None) -> SlabCheckpoint:
     layout = found.layout
     return SlabCheckpoint(
         path,
@@ -274,6 +342,7 @@ def _described(path: Path | str, found: Found) -> SlabCheckpoint:
         found.container,
         found.removed_prefix,
         found.extra,
+        nbytes,
     )
 
 
@@ -345,7 +414,7 @@ def _read_folder(
         names |= {TRAINER_STATE} & set(os.listdir(folder))
     if hasher is not None:
         _hash_files(hasher, folder, names)
-    return replace(found, path=folder)
+    return replace(found, path=folder, nbytes=None)
 
 
 def _read_sharded(
@@ -364,8 +433,9 @@ def _read_sharded(
         # A hint only: other shards are loaded, and need not be read here first.
         if shard.endswith(".safetensors"):
             with _opened(index.parent / shard) as file:
-                size = os.fstat(file.fileno()).st_size
-                read = _read_stream(index.parent / shard, file, size, data, end)
+                if file is not None and stat.S_ISREG(file.status.st_mode):
+                    size = file.status.st_size
+                    read = _read_stream(index.parent / shard, file, size, data, end)
         found = None if read is None or read.zipped else _find(read, data)
         if found is None:
             whole = _copied(load_local(index, torch.device("cpu"), unsafe_pickle), data)
@@ -404,7 +474,7 @@ def _read_url(url: str, data: _Bytes, hasher: Hasher | None, unsafe_pickle: bool
             raise unreachable(url, error) from error
     # An index needs its shards, so that the folder is fetched.
     with local_copy(url) as copy:
-        return replace(_read_local(copy, data, hasher, unsafe_pickle), path=url)
+        return replace(_read_local(copy, data, hasher, unsafe_pickle), path=url, nbytes=None)
 
 
 def _loads(data: _Bytes) -> bool:

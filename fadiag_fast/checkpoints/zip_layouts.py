@@ -24,7 +24,7 @@ import sys
 import threading
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,6 +81,32 @@ class _Value:
     path: tuple[Any, ...]
 
 
+class _Fixed(NamedTuple):
+    """Know bytes in certain places, of which some may be anything.
+
+    They are compared as one whole number: numpy would leave the interpreter's lock at every step,
+    and a reader among many waits each time until it has it back.
+    """
+
+    spans: tuple[slice, ...]
+    mask: int
+    value: int
+
+    @classmethod
+    def of(cls, data: _Bytes, masks: Sequence[tuple[int, _Bytes]]) -> _Fixed:
+        """Know a file's bytes by pairs of where some begin and 255 for those that count, else 0."""
+        spans = tuple(slice(start, start + len(mask)) for start, mask in masks)
+        mask = int.from_bytes(b"".join(mask.tobytes() for _, mask in masks), "little")
+        return cls(spans, mask, _number(data.data, spans) & mask)
+
+    def match(self, data: memoryview) -> bool:
+        return _number(data, self.spans) & self.mask == self.value
+
+
+def _number(data: memoryview, spans: tuple[slice, ...]) -> int:
+    return int.from_bytes(b"".join([data[span] for span in spans]), "little")
+
+
 @dataclass(frozen=True)
 class _Template:
     """Know a file by the bytes that decide on its layout.
@@ -92,10 +118,11 @@ class _Template:
         values: what may differ in it.
         pickle_mask: 0 for those bytes, else 255.
         directory: where the zip file's tables begin.
-        tables, tables_mask: as for the pickle, to the end of the file.
-        scattered: where other bytes lie that decide.
-        scattered_bytes: what they are.
-        prefixes: where the archive's name stands in the tables, one row for each record.
+        tables: what must be the same of them, to the end of the file, and of the records' headers;
+            and small records that decide.
+        prefixes: where the archive's name stands in the tables, counted from where they begin, one
+            for each record.
+        prefix_length: its bytes.
     """
 
     found: Found
@@ -103,35 +130,34 @@ class _Template:
     pickle: _Bytes
     pickle_mask: _Bytes
     directory: int
-    tables: _Bytes
-    tables_mask: _Bytes
-    scattered: NDArray[np.intp]
-    scattered_bytes: _Bytes
-    prefixes: NDArray[np.intp]
+    tables: _Fixed
+    prefixes: tuple[int, ...]
+    prefix_length: int
     values: tuple[_Value, ...] = ()
-    pickle_fixed: _Bytes = field(init=False)
+    pickle_fixed: _Fixed = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pickle_fixed", self.pickle & self.pickle_mask)
+        fixed = _Fixed.of(self.pickle, [(0, self.pickle_mask)])
+        start = self.pickle_start
+        placed = fixed._replace(spans=(slice(start, start + len(self.pickle)),))
+        object.__setattr__(self, "pickle_fixed", placed)
 
     def tables_match(self, data: _Bytes) -> bool:
-        names = data[self.prefixes]
-        return bool(
-            np.array_equal(data[self.directory :] & self.tables_mask, self.tables)
-            and np.array_equal(data[self.scattered], self.scattered_bytes)
-            and (names == names[0]).all()
-        )
+        view = data.data
+        if not self.tables.match(view):
+            return False
+        directory = view[self.directory :].tobytes()
+        first = self.prefixes[0]
+        name = directory[first : first + self.prefix_length]
+        return all(directory.startswith(name, at) for at in self.prefixes)
 
     def match(self, data: _Bytes) -> Found | None:
         """Return what a file of the same size holds, or None if it is another kind of file."""
-        given = data[self.pickle_start : self.pickle_start + len(self.pickle)]
-        if not np.array_equal(given & self.pickle_mask, self.pickle_fixed):
-            return None
-        if not self.tables_match(data):
+        if not self.pickle_fixed.match(data.data) or not self.tables_match(data):
             return None
         if not self.values:
             return self.found
-        stream = given.tobytes()
+        stream = data[self.pickle_start : self.pickle_start + len(self.pickle)].tobytes()
         changes: dict[Any, Any] = {}
         try:
             for value in self.values:
@@ -381,18 +407,19 @@ def _keep(size: int, templates: tuple[_Template, ...]) -> None:
 def _new_template(data: _Bytes, tables: _Tables, found: Found) -> _Template:
     directory, length = tables.directory, len(tables.prefix.encode())
     mask = np.full(len(data) - directory, 255, np.uint8)
-    prefixes, scattered = [], []
+    header = np.full(_LOCAL.size, 255, np.uint8)
+    header[_LOCAL_FREE] = 0
+    masks = [(directory, mask)]
+    prefixes = []
     for name, record in tables.records.items():
         central = record.central - directory
+        first = central + _CENTRAL.size
         mask[central + _CENTRAL_FREE.start : central + _CENTRAL_FREE.stop] = 0
-        mask[central + _CENTRAL.size : central + _CENTRAL.size + length] = 0
-        first = record.central + _CENTRAL.size
-        prefixes.append(range(first, first + length))
-        local = range(record.header, record.header + _LOCAL.size)
-        scattered += [*local[: _LOCAL_FREE.start], *local[_LOCAL_FREE.stop :]]
+        mask[first : first + length] = 0
+        prefixes.append(first)
+        masks.append((record.header, header))
         if name in _DECIDING:
-            scattered += range(record.start, record.start + record.size)
-    where = np.array(scattered, np.intp)
+            masks.append((record.start, np.full(record.size, 255, np.uint8)))
     stream = tables.records["data.pkl"]
     given = data[stream.start : stream.start + stream.size].copy()
     return _Template(
@@ -401,11 +428,9 @@ def _new_template(data: _Bytes, tables: _Tables, found: Found) -> _Template:
         given,
         np.full(len(given), 255, np.uint8),
         directory,
-        data[directory:] & mask,
-        mask,
-        where,
-        data[where],
-        np.array(prefixes, np.intp),
+        _Fixed.of(data, masks),
+        tuple(prefixes),
+        length,
     )
 
 

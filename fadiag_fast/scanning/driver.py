@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -287,11 +287,11 @@ class _Scan:
         self.device_name = torch.cuda.get_device_name(auditor.device) if cuda else "cpu"
 
     def run(self, entries: Sequence[Entry], fewest: int, ahead: int) -> None:
-        """Read groups ahead while one is computed and another is written down.
+        """Read groups ahead while one is computed and others are written down.
 
         Args:
             fewest: checkpoints of a group at least, so that all readers are at work.
-            ahead: groups that are read while one is computed.
+            ahead: groups that are read while one is computed, and that may wait to be written down.
         """
         at = 0
         groups: deque[Group] = deque()
@@ -304,20 +304,36 @@ class _Scan:
             if chunk:
                 groups.append(self.reader.begin(chunk))
 
+        refused = False
+
+        def record(launched: _Launched) -> Progress | None:
+            nonlocal refused
+            if refused:  # what waited behind it; the scan is about to end
+                return None
+            try:
+                return self._finish(launched)
+            except BaseException:
+                refused = True
+                raise
+
         # One thread, so that rows are written in order; what the disk refuses is raised here.
         with ThreadPoolExecutor(1, thread_name_prefix="fadiag-record") as recorder:
             computed: _Launched | None = None
-            recorded: Future[Progress] | None = None
+            recorded: deque[Future[Progress | None]] = deque()
+
+            def tell(most: int) -> None:
+                """Tell what is written down; wait until at most so many groups are not."""
+                while recorded and (len(recorded) > most or recorded[0].done()):
+                    self._tell(recorded.popleft().result())
 
             def finish(launched: _Launched) -> None:
-                nonlocal recorded
                 launched.wait()
                 self.reader.done_with(launched.group)
                 begin()
-                # One group waits to be written down at most, so that memory stays bounded.
-                if recorded is not None:
-                    self._tell(recorded.result())
-                recorded = recorder.submit(self._finish, launched)
+                # Figures are small. Still, memory stays bounded: as many groups wait to be written
+                # down as are read ahead, so that who computes rarely waits for who writes.
+                tell(ahead - 1)
+                recorded.append(recorder.submit(record, launched.without_rows()))
 
             for _ in range(ahead):
                 begin()
@@ -330,11 +346,10 @@ class _Scan:
                 computed = launched
             if computed is not None:
                 finish(computed)
-            if recorded is not None:
-                self._tell(recorded.result())
+            tell(0)
 
-    def _tell(self, progress: Progress) -> None:
-        if self.on_progress is not None:
+    def _tell(self, progress: Progress | None) -> None:
+        if progress is not None and self.on_progress is not None:
             self.on_progress(progress)
 
     def _launch(self, group: Group) -> _Launched:
@@ -348,8 +363,7 @@ class _Scan:
                 if self._measure(group.rows, fit, part, launched):
                     del indices[: len(part)]
 
-        for i, future in enumerate(group.reads):
-            read = future.result()
+        for i, read in enumerate(group.reads()):
             launched.reads.append(read)
             if read.fit is not None:
                 fit, indices = waiting.setdefault(id(read.fit), (read.fit, []))
@@ -382,8 +396,8 @@ class _Scan:
         outcomes: dict[int, Any] = dict(launched.failed)
         for part, pending in launched.parts:
             measured = pending.result()
-            rows = zip(measured.figures, measured.finite, measured.accuracies, strict=True)
-            outcomes.update(zip(part, rows, strict=True))
+            for index, i in enumerate(part):
+                outcomes[i] = (measured, index)
         records = []
         for i, read in enumerate(launched.reads):
             if read.reused and read.content is not None:
@@ -412,18 +426,18 @@ class _Scan:
         if isinstance(outcome, BaseException):
             kind, error = kind_of(outcome), str(outcome) or repr(outcome)
         elif outcome is not None:
-            figures, finite, accuracy = outcome
-            if not finite:
-                figures, accuracy = None, None
+            measured, index = outcome
+            if measured.finite[index]:
+                accuracy = measured.accuracies[index]
+                figures = measured.judged(
+                    index,
+                    headline_acc=accuracy if entry.accuracy is None else entry.accuracy,
+                    frozen_baseline_acc=entry.frozen_accuracy,
+                    test_size=test_size_of(entry, accuracy, measured.num_samples),
+                    frozen_test_size=entry.frozen_test_size,
+                )
+            else:
                 kind, error = "non-finite weights", "some weights are NaN or infinite"
-        if figures is not None:
-            figures = replace(
-                figures,
-                headline_acc=accuracy if entry.accuracy is None else entry.accuracy,
-                frozen_baseline_acc=entry.frozen_accuracy,
-                test_size=test_size_of(entry, accuracy, figures.num_samples),
-                frozen_test_size=entry.frozen_test_size,
-            )
         return CheckpointRecord(
             path=entry.path,
             run=entry.run,
@@ -460,6 +474,11 @@ class _Launched:
             pending.wait()
         count = sum(len(part) for part, _ in self.parts)
         self.seconds_each = (time.perf_counter() - self._began) / max(1, count)
+
+    def without_rows(self) -> _Launched:
+        """Return the outcome: rows that are too small for later groups need not wait with it."""
+        del self.group
+        return self
 
 
 def _most(device: torch.device, row_bytes: int) -> int:

@@ -8,6 +8,7 @@ checkpoint is measured batch by batch, and a way of sharing whose figures differ
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -64,19 +65,36 @@ class Way:
     channels_last: bool = False
 
 
-@dataclass(frozen=True)
 class Measured:
     """What a stack of S checkpoints says, on the host.
 
-    Attributes:
-        figures: one per checkpoint, without a judged accuracy.
+    Args:
+        each: per checkpoint what its :class:`~fadiag_fast.protocol.Figures` are made of.
         finite: per checkpoint whether all its weights are.
         accuracies: per checkpoint over the evaluation batches; None where labels are no classes.
+        num_samples: of all batches.
     """
 
-    figures: list[Figures]
-    finite: list[bool]
-    accuracies: list[float | None]
+    def __init__(
+        self,
+        each: list[dict[str, Any]],
+        finite: list[bool],
+        accuracies: list[float | None],
+        num_samples: int,
+    ) -> None:
+        self._each = each
+        self.num_samples = num_samples
+        self.finite = finite
+        self.accuracies = accuracies
+
+    @property
+    def figures(self) -> list[Figures]:
+        """One per checkpoint, without a judged accuracy."""
+        return [Figures(**given) for given in self._each]
+
+    def judged(self, index: int, **accuracies: Any) -> Figures:
+        """Return a checkpoint's figures with the accuracies to be judged."""
+        return Figures(**self._each[index], **accuracies)
 
 
 class _Unit:
@@ -388,45 +406,49 @@ class Auditor:
         """Read what :meth:`measure` computed, ``[S, figures]`` on the host."""
         n, k = len(self.labels), len(self.batches)
         widths = [n, n, n, 1, n, n, 1, n, n, n, n, _COUNTS]
-        *columns, counts = rows.split(widths, dim=1)
-        finite, accuracies, measurable, non_finite, equal = counts.T.tolist()
-        batch_size = self._first_batch_size(self.batches[0][0])
-        sizes = tuple(math.prod(shape) for shape in self._shapes)
-        grad_dtype = str(self._dtypes[1]).removeprefix("torch.")
-        figures = []
-        for i, values in enumerate(zip(*(part.tolist() for part in columns), strict=True)):
-            hidden, grad, gain, (error,), pooled, gains, (class_error,), *directions = values
-            stabilities, num_directions, errors, nulls = directions
-            figures.append(
-                Figures(
-                    layers=self.labels,
-                    residual_norms=tuple(hidden),
-                    bp_grad_norms=tuple(grad),
-                    credit_gains=tuple(gain),
-                    output_grad_norm=error,
-                    batch_size=batch_size,
-                    stabilities=tuple(stabilities),
-                    num_directions=tuple(map(int, num_directions)),
-                    num_batches=k,
-                    shapes=self._shapes,
-                    sizes=sizes,
-                    pooled_norms=tuple(pooled),
-                    pooled_gains=tuple(gains),
-                    num_samples=self._samples,
-                    num_measurable=int(measurable[i]),
-                    num_non_finite=int(non_finite[i]),
-                    equal_logits=bool(equal[i]),
-                    output_error=None if math.isnan(class_error) else class_error,
-                    grad_dtype=grad_dtype,
-                    stability_errors=tuple(errors),
-                    stability_nulls=tuple(nulls),
-                )
+        stops = list(itertools.accumulate(widths))
+        places = [slice(stop - width, stop) for stop, width in zip(stops, widths, strict=True)]
+        common = {
+            "layers": self.labels,
+            "batch_size": self._first_batch_size(self.batches[0][0]),
+            "num_batches": k,
+            "shapes": self._shapes,
+            "sizes": tuple(math.prod(shape) for shape in self._shapes),
+            "num_samples": self._samples,
+            "grad_dtype": str(self._dtypes[1]).removeprefix("torch."),
+        }
+        each: list[dict[str, Any]] = []
+        finite: list[bool] = []
+        accuracies: list[float | None] = []
+        # All numbers at once: each of torch's operations would leave the interpreter's lock.
+        for row in map(tuple, rows.tolist()):
+            hidden, grad, gain, (error,), pooled, gains, (class_error,), *more = (
+                row[place] for place in places
             )
-        return Measured(
-            figures,
-            [value == 1 for value in finite],
-            [None if value != value else value for value in accuracies],
-        )
+            stabilities, num_directions, errors, nulls, counts = more
+            weights, accuracy, measurable, non_finite, equal = counts
+            each.append(
+                {
+                    **common,
+                    "residual_norms": hidden,
+                    "bp_grad_norms": grad,
+                    "credit_gains": gain,
+                    "output_grad_norm": error,
+                    "stabilities": stabilities,
+                    "num_directions": tuple(map(int, num_directions)),
+                    "pooled_norms": pooled,
+                    "pooled_gains": gains,
+                    "num_measurable": int(measurable),
+                    "num_non_finite": int(non_finite),
+                    "equal_logits": bool(equal),
+                    "output_error": None if math.isnan(class_error) else class_error,
+                    "stability_errors": errors,
+                    "stability_nulls": nulls,
+                }
+            )
+            finite.append(weights == 1)
+            accuracies.append(None if accuracy != accuracy else accuracy)
+        return Measured(each, finite, accuracies, self._samples)
 
     def alike(self, columns: Tensor, others: Tensor) -> bool:
         """Say whether two ways of sharing passes give the same figures but for rounding."""

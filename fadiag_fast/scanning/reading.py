@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +30,9 @@ from .series import Entry
 from .store import ScanWriter
 from .weights import Fit, Fitter
 
+# Files that one task reads, where each reader still has a task of a group: to hand over a task and
+# its outcome, threads wait for the interpreter's lock some six times.
+_MOST_OF_A_PIECE = 4
 # What a file has between two tensors: a zip entry's header, a name, and the way to a boundary.
 _BETWEEN_TENSORS = 512
 
@@ -88,11 +91,15 @@ class Rows:
 
 @dataclass
 class Group:
-    """Checkpoints that are read together."""
+    """Checkpoints that are read together, some of them by one task."""
 
-    entries: list[Entry]
     rows: Rows
-    reads: list[Future[Read]]
+    pieces: list[Future[list[Read]]]
+
+    def reads(self) -> Iterator[Read]:
+        """Yield what became of each checkpoint, in their order, as they are read."""
+        for piece in self.pieces:
+            yield from piece.result()
 
 
 class Reader:
@@ -124,15 +131,17 @@ class Reader:
         self._writer = writer
         self._config = config
         self._unsafe_pickle = unsafe_pickle
+        self._workers = workers
+        self._closed = False
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fadiag-read")
         self._local = threading.local()
-        self._lock = threading.Lock()  # a fitter looks at one layout at a time
         self._free: list[Rows] = []
         tensors = len(self._fitter.canonical.places)
         self.row_bytes = aligned(self._fitter.canonical.stop + tensors * _BETWEEN_TENSORS)
 
     def close(self) -> None:
         """Wait for what is being read, and drop the rest."""
+        self._closed = True
         self._pool.shutdown(cancel_futures=True)
 
     def begin(self, entries: Sequence[Entry]) -> Group:
@@ -145,44 +154,61 @@ class Reader:
         if rows is None or not rows.hold(len(entries), width):
             rows = None  # its memory is free before the new ones are there
             rows = Rows(len(entries), width, self._device)
-        reads = [self._pool.submit(self._read, entry, rows[i]) for i, entry in enumerate(entries)]
-        return Group(list(entries), rows, reads)
+        size = max(1, min(_MOST_OF_A_PIECE, len(entries) // self._workers))
+        pieces = [
+            self._pool.submit(self._read_piece, entries[first : first + size], rows, first)
+            for first in range(0, len(entries), size)
+        ]
+        return Group(rows, pieces)
 
     def done_with(self, group: Group) -> None:
         """Say that a group's rows may be read into again."""
         self._free.append(group.rows)
 
+    def _read_piece(self, entries: Sequence[Entry], rows: Rows, first: int) -> list[Read]:
+        """Read checkpoints into the rows from ``first`` on."""
+        reads = []
+        for index, entry in enumerate(entries, first):
+            if self._closed:  # nobody waits for the rest
+                break
+            reads.append(self._read(entry, rows[index]))
+        return reads
+
     def _read(self, entry: Entry, row: Tensor) -> Read:
         """Read one checkpoint into a row; raises nothing."""
         found = Read(entry)
         try:
-            found.nbytes = _size(entry.path)
             self._read_into(found, row)
         except Exception as error:  # whatever a file holds, the others go on
             found.error_kind, found.error = kind_of(error), str(error) or repr(error)
+            if found.nbytes is None:
+                found.nbytes = _size(entry.path)
             if found.content is None and not is_url(entry.path):
-                with suppress(OSError):
+                with suppress(OSError, ValueError):  # ValueError: a path with a NUL byte
                     found.content = content_hash(entry.path)
         return found
 
     def _read_into(self, found: Read, row: Tensor) -> None:
         path, on_cpu = found.entry.path, self._device.type == "cpu"
         hasher = ContentHasher()
-        buffer = row if on_cpu else self._pinned(found.nbytes or self.row_bytes)
+        # How large a file is turns out while it is read: to ask before would be one more wait.
+        buffer = row if on_cpu else self._pinned(self.row_bytes)
         try:
             read = read_into(path, buffer, hasher=hasher, unsafe_pickle=self._unsafe_pickle)
         except SlabTooSmall as error:
             hasher = ContentHasher()
-            buffer = torch.empty(error.needed, dtype=torch.uint8)
+            needed = error.needed
+            buffer = torch.empty(needed, dtype=torch.uint8) if on_cpu else self._pinned(needed)
             read = read_into(path, buffer, hasher=hasher, unsafe_pickle=self._unsafe_pickle)
         found.content = hasher.result()
+        # Of a folder all files count, also those that are not read.
+        found.nbytes = _size(path) if read.nbytes is None else read.nbytes
         if found.nbytes is None:
             found.nbytes = hasher.count
         if self._writer.done(found.content, self._config):
             found.reused = True
             return
-        with self._lock:
-            fit = self._fitter.fit(read)
+        fit = self._fitter.fit(read)
         in_place = on_cpu and buffer is row
         if fit is None or (not in_place and fit.stop - fit.start > len(row)):
             target = row if on_cpu else torch.empty(self.row_bytes, dtype=torch.uint8)
@@ -207,12 +233,12 @@ class Reader:
             row[: len(source)] = source
             return
         if not hasattr(self._local, "stream"):
+            # A current stream is a thread's own, so that this is said once.
             self._local.stream = torch.cuda.Stream(self._device)
-            self._local.event = torch.cuda.Event(blocking=True)
-        with torch.cuda.stream(self._local.stream):
-            row[: len(source)].copy_(source, non_blocking=True)
-            self._local.event.record()
-        self._local.event.synchronize()  # waits without the interpreter's lock
+            torch.cuda.set_stream(self._local.stream)
+        # One call that leaves the interpreter's lock once and returns when the row may be read in
+        # any stream. A copy that does not block, an event and its waiting leave it three times.
+        row[: len(source)].copy_(source)
 
 
 def kind_of(error: BaseException) -> str:
@@ -244,5 +270,5 @@ def _size(path: str) -> int | None:
         if stat.S_ISDIR(status.st_mode):
             return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
         return status.st_size
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a path with a NUL byte
         return None

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from typing import Any
 
 import torch
@@ -101,20 +102,26 @@ class CheckpointRecord:
 
 def clean(text: str) -> str:
     """Return text that any file can hold: a file name that is no UTF-8 has its bytes escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def fields_text(fields: Mapping[str, str]) -> str:
     """Return further fields as the JSON text that a row holds."""
-    return clean(json.dumps(dict(fields), sort_keys=True, ensure_ascii=False))
+    return clean(json.dumps(dict(fields), sort_keys=True, ensure_ascii=False)) if fields else "{}"
+
+
+@cache
+def _versions() -> tuple[str, str]:
+    from .. import __version__
+
+    return __version__, str(torch.__version__)
 
 
 def row_of(
     record: CheckpointRecord, thresholds: DiagnosticThresholds, protocol: Protocol = "paper"
 ) -> Row:
     """Return a record as a row of a part file: all but what only the writer knows."""
-    from .. import __version__
-
+    version, torch_version = _versions()
     row: Row = {
         "path": clean(record.path),
         "run": clean(record.run),
@@ -129,8 +136,8 @@ def row_of(
         "content_hash": record.content_hash,
         "config_hash": record.config_hash,
         "bytes": record.bytes,
-        "fadiag_fast": __version__,
-        "torch": str(torch.__version__),
+        "fadiag_fast": version,
+        "torch": torch_version,
         "device": record.device,
         "seconds": float(record.seconds),
         "finished_at": record.finished_at,
@@ -200,6 +207,15 @@ def judgement(
 
 def _layers(figures: Figures, shapes: Sequence[Sequence[int]] | None) -> list[Row]:
     growth: list[float | None] = [None, *growth_ratios(figures.residual_norms)]
+    pooled_norms, pooled_gains, errors, nulls = (
+        _recorded_or_none(values, len(figures.layers))
+        for values in (
+            figures.pooled_norms,
+            figures.pooled_gains,
+            figures.stability_errors,
+            figures.stability_nulls,
+        )
+    )
     rows = []
     for l, name in enumerate(figures.layers):
         shape = None if shapes is None else [int(size) for size in shapes[l]]
@@ -218,18 +234,18 @@ def _layers(figures: Figures, shapes: Sequence[Sequence[int]] | None) -> list[Ro
                 "rms": norm / math.sqrt(math.prod(shape))
                 if shape is not None and 0 not in shape
                 else None,
-                "pooled_norm": _of(figures.pooled_norms, l),
-                "pooled_gain": _of(figures.pooled_gains, l),
-                "stability_error": _of(figures.stability_errors, l),
-                "stability_null": _of(figures.stability_nulls, l),
+                "pooled_norm": pooled_norms[l],
+                "pooled_gain": pooled_gains[l],
+                "stability_error": errors[l],
+                "stability_null": nulls[l],
             }
         )
     return rows
 
 
-def _of(values: Sequence[float], layer: int) -> float | None:
-    """Return a state's figure; None where none was recorded."""
-    return float(values[layer]) if len(values) else None
+def _recorded_or_none(values: Sequence[float], states: int) -> Sequence[float | None]:
+    """Return the states' figures; None for each where none was recorded."""
+    return [float(value) for value in values] if len(values) else [None] * states
 
 
 def figures_of(row: Row, layers: Sequence[Row]) -> Figures:

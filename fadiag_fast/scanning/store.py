@@ -23,8 +23,8 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -67,6 +67,10 @@ _TEMPORARY = ".partial"
 # As many parts of a few rows each, as a slow scan writes them, become one. Full parts stay as they
 # are until the tables are written, so that memory holds few rows at a time.
 _FAN_IN = 32
+
+# A table's row groups have about as many rows: fewer cost a hundred columns' headers each time, and
+# more would let memory grow.
+_GROUP_ROWS = 1024
 
 # What says by which limits a row was judged, if it was.
 _JUDGED_BY = [
@@ -202,13 +206,22 @@ def _first_record(name: str) -> int:
     return int(match[2])
 
 
-def _read_file(path: Path, schema: Any) -> Any:
-    """Read one file into a schema: older versions lack columns, which are then empty."""
+def _read_file(path: Path, schema: Any, names: Sequence[str] | None = None) -> Any:
+    """Read one file into a schema: older versions lack columns, which are then empty.
+
+    Args:
+        path: a part or a table.
+        schema: of its kind.
+        names: of a part's columns, where not all are needed.
+    """
     pa = arrow()
+    if names is not None:
+        fields = [schema.field(index) for index in sorted(map(schema.get_field_index, names))]
+        schema = pa.schema(fields, metadata=schema.metadata)
     try:
         with path.open("rb") as file:
             if path.suffix == ".arrow":
-                table = require("pyarrow.ipc", "a scan's tables").open_file(file).read_all()
+                table = _read_part(file, names)
             else:
                 table = parquet().ParquetFile(file).read()
     except FileNotFoundError:
@@ -230,6 +243,19 @@ def _read_file(path: Path, schema: Any) -> Any:
             f"{int(version)}: a later fadiag_fast wrote it; update fadiag_fast to read it"
         )
     return table if table.schema.equals(schema) else _conform(table, schema)
+
+
+def _read_part(file: Any, names: Sequence[str] | None) -> Any:
+    ipc = require("pyarrow.ipc", "a scan's tables")
+    # Small columns are read sooner than threads are woken.
+    options = ipc.IpcReadOptions(use_threads=False)
+    data = arrow().py_buffer(file.read())
+    reader = ipc.open_file(data, options=options)
+    if names is not None:
+        known = enumerate(reader.schema.names)
+        options.included_fields = [index for index, name in known if name in names]
+        reader = ipc.open_file(data, options=options)
+    return reader.read_all()
 
 
 def _conform(table: Any, schema: Any) -> Any:
@@ -279,6 +305,30 @@ def _without(part: Any, table: Any) -> Any:
     """Drop the rows of a part that a table has already."""
     known = np.isin(_numbers(part, "record"), _numbers(table, "record"))
     return part.filter(arrow().array(~known)) if known.any() else part
+
+
+def _table_of(rows: Sequence[Row]) -> Any:
+    """Return rows of a part as a table.
+
+    They are turned into columns in one call: arrow's own way makes three for each of a hundred, and
+    all leave the interpreter's lock, for which a scan's readers wait in a row.
+    """
+    pa, schema = arrow(), part_schema()
+    structs = pa.array(rows, type=pa.struct(list(schema)))
+    batch = pa.RecordBatch.from_struct_array(structs)
+    return pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata)
+
+
+def _joined(parts: Iterable[Any]) -> Iterator[Any]:
+    """Join parts until they have so many rows as a table's row group is worth its own tables."""
+    held: list[Any] = []
+    for part in parts:
+        held.append(part)
+        if sum(table.num_rows for table in held) >= _GROUP_ROWS:
+            yield arrow().concat_tables(held)
+            held = []
+    if held:
+        yield arrow().concat_tables(held)
 
 
 def flattened(part: Any) -> Any:
@@ -438,7 +488,9 @@ class ScanWriter:
         self._tables: Tables | None = None
         self._stored_at: dict[int, tuple[int, int, int]] | None = None
         self._dirty = False
-        arrow()
+        # The first rows make arrow import pandas, where there is one: 0.2 seconds alone, and
+        # many times that while readers compete for the interpreter.
+        _table_of([])
         try:
             (self.folder / _PARTS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -640,8 +692,7 @@ class ScanWriter:
         self._last_flush = time.monotonic()
         if not self._waiting:
             return
-        pa = arrow()
-        table = pa.Table.from_pylist(self._waiting, schema=part_schema())
+        table = _table_of(self._waiting)
         try:
             self._put_part(self._part_path(table), table)
             self._waiting.clear()
@@ -693,9 +744,10 @@ class ScanWriter:
         alone = parts and not (self.folder / CHECKPOINTS_FILE).exists()
         if alone and self._come_in_turn(parts):
             # So a scan brings its rows, and memory does not grow with the study.
-            pieces = (_read_file(path, part_schema()) for path in parts)
-            layers = map(flattened, (_read_file(path, part_schema()) for path in parts))
-            self._finish(parts, layers, (piece.drop_columns(["layers"]) for piece in pieces))
+            pieces = _joined(_read_file(path, part_schema()) for path in parts)
+            self._finish(
+                parts, ((piece.drop_columns(["layers"]), flattened(piece)) for piece in pieces)
+            )
             return
         if not self._dirty and not parts:
             tables = read_tables(self.folder)
@@ -706,7 +758,7 @@ class ScanWriter:
         else:
             tables = Tables(checkpoint_schema().empty_table(), layer_schema().empty_table())
         tables = self._judged(tables)
-        self._finish(parts, [tables.layers], [tables.checkpoints])
+        self._finish(parts, [(tables.checkpoints, tables.layers)])
 
     def _come_in_turn(self, parts: Sequence[Path]) -> bool:
         """Say whether the tables can be written part by part, each row as it stands.
@@ -718,7 +770,7 @@ class ScanWriter:
         # By their hashes, which take less memory: two that meet only send the rows the longer way.
         seen: set[int] = set()
         for path in parts:
-            part = _read_file(path, part_schema())
+            part = _read_file(path, part_schema(), (*names, *_JUDGED_BY))
             columns = (part[name].to_pylist() for name in names)
             for record, *place_of in zip(*columns, strict=True):
                 place, row = _natural_place(*place_of), hash(tuple(place_of[2:]))
@@ -732,13 +784,22 @@ class ScanWriter:
                 return False
         return True
 
-    def _finish(
-        self, parts: Sequence[Path], layers: Iterable[Any], checkpoints: Iterable[Any]
-    ) -> None:
-        """Write both tables, each from its pieces, and remove the parts that are in them."""
+    def _finish(self, parts: Sequence[Path], pieces: Iterable[tuple[Any, Any]]) -> None:
+        """Write both tables from their pieces, and remove the parts that are in them."""
+        sinks = [arrow().BufferOutputStream() for _ in range(2)]
+        schemas = (checkpoint_schema(), layer_schema())
+        with ExitStack() as writers:
+            files = [
+                writers.enter_context(parquet().ParquetWriter(sink, schema, compression="zstd"))
+                for sink, schema in zip(sinks, schemas, strict=True)
+            ]
+            for piece in pieces:
+                for file, table in zip(files, piece, strict=True):
+                    file.write_table(table)
+        checkpoints, layers = (memoryview(sink.getvalue()) for sink in sinks)
         # Layers first: a checkpoint without its layers would look like a damaged table.
-        self._put_table(self.folder / LAYERS_FILE, layer_schema(), layers)
-        self._put_table(self.folder / CHECKPOINTS_FILE, checkpoint_schema(), checkpoints)
+        self._put(self.folder / LAYERS_FILE, layers)
+        self._put(self.folder / CHECKPOINTS_FILE, checkpoints)
         for path in parts:
             self._disk.remove(path)
         # Whoever reads the tables next should not find their memory still held by arrow's pool.
@@ -791,16 +852,12 @@ class ScanWriter:
     def _put_part(self, path: Path, table: Any) -> None:
         sink = arrow().BufferOutputStream()
         ipc = require("pyarrow.ipc", "a scan's tables")
-        options = ipc.IpcWriteOptions(compression="zstd")
+        # A part is gone when the scan is over. With zstd, a fourth smaller, each of some hundred
+        # small columns costs a context: five times the time to write, and four times to read.
+        # And to wake a thread for each takes longer than to do it here.
+        options = ipc.IpcWriteOptions(compression="lz4", use_threads=False)
         with ipc.new_file(sink, table.schema, options=options) as file:
             file.write_table(table)
-        self._put(path, memoryview(sink.getvalue()))
-
-    def _put_table(self, path: Path, schema: Any, pieces: Iterable[Any]) -> None:
-        sink = arrow().BufferOutputStream()
-        with parquet().ParquetWriter(sink, schema, compression="zstd") as file:
-            for piece in pieces:
-                file.write_table(piece)
         self._put(path, memoryview(sink.getvalue()))
 
     def _put(self, path: Path, data: Any) -> None:

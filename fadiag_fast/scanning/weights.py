@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -90,16 +91,20 @@ class Fitter:
         by_tensor = {id(tensor): name for name, tensor in self._expected.items()}
         self._names = {name: by_tensor.get(id(tensor)) for name, tensor in state.items()}
         self._fits: dict[int, tuple[object, Fit | None]] = {}
+        self._lock = threading.Lock()
 
     def fit(self, found: SlabCheckpoint) -> Fit | None:
         """Return where the model's tensors lie in what was read, None if it must be loaded.
 
-        That is asked of each layout once: checkpoints of one study share it.
+        That is asked of each layout once: checkpoints of one study share it. Threads may ask at
+        the same time, and only wait for each other where a layout is new.
         """
         key = id(found.layout)
         if key not in self._fits:
-            # The layout is kept, so that no other gets its id.
-            self._fits[key] = (found.layout, self._look(found))
+            with self._lock:
+                if key not in self._fits:
+                    # The layout is kept, so that no other gets its id.
+                    self._fits[key] = (found.layout, self._look(found))
         return self._fits[key][1]
 
     def _look(self, found: SlabCheckpoint) -> Fit | None:

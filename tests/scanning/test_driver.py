@@ -1,5 +1,6 @@
 """A scan end to end: figures against ``diagnose``, stacks, faults, resume, kills."""
 
+import errno
 import json
 import os
 import random
@@ -7,8 +8,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -18,11 +21,14 @@ from torch import nn
 
 from fadiag_fast import DiagnosticThresholds, diagnose
 from fadiag_fast.capture import Probe
-from fadiag_fast.scanning import ScanResult, ScanWriter, scan
+from fadiag_fast.scanning import Entry, ScanResult, ScanWriter, scan
 
 pytest.importorskip("pyarrow")
 
+from fadiag_fast.scanning import driver
 from fadiag_fast.scanning.passes import Way
+from fadiag_fast.scanning.reading import Reader
+from fadiag_fast.scanning.store import Disk, UnwritableResults
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +149,7 @@ def faulty(folder):
     torch.save({"model_state": state | {"x": torch.nn.ReLU}}, add("unsafe.pt", "unsafe"))
     torch.save({"loss": 1.0}, add("empty.pt", "no weights"))
     add("text.pt", "unreadable").write_text("not a checkpoint")
+    add("nul\0.pt", "unreadable")
     return kinds
 
 
@@ -161,6 +168,48 @@ def test_every_fault_is_explained_and_stops_nothing(stack, tmp_path):
     for path, model in models.items():
         assert found[path][0]["verdict"] == diagnose(model, batches).verdict
     assert len(rows) == len(models) + len(bad)
+
+
+def test_one_bad_file_does_not_hurt_those_read_by_the_same_task(tmp_path):
+    """One reader takes four files at a time; figures and errors stay with their paths."""
+    models = study(tmp_path / "runs", range(5))
+    bad = faulty(tmp_path / "bad")
+    paths = list(models)
+    for place, path in enumerate(bad):
+        paths.insert(2 * place + 1, path)
+    batches = batches_of()
+    entries = [Entry(path, "a", step) for step, path in enumerate(paths)]
+    result = scan(entries, Branching(), batches, tmp_path / "out", stack=16, workers=1)
+    rows = {row["path"]: row for row in result.rows}
+    assert {path: rows[path]["error_kind"] for path in bad} == bad
+    assert [row["path"] for row in sorted(result.rows, key=lambda row: row["record"])] == paths
+    found = figures_by_path(result)
+    for path, model in models.items():
+        norms = torch.tensor(found[path][1].residual_norms)
+        torch.testing.assert_close(
+            norms, torch.tensor(diagnose(model, batches).figures.residual_norms), rtol=2e-5, atol=0
+        )
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 64])
+@pytest.mark.parametrize("workers", [1, 3, 16])
+def test_a_group_has_what_became_of_each_file_in_order(count, workers, tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save(Branching().state_dict(), path)
+    entries = [Entry(str(path if i % 3 else tmp_path / f"{i}.pt"), "a", i) for i in range(count)]
+    with ScanWriter(tmp_path / "out") as writer:
+        reader = Reader(Branching(), torch.device("cpu"), writer, "c", False, workers)
+        try:
+            group = reader.begin(entries)
+            reads = list(group.reads())
+            tasks = len(group.pieces)
+        finally:
+            reader.close()
+    assert [read.entry for read in reads] == entries
+    assert [read.error_kind for read in reads] == [
+        None if i % 3 else "missing" for i in range(count)
+    ]
+    assert min(count, workers) <= tasks
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -384,8 +433,81 @@ def test_progress_counts_everything(tmp_path):
         on_progress=seen.append,
     )
     last = seen[-1]
-    assert (last.done, last.total, last.failed, last.reused) == (6 + len(bad), 6 + len(bad), 7, 0)
+    assert (last.done, last.total, last.failed, last.reused) == (
+        6 + len(bad),
+        6 + len(bad),
+        len(bad),
+        0,
+    )
     assert last.bytes > 0
+
+
+@pytest.fixture
+def far_ahead(monkeypatch):
+    """Let a scan on the CPU take groups of two files and be four groups ahead, as on a GPU."""
+    original = driver._Scan.run
+    monkeypatch.setattr(
+        driver._Scan, "run", lambda self, entries, fewest, ahead: original(self, entries, 2, 4)
+    )
+
+
+def test_groups_that_wait_to_be_written_down_stay_in_order(tmp_path, monkeypatch, far_ahead):
+    models = study(tmp_path / "runs", range(12), runs=("a",))
+    launched, released, told, waited = [], threading.Event(), [], []
+    launch, finish = driver._Scan._launch, driver._Scan._finish
+
+    def launching(self, group):
+        launched.append(group)
+        if len(launched) == 5:
+            assert told == []  # with nothing written down, later groups were computed
+            released.set()
+        return launch(self, group)
+
+    def finishing(self, group):
+        waited.append(released.wait(60))
+        return finish(self, group)
+
+    def telling(progress):
+        told.append((progress.done, threading.current_thread()))
+
+    monkeypatch.setattr(driver._Scan, "_launch", launching)
+    monkeypatch.setattr(driver._Scan, "_finish", finishing)
+    glob, out = str(tmp_path / "runs/*/*.pt"), tmp_path / "out"
+    result = scan(glob, Branching(), batches_of(), out, stack=1, on_progress=telling)
+    assert waited == [True] * 6
+    assert told == [(done, threading.main_thread()) for done in range(2, 13, 2)]
+    assert [(row["record"], row["step"]) for row in result.rows] == [(i, i) for i in range(12)]
+    assert_like_diagnose(result, models, batches_of(), 2e-5)
+
+
+def test_what_the_disk_refuses_ends_the_scan_though_groups_wait(tmp_path, monkeypatch, far_ahead):
+    study(tmp_path / "runs", range(12), runs=("a",))
+    write, finish = Disk.write, driver._Scan._finish
+    full, finished, told = threading.Event(), [], []
+
+    def writing(self, path, data):
+        if full.is_set():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, path, data)
+
+    def finishing(self, group):
+        finished.append(group)
+        if len(finished) == 3:
+            full.set()
+        return finish(self, group)
+
+    monkeypatch.setattr(Disk, "write", writing)
+    monkeypatch.setattr(driver._Scan, "_finish", finishing)
+    monkeypatch.setattr(driver, "ScanWriter", partial(ScanWriter, flush_rows=1))
+    glob, out = str(tmp_path / "runs/*/*.pt"), tmp_path / "out"
+    with pytest.raises(UnwritableResults, match="the disk is full"):
+        scan(glob, Branching(), batches_of(), out, stack=1, on_progress=told.append)
+    assert len(finished) == 3  # what waited behind it was not tried
+    assert [progress.done for progress in told] == [2, 4]
+    full.clear()
+    assert [row["step"] for row in ScanResult.load(out).rows] == [0, 1, 2, 3]
+    again = scan(glob, Branching(), batches_of(), out, stack=1)
+    assert [row["step"] for row in again.rows] == list(range(12))
 
 
 def test_checkpoints_behind_a_url(tmp_path):
