@@ -36,8 +36,9 @@ from .weights import Fit
 
 # A reader reaches 1 to 2 GB/s of files in the page cache.
 _MOST_WORKERS = 16
-# Groups of checkpoints that are read before their turn comes, on a GPU.
-_MOST_AHEAD = 7
+# Groups of checkpoints that are read before their turn comes, on a GPU: as many as sixteen readers
+# finish while the first graphs are recorded.
+_MOST_AHEAD = 15
 # Of the memory that is free, what a stack may be expected to take.
 _MEMORY_SHARE = 0.6
 

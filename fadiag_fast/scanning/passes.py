@@ -32,7 +32,7 @@ from ..statistics import (
     reduce_captured,
 )
 from ..taps import TapError, Taps
-from .weights import Fit
+from .weights import Fit, canonical
 
 # Of two ways that share passes differently, figures may differ by this much in 16 bits, and by a
 # tenth of it in others: rounding (also of TF32) in a network that is not chaotic. Where it is, or
@@ -172,7 +172,8 @@ class Auditor:
         self._options = options
         self._probes: dict[tuple[bool, int], Probe] = {}
         self._end_to_end: dict[bool, tuple[Tensor, Tensor]] = {}
-        self._graphs: dict[tuple[Way, int, int], _Graph] = {}
+        self._graphs: dict[Way, _Graph] = {}
+        self._canonical = canonical(model)
         self._can_graph = True
         alone = self._probe(False, 0)
         for index, (x, y) in enumerate(batches):
@@ -293,14 +294,14 @@ class Auditor:
         return self._pending(self._columns(rows, fit, way), len(rows))
 
     def _by_graph(self, rows: Tensor, fit: Fit, way: Way) -> Pending:
-        key = (way, id(fit), rows.shape[1])
-        if key not in self._graphs:
+        if way not in self._graphs:
             if len(self._graphs) >= _MOST_GRAPHS:
                 self._graphs.clear()
-            self._graphs[key] = _Graph(
-                rows, way.stack, fit, lambda rows: self._columns(rows, fit, way)
+            own = self._canonical
+            self._graphs[way] = _Graph(
+                rows, fit, own, way.stack, lambda rows: self._columns(rows, own, way)
             )
-        return self._pending(self._graphs[key].replay(rows), len(rows))
+        return self._pending(self._graphs[way].replay(rows, fit), len(rows))
 
     def forget_graphs(self) -> None:
         """Let go of the memory that recorded graphs hold."""
@@ -505,25 +506,36 @@ class Pending:
 
 
 class _Graph:
-    """The measuring of a stack as one CUDA graph, over rows of its own."""
+    """The measuring of a stack as one CUDA graph, over rows of its own.
 
-    def __init__(self, rows: Tensor, stack: int, fit: Fit, run: Callable[[Tensor], Tensor]) -> None:
-        self._rows = rows.new_zeros((stack, rows.shape[1]))
-        self._fit = fit  # its id names this graph
-        self._rows[: len(rows)].copy_(rows)
+    These are laid out in one way, so that one graph serves files in which tensors lie elsewhere:
+    names of another length, as step_99.pt and step_100.pt have, are enough for that.
+    """
+
+    def __init__(
+        self, rows: Tensor, fit: Fit, own: Fit, stack: int, run: Callable[[Tensor], Tensor]
+    ) -> None:
+        own_rows = rows.new_zeros((stack, own.stop))
+        self._views = own.views(own_rows)
+        self._fill(rows, fit)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            run(self._rows)  # libraries choose their kernels and take their workspaces
+            run(own_rows)  # libraries choose their kernels and take their workspaces
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         # Readers copy on streams of their own meanwhile, which is no part of the graph.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._columns = run(self._rows)
+            self._columns = run(own_rows)
 
-    def replay(self, rows: Tensor) -> Tensor:
+    def _fill(self, rows: Tensor, fit: Fit) -> None:
+        given = fit.views(rows)
+        for name, view in self._views.items():
+            view[: len(rows)].copy_(given[name])
+
+    def replay(self, rows: Tensor, fit: Fit) -> Tensor:
         """Return the figures of ``rows``; the graph's other rows hold what they held before."""
-        self._rows[: len(rows), : rows.shape[1]].copy_(rows)
+        self._fill(rows, fit)
         self._graph.replay()
         return self._columns[: len(rows)].clone()
 

@@ -195,7 +195,7 @@ class StepProbe:
             a share such as 0.01 of the time that the probe may take, or a
             :class:`~fadiag_fast.training.schedule.Schedule`.
         window: K, with how many earlier recorded steps a direction is compared; on CUDA at most
-            3,070.
+            2,814.
         decay: of the exponential average of directions.
         directions: whose directions are kept: of the ``"middle"`` state, which the protocol's (c)
             reads, of ``"all"``, or of ``"none"``. Kept are K + 1 vectors of D float32 each.
