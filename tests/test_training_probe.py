@@ -1,6 +1,7 @@
 """The training probe against ordinary autograd and diagnose, and what might trip it."""
 
 import copy
+import dataclasses
 import math
 import pickle
 import warnings
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fadiag_fast import DiagnosticThresholds, StepProbe, TapError, diagnose
 from fadiag_fast.training.alarms import Alarms, AlarmWarning, TrainingStopped
+from fadiag_fast.training.records import StepRecord
 from fadiag_fast.training.sinks import SinkWarning, read_jsonlines
 from fadiag_fast.zoo import ResidualMLP
 
@@ -61,6 +63,15 @@ def by_hand(model, x, y):
 
 
 MODES = pytest.mark.parametrize("mode", ["together", "passing"])
+
+
+def test_a_record_has_all_fields_of_its_class_and_is_one_of_it():
+    (record,) = records_of(network(), [batch_of()])
+    assert list(vars(record)) == [field.name for field in dataclasses.fields(StepRecord)]
+    assert StepRecord(**vars(record)).to_json() == record.to_json()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        record.step = 3
+    assert pickle.loads(pickle.dumps(record)).to_json() == record.to_json()
 
 
 @MODES

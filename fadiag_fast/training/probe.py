@@ -1021,7 +1021,7 @@ class StepProbe:
             at += 2
         samples = int(row[at]) if meta.samples is None else meta.samples
         labels = settings.labels
-        return StepRecord(
+        return StepRecord.of(
             step=meta.step,
             layers=labels,
             hidden_norms=tuple(hidden),
