@@ -75,8 +75,8 @@ inline StepRowCall check_step_row_call(const Tensor& norms, const std::vector<Te
   call.samples = first.sizes[2];
 
   if (directions.size() != kept.size()) {
-    fail(op, "expected what is kept of each direction, got ", directions.size(),
-         " directions and ", kept.size(), " kept");
+    fail(op, "expected what is kept of each direction, got ", directions.size(), " directions and ",
+         kept.size(), " kept");
   }
   for (size_t l = 0; l < directions.size(); ++l) {
     const TensorInfo direction(directions[l]);
@@ -99,8 +99,8 @@ inline StepRowCall check_step_row_call(const Tensor& norms, const std::vector<Te
       fail(op, "kept of ", name, ": expected [K + 1, ", direction.sizes[0],
            "] with K from 1 and the same in all layers, got ", held.shape_text());
     }
-    call.layers.push_back({data_of(directions[l]), const_cast<char*>(data_of(kept[l])),
-                           direction.sizes[0]});
+    call.layers.push_back(
+        {data_of(directions[l]), const_cast<char*>(data_of(kept[l])), direction.sizes[0]});
   }
 
   int64_t width = call.extras_at();

@@ -15,9 +15,8 @@ constexpr int64_t kChunkColumns = 4096;
 
 // The lower of the two middle values, like torch.nanmedian; NaN where there is none.
 double median(std::vector<double>& values) {
-  values.erase(
-      std::remove_if(values.begin(), values.end(), [](double x) { return std::isnan(x); }),
-      values.end());
+  values.erase(std::remove_if(values.begin(), values.end(), [](double x) { return std::isnan(x); }),
+               values.end());
   if (values.empty()) return std::numeric_limits<double>::quiet_NaN();
   const auto middle = values.begin() + (values.size() - 1) / 2;
   std::nth_element(values.begin(), middle, values.end());
@@ -130,6 +129,4 @@ void step_row(Tensor norms, std::vector<Tensor> directions, std::vector<Tensor> 
 }  // namespace
 }  // namespace fadiag
 
-STABLE_TORCH_LIBRARY_IMPL(fadiag, CPU, m) {
-  m.impl("step_row", TORCH_BOX(&fadiag::step_row));
-}
+STABLE_TORCH_LIBRARY_IMPL(fadiag, CPU, m) { m.impl("step_row", TORCH_BOX(&fadiag::step_row)); }

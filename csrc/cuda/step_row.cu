@@ -1,13 +1,12 @@
 // step_row for CUDA tensors: plans, workspace, launches, registration.
 #include "../step_row.h"
-
 #include "glue.h"
 #include "step_row_kernel.cuh"
 
 namespace fadiag {
 namespace {
 
-// Of the 48 KB that every chip has; the medians take some 2 KB.
+// Of the 48 KB that every chip has; the kernels have up to 4 KB of their own.
 constexpr int64_t kMostSharedBytes = 44 << 10;
 
 bool aligned_rows(const StepLayer& layer, int64_t element_size) {
@@ -26,8 +25,7 @@ int64_t add_layers(const StepRowCall& call, int64_t begin, StepTable& table) {
     entry.columns = layer.columns;
     entry.first_unit = static_cast<int>(units);
     // A direction of no columns has a chunk too: its cosines are NaN.
-    entry.num_chunks =
-        std::max(1, static_cast<int>((layer.columns + kStepChunk - 1) / kStepChunk));
+    entry.num_chunks = std::max(1, static_cast<int>((layer.columns + kStepChunk - 1) / kStepChunk));
     entry.aligned = aligned_rows(layer, kElementSizes[call.type]);
     units += entry.num_chunks;
   }
@@ -82,8 +80,9 @@ void launch(const StepRowCall& call, const TensorInfo& norms, cudaStream_t strea
       step_scales_kernel<<<grid, threads, 0, stream>>>(table, table.sums + sums_size);
     }
     table.closes = is_last && !is_long;
-    step_row_kernel<Element><<<static_cast<unsigned>(table.num_medians + units), threads,
-                               shared_bytes, stream>>>(table);
+    step_row_kernel<Element>
+        <<<static_cast<unsigned>(table.num_medians + units), threads, shared_bytes, stream>>>(
+            table);
     if (is_long) {
       table.closes = is_last;
       keep_directions_kernel<Element>
@@ -117,6 +116,4 @@ void step_row(Tensor norms, std::vector<Tensor> directions, std::vector<Tensor> 
 }  // namespace
 }  // namespace fadiag
 
-STABLE_TORCH_LIBRARY_IMPL(fadiag, CUDA, m) {
-  m.impl("step_row", TORCH_BOX(&fadiag::step_row));
-}
+STABLE_TORCH_LIBRARY_IMPL(fadiag, CUDA, m) { m.impl("step_row", TORCH_BOX(&fadiag::step_row)); }

@@ -1,14 +1,15 @@
 // step_row on the GPU: all that a training step says, in one launch, or two for long directions.
 //
 // Layout:        blocks of the first launch are one median each, then one chunk of columns of one
-//                direction each. A warp multiplies the direction with one vector that is kept. Where
-//                a direction is one chunk, its block writes the cosines and keeps it; longer ones
-//                leave their products, and the blocks of a second launch, again one a chunk, merge
-//                them and keep their columns.
+//                direction each. A warp multiplies the direction with one vector that is kept.
+//                Where a direction is one chunk, its block writes the cosines and keeps it; longer
+//                ones leave their products, and the blocks of a second launch, again one a chunk,
+//                merge them and keep their columns.
 // Median:        radix selection, eight bits of the order-preserving key a turn, over counts in
 //                shared memory; it ends as soon as one candidate is left.
-// Accumulation:  float64; float64 directions are scaled by a power of two each, from a first launch.
-// Determinism:   lanes and chunks are merged in a fixed order. The atomics count: candidates of a
+// Accumulation:  float64; float64 directions are scaled by a power of two each, from a first
+// launch. Determinism:   lanes and chunks are merged in a fixed order. The atomics count:
+// candidates of a
 //                median, and blocks that are done, whose last one moves the places on.
 #pragma once
 
@@ -306,7 +307,8 @@ __global__ void __launch_bounds__(kStepWarps * 32, 1)
     const int lane = threadIdx.x % 32;
     for (int64_t i = threadIdx.x / 32; i < count; i += blockDim.x / 32) {
       double total = 0.0;
-      for (int chunk = lane; chunk < entry.num_chunks; chunk += 32) total += sums[chunk * count + i];
+      for (int chunk = lane; chunk < entry.num_chunks; chunk += 32)
+        total += sums[chunk * count + i];
 #pragma unroll
       for (int offset = 16; offset > 0; offset /= 2) {
         total += __shfl_xor_sync(0xffffffffu, total, offset);
