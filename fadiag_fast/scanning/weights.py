@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from ..checkpoints import SlabCheckpoint, TensorPlace, load_into
 from ..checkpoints.content import Checkpoint
 from ..checkpoints.layouts import ALIGNMENT, aligned
+
+# Layouts whose answers are remembered.
+_MOST_LAYOUTS = 64
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ class Fitter:
         # Every name of a state dict, with the name under which its tensor is expected.
         by_tensor = {id(tensor): name for name, tensor in self._expected.items()}
         self._names = {name: by_tensor.get(id(tensor)) for name, tensor in state.items()}
-        self._fits: dict[int, tuple[object, Fit | None]] = {}
+        self._fits: OrderedDict[int, tuple[object, Fit | None]] = OrderedDict()
+        self._known: list[Fit] = []
         self._lock = threading.Lock()
 
     def fit(self, found: SlabCheckpoint) -> Fit | None:
@@ -100,12 +105,14 @@ class Fitter:
         the same time, and only wait for each other where a layout is new.
         """
         key = id(found.layout)
-        if key not in self._fits:
+        entry = self._fits.get(key)
+        if entry is None or entry[0] is not found.layout:
             with self._lock:
-                if key not in self._fits:
-                    # The layout is kept, so that no other gets its id.
-                    self._fits[key] = (found.layout, self._look(found))
-        return self._fits[key][1]
+                # The layout is kept, so that no other gets its id.
+                entry = self._fits[key] = (found.layout, self._look(found))
+                if len(self._fits) > _MOST_LAYOUTS:  # each file may have one of its own
+                    self._fits.popitem(last=False)
+        return entry[1]
 
     def _look(self, found: SlabCheckpoint) -> Fit | None:
         if not self._plain or found.layout.keys() != self._names.keys():
@@ -121,9 +128,12 @@ class Fitter:
             place = place._replace(offset=place.offset - found.start)
             if places.setdefault(name, place) != place:
                 return None
-        known = [fit for _, fit in self._fits.values() if fit is not None]
         fit = Fit(places, found.start, found.stop)
-        return next((other for other in known if other == fit), fit)
+        for known in self._known:
+            if known == fit:
+                return known
+        self._known = [*self._known[1 - _MOST_LAYOUTS :], fit]
+        return fit
 
     def load(self, found: SlabCheckpoint, buffer: Tensor, row: Tensor) -> Fit:
         """Load what was read into ``buffer``, with all checks, and lay it out in ``row``.
