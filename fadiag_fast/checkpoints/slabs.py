@@ -215,7 +215,8 @@ class _Descriptor:
 
     def readinto(self, target: memoryview) -> int:
         if hasattr(os, "readv"):
-            return os.readv(self._number, [target])
+            # Not more at once than every system takes.
+            return os.readv(self._number, [target[: 1 << 30]])
         data = os.read(self._number, len(target))
         target[: len(data)] = data
         return len(data)
