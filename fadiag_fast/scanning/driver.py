@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -149,6 +150,8 @@ def scan(
     with (
         untouched(model),
         prompt_switches(),
+        # Events, streams and graphs belong to the current device.
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
         ScanWriter(out, thresholds=thresholds, protocol=protocol) as writer,
     ):
         loss = None if loss is nn.functional.cross_entropy else loss
@@ -483,7 +486,7 @@ class _Launched:
 
 
 def _most(device: torch.device, row_bytes: int) -> int:
-    """Return how many checkpoints' weights fit, in two groups of rows and a graph's own."""
+    """Return how many checkpoints' weights fit, beside a group that is read and a graph's own."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
     # Activations are not known yet; an error for want of memory shrinks the stack.
     return max(1, int(_MEMORY_SHARE * free / (4 * row_bytes)))

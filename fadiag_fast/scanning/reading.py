@@ -210,7 +210,8 @@ class Reader:
             return
         fit = self._fitter.fit(read)
         in_place = on_cpu and buffer is row
-        if fit is None or (not in_place and fit.stop - fit.start > len(row)):
+        # On the CPU a fit says where tensors lie in the row itself.
+        if fit is None or (not in_place and (on_cpu or fit.stop - fit.start > len(row))):
             target = row if on_cpu else torch.empty(self.row_bytes, dtype=torch.uint8)
             fit = self._fitter.load(read, buffer, target)
             buffer, in_place = target, on_cpu
@@ -229,9 +230,7 @@ class Reader:
         return buffer
 
     def _copy(self, source: Tensor, row: Tensor) -> None:
-        if self._device.type == "cpu":
-            row[: len(source)] = source
-            return
+        """Copy from a pinned buffer to the GPU."""
         if not hasattr(self._local, "stream"):
             # A current stream is a thread's own, so that this is said once.
             self._local.stream = torch.cuda.Stream(self._device)

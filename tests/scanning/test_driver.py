@@ -381,6 +381,25 @@ def test_passes_may_be_shared_without_changing_figures(samples, stack, tmp_path)
         assert accuracy == pytest.approx(report.provenance["accuracy_on_batches"], abs=1e-6)
 
 
+def test_files_that_all_differ_in_layout_are_told_apart_and_not_all_remembered():
+    from fadiag_fast.checkpoints import SlabCheckpoint
+    from fadiag_fast.scanning.weights import Fitter
+
+    model = Branching()
+    fitter = Fitter(model)
+    for i in [*range(200), *range(200)]:
+        places = {
+            name: place._replace(offset=place.offset + 64 * i)
+            for name, place in fitter.canonical.places.items()
+        }
+        found = SlabCheckpoint("x", places, "", 64 * i, 64 * i + 9999, "", "", "", {})
+        assert fitter.fit(found) is fitter.fit(found)
+        assert fitter.fit(found).start == 64 * i
+        assert fitter.fit(found).places == fitter.canonical.places
+    assert len(fitter._fits) <= 64
+    assert len(fitter._known) <= 64
+
+
 def test_samples_that_see_each_other_do_not_share_passes(tmp_path):
     class Centred(Branching):
         def forward(self, x):
@@ -508,6 +527,25 @@ def test_what_the_disk_refuses_ends_the_scan_though_groups_wait(tmp_path, monkey
     assert [row["step"] for row in ScanResult.load(out).rows] == [0, 1, 2, 3]
     again = scan(glob, Branching(), batches_of(), out, stack=1)
     assert [row["step"] for row in again.rows] == list(range(12))
+
+
+def test_checkpoints_behind_a_url_with_more_than_weights(tmp_path):
+    """How large a file is turns out too late for the row: it is read beside it."""
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    models = study(tmp_path / "runs", range(3))
+    urls = {}
+    for path, model in models.items():
+        url = f"memory://larger/{path.split('/runs/')[1]}"
+        with memory.open(url, "wb") as file:
+            moments = {"optimizer": torch.ones(50_000), "model": model.state_dict()}
+            torch.save({**moments, "more": torch.ones(50_000)}, file)
+        urls[url] = model
+    try:
+        result = scan(list(urls), Branching(), batches_of(), tmp_path / "out")
+    finally:
+        memory.rm("/larger", recursive=True)
+    assert_like_diagnose(result, urls, batches_of(), 2e-5)
 
 
 def test_checkpoints_behind_a_url(tmp_path):
@@ -793,6 +831,16 @@ def test_a_scan_on_a_gpu(stack, build, tmp_path):
         for name in ("residual_norms", "bp_grad_norms", "credit_gains", "stabilities"):
             expected = getattr(report.figures, name)
             assert getattr(found[path][1], name) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_scan_on_another_gpu_than_the_current_one(tmp_path):
+    models = study(tmp_path / "runs", range(20), lambda: Branching().double())
+    batches = batches_of(dtype=torch.float64)
+    model = Branching().double().to("cuda:1")
+    result = scan(list(models), model, batches, tmp_path / "out", stack=4)
+    assert_like_diagnose(result, models, batches, 1e-9)
 
 
 @pytest.mark.cuda
