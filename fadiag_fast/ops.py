@@ -414,11 +414,12 @@ def step_row(
         places: ``[3]`` int64: the next row, the next kept direction, and a zero that the kernels
             count with. Both places count on.
         decay: a direction enters the average with the weight 1 - decay.
-        extras: ``[E]`` float64 each, four at most, that go behind the rest.
+        extras: ``[E]`` float64 each, that go behind the rest; on CUDA four at most.
         backend: ``"native"`` or ``"torch"`` to force one.
 
     Raises:
-        RuntimeError: a shape, type or device is not as above; nothing is written.
+        RuntimeError: a shape, type or device is not as above; the native kernels then have written
+            nothing.
 
     >>> import torch
     >>> norms = torch.tensor([[[3.0, 1.0, 2.0]], [[4.0, 6.0, 5.0]]], dtype=torch.float64)

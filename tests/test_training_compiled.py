@@ -361,6 +361,46 @@ def test_a_cuda_graph_of_the_whole_step(compiled):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("every", [1, 3])
+def test_ordinary_steps_between_replays_of_the_whole_step(every):
+    batches = [tuple(t.cuda() for t in batch_of(seed=s)) for s in range(25)]
+
+    def train_with(graphed):
+        model = build("branch").cuda()
+        x, y = (t.clone() for t in batches[0])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        records = []
+        probe = StepProbe(model, sink=records.append, ring=8, example=x, schedule=every)
+
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            nn.functional.cross_entropy(model(x), y).backward()
+            probe.step()
+            optimizer.step()
+
+        graph = torch.cuda.CUDAGraph()
+        for i, (a, b) in enumerate(batches):
+            x.copy_(a)
+            y.copy_(b)
+            if graphed and i == 7:
+                with torch.cuda.graph(graph):
+                    step()
+            if graphed and i >= 7 and i % 4:
+                graph.replay()
+                probe.step()
+            else:
+                step()
+        probe.remove()
+        return records
+
+    expected, records = train_with(False), train_with(True)
+    assert [r.step for r in records] == list(range(0, 25, every))
+    for record, other in zip(records, expected, strict=True):
+        assert record.hidden_norms == pytest.approx(other.hidden_norms, rel=1e-3)
+        assert record.grad_norms == pytest.approx(other.grad_norms, rel=1e-3)
+
+
+@pytest.mark.cuda
 def test_small_steps_are_reduced_by_a_graph_and_others_among_them_are_not():
     """Of one size, then a smaller batch, then two micro-batches, then the first size again."""
     sizes = [[12]] * 9 + [[7]] + [[12]] * 3 + [[12, 12]] + [[12]] * 9

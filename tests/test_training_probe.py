@@ -873,3 +873,16 @@ def test_nothing_warns_in_ordinary_training():
         torch.manual_seed(0)
         model = ResidualMLP(5, 8, 4, 2)
         assert len(records_of(model, [batch_of(seed=s) for s in range(3)])) == 3
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@MODES
+def test_a_model_on_another_gpu_than_the_current_one(mode):
+    batches = [batch_of(seed=s) for s in range(40)]
+    expected = records_of(network(), batches, mode=mode)
+    moved = [(x.to("cuda:1"), y.to("cuda:1")) for x, y in batches]
+    records = records_of(network().to("cuda:1"), moved, mode=mode, ring=4)
+    for record, other in zip(records, expected, strict=True):
+        assert record.hidden_norms == pytest.approx(other.hidden_norms, rel=1e-4)
+        assert record.grad_norms == pytest.approx(other.grad_norms, rel=1e-4)

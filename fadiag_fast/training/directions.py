@@ -53,7 +53,6 @@ class Directions:
     Args:
         num_layers: whose directions are kept.
         window: K.
-        decay: of the exponential average: a step enters with the weight 1 − decay.
         sketch: width of a :class:`CountSketch`; None keeps directions whole. One that is not longer
             than the sketch would be stays whole.
 
@@ -63,10 +62,9 @@ class Directions:
     Memory: K + 1 vectors for each layer, in float32 (float64 for float64 states).
     """
 
-    def __init__(self, num_layers: int, window: int, decay: float, sketch: int | None) -> None:
+    def __init__(self, num_layers: int, window: int, sketch: int | None) -> None:
         self.num_layers = num_layers
         self.window = window
-        self.decay = decay
         self.sketch = sketch
         self.kept: list[Tensor] = []
         self._kept_like: tuple[object, ...] = ()
@@ -77,11 +75,6 @@ class Directions:
     def width(self) -> int:
         """How many cosines one layer yields: K, then that with the average."""
         return self.window + 1
-
-    @property
-    def bytes(self) -> int:
-        """How much memory the kept directions take."""
-        return sum(t.nbytes for t in self.kept)
 
     def _sketched(self, direction: Tensor) -> Tensor:
         flat = direction if direction.dim() == 1 else direction.reshape(-1)

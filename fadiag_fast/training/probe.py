@@ -339,6 +339,9 @@ class StepProbe:
         self._unresolved: _Scaling | None = None
         self._held: tuple[_Meta, _Scaling] | None = None
         self._graphed: _Meta | None = None
+        # What graphs write to, for as long as the probe lives: they outlive a change of shapes.
+        self._graph_memory: list[Any] = []
+        self._passed_unwanted = False  # a pass of the model that the schedule does not want
         self._replay: Replay | None = None
         self._replay_refused = False
         self._replayed_starts = 0
@@ -425,7 +428,7 @@ class StepProbe:
                     f"got {pattern!r}"
                 )
         if layers:
-            self._directions = Directions(len(layers), self.window, self.decay, self.sketch)
+            self._directions = Directions(len(layers), self.window, self.sketch)
         self._sizes = tuple(0 if s is None else self._features(s.tensor) for s in sightings)
         jobs, refusals = self._jobs(found, seen)
         modules: dict[str, nn.Module] = {
@@ -630,7 +633,10 @@ class StepProbe:
         if torch._C._current_graph_task_id() != -1:
             return  # a checkpointed model runs again
         self._current = None
-        if not (self._wanted and torch.is_grad_enabled() and self.model.training):
+        if not (torch.is_grad_enabled() and self.model.training):
+            return
+        if not self._wanted and not (self._has_gpu and torch.cuda.is_current_stream_capturing()):
+            self._passed_unwanted = True
             return
         if not self._prepared:
             self._prepare_from_call(args, kwargs)
@@ -724,9 +730,13 @@ class StepProbe:
             if not captured:
                 self._advance()
         if captured:
+            self._passed_unwanted = False
             self._capture(parts)
             return
-        if not parts and self._graphed is not None and self._ring is not None:
+        eager, self._passed_unwanted = replayed or self._passed_unwanted, False
+        if not parts and self._graphed is not None and not eager:
+            # Nothing but a replay of the training's graph leaves no trace on the host.
+            assert self._ring is not None
             meta = self._graphed
             wanted = self._step_was_wanted
             self._emit(self._ring.written(meta._replace(step=step) if wanted else None, False))
@@ -971,7 +981,9 @@ class StepProbe:
         kept = self._directions
         # Behind medians and cosines; then whether a scaler skipped the step, and the samples.
         self._scaling_at = 3 * self._n + 2 + (kept.num_layers * kept.width if kept else 0)
-        self._ring = Ring(self._ring_rows, self._scaling_at + 3, device)
+        # A row that waits for what the scaler did needs a place beside the next one's.
+        rows = self._ring_rows if self.scaler is None else max(2, self._ring_rows)
+        self._ring = Ring(rows, self._scaling_at + 3, device)
 
     def _send(self, meta: _Meta) -> None:
         assert self._ring is not None
@@ -993,6 +1005,8 @@ class StepProbe:
                 "give group=False to observe each rank's own samples"
             )
         self._write_row(figures, self._scaling(figures), captured=True)
+        kept = () if self._directions is None else self._directions.kept
+        self._graph_memory.append((self._ring.device_rows, self._ring.places, *kept))
         self._graphed = self._meta(figures, -1)
 
     # ---- on the host

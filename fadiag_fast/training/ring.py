@@ -67,11 +67,10 @@ class Ring:
 
     def send(self) -> list[tuple[Any, list[float]]]:
         """Send off what was written since the last time; returns as :meth:`written` does."""
-        metas, self._written = self._written, []
         waited: list[tuple[Any, list[float]]] = []
-        while metas:
+        while self._written:
             first = self._read_from
-            count = min(len(metas), self.rows - first)
+            count = min(len(self._written), self.rows - first)
             waited += self._make_room(count)
             places = self._host_places[first : first + count]
             if count == 1:
@@ -79,8 +78,9 @@ class Ring:
             else:
                 rows = self._host_rows[first : first + count]
                 rows.copy_(self.device_rows[first : first + count], non_blocking=True)
-            self._sent(list(zip(metas, places, strict=False)))
-            metas = metas[count:]
+            self._sent(list(zip(self._written, places, strict=False)))
+            # Not before: what was interrupted while it waited is sent by the next call.
+            del self._written[:count]
             self._read_from = (first + count) % self.rows
         return waited
 
@@ -107,7 +107,10 @@ class Ring:
     def _sent(self, rows: list[tuple[Any, Tensor]]) -> None:
         event = self._free_events.pop() if self._free_events else self._new_event()
         if event is not None:
-            event.record()
+            if self.on_gpu and torch.cuda.current_device() != self.device.index:
+                event.record(torch.cuda.current_stream(self.device))
+            else:
+                event.record()
         self._under_way.append((event, deque(rows)))
         self._count += len(rows)
 
