@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import re
+import signal
 import sys
 import threading
 import time
@@ -489,6 +490,15 @@ def test_a_run_without_memory_beside_others_is_made_alone(images, tmp_path, monk
     ]
 
 
+@pytest.fixture
+def ctrl_c():
+    """Heard, also where the tests run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_stops_all_runs_between_steps_and_keeps_those_that_are_finished(images, tmp_path):
     """Raised in the main thread by a worker's progress, while another has steps for hours."""
     endless = StudyModel("endless", "resmlp", {"d_hidden": 16, "num_blocks": 3}, 10**7)
