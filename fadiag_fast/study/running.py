@@ -57,6 +57,7 @@ from ..zoo import (
     train,
 )
 from ..zoo.anatomy import anatomy_of
+from ..zoo.rules import rule_class
 from ..zoo.stepping import recording_stream, stream_of_thread
 from .suites import StudyModel, Suite
 
@@ -461,6 +462,8 @@ def _plans(suite: Suite, dataset: ImageDataset, folder: Path) -> list[_Plan]:
                     }
                     if model.random_targets:
                         config["random_targets"] = True
+                    if (version := _rule_version(rule)) > 1:
+                        config["rule_version"] = version
                     # As JSON gives it back, tuples as lists, so that it can be compared.
                     config = json.loads(json.dumps(config))
                     place = folder / model.label / name / f"seed_{seed}"
@@ -468,6 +471,13 @@ def _plans(suite: Suite, dataset: ImageDataset, folder: Path) -> list[_Plan]:
                         _Plan(model, rule, float(penalty), seed, steps, marks, config, place)
                     )
     return plans
+
+
+def _rule_version(rule: str) -> int:
+    try:
+        return rule_class(rule).version
+    except Exception:  # what is wrong with it stands in its runs
+        return 1
 
 
 def _fingerprint(dataset: ImageDataset) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from fadiag_fast.study import (
 from fadiag_fast.study.suites import log_spaced
 from fadiag_fast.study.tables import geometric, mean_table, spread
 from fadiag_fast.zoo import (
+    RULES,
     Rule,
     build_model,
     load_dataset,
@@ -606,6 +607,16 @@ def test_another_configuration_is_refused_before_anything_is_trained(study, imag
     with pytest.raises(ValueError, match="data: expected"):
         run_study(replace(SMALL, models=SMALL.models[:1]), other, out)
     assert stamps(out) == before
+
+
+def test_a_run_of_an_earlier_version_of_its_rule_is_refused(images, tmp_path, monkeypatch):
+    suite = replace(SMALL, models=SMALL.models[:1], rules=("bp", "frozen"), seeds=(42,))
+    run_study(suite, images, tmp_path)
+    monkeypatch.setattr(RULES["bp"], "version", 2)
+    with pytest.raises(ValueError, match=r"mlp/bp/seed_42: .*\(rule_version: expected 2, got None"):
+        run_study(suite, images, tmp_path)
+    monkeypatch.undo()
+    assert run_study(suite, images, tmp_path).trained == 0
 
 
 def test_a_failing_rule_is_explained_and_the_others_go_on(images, tmp_path):

@@ -86,6 +86,8 @@ class Rule(ABC):
         penalty: λ of the residual penalty λ·mean_b ‖f_l(h_l)‖² in every block's local loss.
 
     Attributes:
+        version: of the class, 1 at first: raise it where the rule comes to train otherwise than it
+            did. A study then refuses to take over runs of the earlier one.
         tensors: what ``setup`` drew and does not train, by name: feedback matrices.
         networks: what ``setup`` made and the rule trains beside the model, by name.
         optimizer, scheduler: of all that learns.
@@ -102,6 +104,7 @@ class Rule(ABC):
 
     name: ClassVar[str]
     trains_embed: ClassVar[bool] = True
+    version: ClassVar[int] = 1
 
     def __init__(
         self,

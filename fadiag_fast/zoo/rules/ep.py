@@ -58,6 +58,7 @@ class EquilibriumPropagation(Rule):
     """
 
     name: ClassVar[str] = "ep"
+    version: ClassVar[int] = 2  # the step size of 1 was fixed, and the relaxation could diverge
 
     def __init__(
         self,
