@@ -433,7 +433,7 @@ class _Scan:
             measured, index = outcome
             if measured.finite[index]:
                 accuracy = measured.accuracies[index]
-                figures = measured.judged(
+                figures = measured.figures(
                     index,
                     headline_acc=accuracy if entry.accuracy is None else entry.accuracy,
                     frozen_baseline_acc=entry.frozen_accuracy,

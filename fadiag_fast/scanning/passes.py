@@ -87,13 +87,8 @@ class Measured:
         self.finite = finite
         self.accuracies = accuracies
 
-    @property
-    def figures(self) -> list[Figures]:
-        """One per checkpoint, without a judged accuracy."""
-        return [Figures(**given) for given in self._each]
-
-    def judged(self, index: int, **accuracies: Any) -> Figures:
-        """Return a checkpoint's figures with the accuracies to be judged."""
+    def figures(self, index: int, **accuracies: Any) -> Figures:
+        """Return a checkpoint's figures, with the accuracies to be judged if there are some."""
         return Figures(**self._each[index], **accuracies)
 
 

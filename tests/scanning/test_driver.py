@@ -374,8 +374,8 @@ def test_passes_may_be_shared_without_changing_figures(samples, stack, tmp_path)
     options = {"select": None, "loss": None, "output": None, "batch_dim": 0}
     auditor = Auditor(models[0].eval(), batches, options, SampleReduction())
     found = auditor.measure(rows, fitter.canonical, Way(stack, samples)).result()
-    for model, figures, accuracy in zip(models, found.figures, found.accuracies, strict=True):
-        report = diagnose(model, batches)
+    for index, (model, accuracy) in enumerate(zip(models, found.accuracies, strict=True)):
+        figures, report = found.figures(index), diagnose(model, batches)
         for name in ("residual_norms", "bp_grad_norms", "credit_gains", "stabilities"):
             assert getattr(figures, name) == pytest.approx(getattr(report.figures, name), rel=1e-10)
         assert accuracy == pytest.approx(report.provenance["accuracy_on_batches"], abs=1e-6)
