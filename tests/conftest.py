@@ -26,6 +26,14 @@ def device(request):
     return torch.device(request.param)
 
 
+@pytest.fixture(params=["native", "torch"])
+def backend(request, device):
+    library = LIBRARIES[device.type]
+    if request.param == "native" and not library.loaded:
+        pytest.skip(f"native library: {library.reason}")
+    return request.param
+
+
 def wide(tensor):
     """The stored values in numpy's extended precision: 64 bits of mantissa, 15 of exponent."""
     return tensor.detach().cpu().double().numpy().astype(np.longdouble)

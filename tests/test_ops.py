@@ -20,14 +20,6 @@ native_only = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["native", "torch"])
-def backend(request, device):
-    library = ops.LIBRARIES[device.type]
-    if request.param == "native" and not library.loaded:
-        pytest.skip(f"native library: {library.reason}")
-    return request.param
-
-
 def random_states(shape, dtype, device, seed=0, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     return (

@@ -8,14 +8,6 @@ from conftest import oracle_cosine, wide
 from fadiag_fast import ops
 
 
-@pytest.fixture(params=["native", "torch"])
-def backend(request, device):
-    library = ops.LIBRARIES[device.type]
-    if request.param == "native" and not library.loaded:
-        pytest.skip(f"native library: {library.reason}")
-    return request.param
-
-
 class Run:
     """Steps on a device, and beside them what they should leave, in numpy."""
 

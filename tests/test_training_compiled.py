@@ -321,6 +321,18 @@ def test_compiled_for_a_gpu(kind, mode):
     assert_alike(records, expected, tolerance=1e-3)
 
 
+def whole_step(run, probe, optimizer, x, y):
+    """Return a training step as a CUDA graph can hold it: always over the same x and y."""
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(run(x), y).backward()
+        probe.step()
+        optimizer.step()
+
+    return step
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_cuda_graph_of_the_whole_step(compiled):
@@ -334,12 +346,7 @@ def test_a_cuda_graph_of_the_whole_step(compiled):
     probe = StepProbe(model, sink=records.append, ring=8, example=x)
     run = torch.compile(model, fullgraph=True) if compiled else model
 
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        nn.functional.cross_entropy(run(x), y).backward()
-        probe.step()
-        optimizer.step()
-
+    step = whole_step(run, probe, optimizer, x, y)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -372,12 +379,7 @@ def test_ordinary_steps_between_replays_of_the_whole_step(every):
         records = []
         probe = StepProbe(model, sink=records.append, ring=8, example=x, schedule=every)
 
-        def step():
-            optimizer.zero_grad(set_to_none=True)
-            nn.functional.cross_entropy(model(x), y).backward()
-            probe.step()
-            optimizer.step()
-
+        step = whole_step(model, probe, optimizer, x, y)
         graph = torch.cuda.CUDAGraph()
         for i, (a, b) in enumerate(batches):
             x.copy_(a)
