@@ -8,6 +8,8 @@ import torch
 from networks import Branching
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config as inductor_config
+from torch._inductor import metrics
 
 from fadiag_fast import StepProbe
 from fadiag_fast.training.slots import _GRAD_SCALE, _STATE_SCALE
@@ -94,6 +96,51 @@ def test_figures_are_those_of_the_eager_probe(kind, backend):
     )
     assert_alike(records, expected)
     assert counter.frame_count == 1  # compiled once, not again for each step
+
+
+class Sequence(nn.Module):
+    """Residual blocks behind normalisations, over positions: as a transformer has them."""
+
+    def __init__(self, depth=3, width=32):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x):
+        h = x
+        for block in self.blocks:
+            h = h + block(h)
+        return self.head(self.norm(h)).mean(1)
+
+
+@pytest.mark.slow
+def test_a_state_of_a_sequence_adds_three_kernels_at_most():
+    """A launch takes as long as reading a small state; more would be felt in every step."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 64, 32, generator=generator, requires_grad=True)
+    y = torch.randint(0, 4, (6,), generator=generator)
+
+    def kernels(**options):
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        metrics.reset()
+        with inductor_config.patch(force_disable_caches=True):
+            records = train(Sequence(), torch.compile, [(x, y)], **options)
+        return metrics.generated_kernel_count, records
+
+    probed, records = kernels(example=x, directions="none")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepProbe, "_compiled_observes", lambda self: False)
+        patch.setattr(StepProbe, "step", lambda self: None)
+        bare, _ = kernels(example=x, directions="none")
+    states = len(records[0].layers)
+    assert 0 < probed - bare <= 3 * (states + 1)
+    torch.manual_seed(0)
+    assert_alike(records, train(Sequence(), lambda m: m, [(x, y)], directions="none"))
 
 
 def test_a_compiled_module_needs_no_example():

@@ -164,11 +164,6 @@ class Figures:
         return self.count
 
 
-def norms_of(hidden: Tensor, grad: Tensor, error: Tensor) -> Tensor:
-    """Return :attr:`Figures.norms` of ``[n, N]``, ``[n, N]`` and ``[N]``."""
-    return torch.stack([torch.cat([hidden, error[None]]), torch.cat([grad, error[None]])])
-
-
 class Observation:
     """The gradients that one backward pass brought to one forward pass.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..capture import sample_rows
 from ..statistics import SampleReduction
-from .passes import Figures, by_sample, norms_of
+from .passes import Figures, by_sample
 
 _STATE_SCALE = 2.0**-32
 _GRAD_SCALE = 2.0**32
@@ -47,19 +47,44 @@ class Job:
 # The factors stand here as literals: with dynamic=True a number from anywhere else becomes an input
 # of the graph, which the backward of an autograd function cannot have.
 def _state_squares(samples: Tensor) -> Tensor:
-    return _summed((samples.float() * 2.0**-32).square())
+    return _partly_summed((samples.float() * 2.0**-32).square())
 
 
 def _grad_squares(samples: Tensor) -> Tensor:
-    return _summed((samples.float() * 2.0**32).square())
+    return _partly_summed((samples.float() * 2.0**32).square())
 
 
-def _summed(squares: Tensor) -> Tensor:
-    # Over the features first: that is how a normalisation beside it reads the state, forwards and
-    # backwards, so that the compiler lets both share one kernel and the state is not read again.
-    if squares.dim() > 2:
+def _partly_summed(squares: Tensor) -> Tensor:
+    """Return ``[N, P]``, whose sum over P is that of each sample's squares.
+
+    Over the features first: that is how a normalisation beside it reads the state, forwards and
+    backwards, so that the compiler lets both share one kernel and the state is not read again. What
+    is left of a sequence is a number for each position; the rest of the sum is taken in the
+    backward, by one kernel for all rows of a slot.
+    """
+    if squares.dim() == 3:
+        return squares.sum(-1)
+    if squares.dim() > 3:  # of images the rows' sums would be kept, some bytes for each hundred
         squares = squares.sum(-1)
-    return squares.flatten(1).sum(1) if squares.dim() > 1 else squares
+    return (squares.flatten(1).sum(1) if squares.dim() > 1 else squares)[:, None]
+
+
+def _rows_of(state: Tensor | None, grad: Tensor | None, like: Tensor) -> Tensor:
+    """Return the three rows of a slot, ``[3, N]``, of what is left to sum over P.
+
+    Chosen by an index, and not stacked: a stack would be a copy, and its sum a kernel more.
+
+    Args:
+        state: ``[N, P]``; None if another hook gives it.
+        grad: ``[N, P]``; likewise. The sample counts where its gradient is given.
+        like: either.
+    """
+    row = torch.arange(_ROWS, device=like.device)[:, None, None]
+    first = torch.arange(like.shape[1], device=like.device) == 0
+    nothing = like.new_zeros(())
+    count = torch.where(first, like.new_ones(()), nothing) if grad is not None else nothing
+    chosen = torch.where(row == 1, nothing if grad is None else grad, count)
+    return torch.where(row == 0, nothing if state is None else state, chosen).sum(-1)
 
 
 def _first(rows: Tensor, count: int) -> Tensor:
@@ -105,13 +130,14 @@ class _Slot(torch.autograd.Function):
             reduced = _first(reduced, ctx.observed)
         else:
             reduced = how.of_grad(_first(by_sample(grad, ctx.batch_dim), ctx.observed))
-        if ctx.take_grad:
-            squares = _grad_squares(reduced)
-            count = torch.ones_like(squares)
-        else:
-            squares = count = torch.zeros_like(ctx.saved_tensors[0])
-        state = ctx.saved_tensors[0] if ctx.saved_tensors else torch.zeros_like(squares)
-        rows = torch.stack([state, squares, count])
+        squares = _grad_squares(reduced) if ctx.take_grad else None
+        state = ctx.saved_tensors[0] if ctx.saved_tensors else None
+        like = squares if squares is not None else state
+        assert like is not None  # a slot takes one of them
+        if squares is not None and state is not None and state.shape != squares.shape:
+            state, squares = (part.sum(-1, keepdim=True) for part in (state, squares))
+            like = squares
+        rows = _rows_of(state, squares, like)
         if rows.shape[1] != ctx.capacity:
             rows = torch.nn.functional.pad(rows, (0, ctx.capacity - rows.shape[1]))
         total = reduced.float().sum(0) if ctx.summed else None
@@ -158,6 +184,8 @@ class Slots:
         self.totals: list[Tensor | None] = [None] * (n + 1)
         for l, shape in sum_shapes.items():
             self.totals[l] = self._leaf(tuple(shape), device)
+        factors = torch.tensor([1 / _STATE_SCALE, 1 / _GRAD_SCALE], dtype=torch.float64)
+        self._factors = factors[:, None, None].to(device)
         self._got: dict[int, Tensor] = {}
         self._got_sums: dict[int, Tensor] = {}
         for l, leaf in enumerate(self.leaves):
@@ -235,6 +263,15 @@ class Slots:
         """Drop what a backward pass brought that did not come to its end."""
         self._got, self._got_sums = {}, {}
 
+    def _norms(self, rows: Tensor) -> Tensor:
+        """Return the norms of states and gradients, ``[2, k, N]`` float64, of rows ``[3, k, N]``.
+
+        NaN where there was no sample.
+        """
+        norms = torch.empty((2, *rows.shape[1:]), dtype=torch.float64, device=rows.device)
+        torch.div(rows[:2], rows[2], out=norms)
+        return norms.sqrt_().mul_(self._factors)
+
     def _finish(self) -> None:
         n = len(self.labels)
         got, sums = self._got, self._got_sums
@@ -242,24 +279,24 @@ class Slots:
         present = [l for l in range(n) if l in got]
         if not present:
             return
+        # Each of these calls is a launch, and a launch is a thousandth of a per cent of a step.
+        one = got[present[0]]
+        empty = one if len(present) == n else torch.zeros_like(one)
+        beside = n in got and got[n].shape == one.shape
         # A copy too: what a graph of the compiler returned is overwritten by its next replay.
-        empty = torch.zeros_like(got[present[0]])
-        rows = torch.stack([got.get(l, empty) for l in range(n)]).double()
-        count = rows[:, 2]
-        figures = (rows[:, :2] / count[:, None]).sqrt()  # NaN where there was no sample
-        hidden, grad = figures[:, 0] / _STATE_SCALE, figures[:, 1] / _GRAD_SCALE
-        if n in got:
-            squares = (got[n][1] / got[n][2]).double()
-            error = squares.sqrt() / _GRAD_SCALE
-            if len(error) != hidden.shape[1]:
-                error = error.repeat_interleave(hidden.shape[1] // len(error))
-        else:
-            error = torch.full_like(hidden[0], torch.nan)
-        samples = count.amax(0).sum()
+        rows = torch.stack([got.get(l, empty) for l in range(n + beside)], 1)
+        norms = self._norms(rows)
+        if not beside:
+            error = norms.new_full((2, 1, norms.shape[2]), torch.nan)
+            if n in got:
+                found = self._norms(got[n][:, None])
+                error = found.repeat_interleave(norms.shape[2] // found.shape[2], 2)
+            norms = torch.cat([norms, error], 1)
+        samples = rows[2, :n].amax(0).sum(dtype=torch.float64)
         kept = [
-            sums[l] / samples.to(sums[l].dtype) if l in sums else None
+            sums[l] / samples if l in sums else None
             for l, total in enumerate(self.totals)
             if total is not None
         ]
         missing = {l for l in range(n) if l not in got}
-        self._arrived(Figures(norms_of(hidden, grad, error), kept, missing, None, samples))
+        self._arrived(Figures(norms, kept, missing, None, samples))
