@@ -313,8 +313,8 @@ class Alarms:
         self._since_refresh = 0
         self._median: _Array | None = None
         self._mad: _Array | None = None
-        # Records that were plainly healthy and are not yet in the history.
-        self._waiting: list[StepRecord] = []
+        # Figures of records that were plainly healthy, not yet in the history.
+        self._waiting: list[tuple[float, ...]] = []
         self._bounds: tuple[list[float], list[float]] | None = None
         # Narrower ones, which no healthy record that they hold can move.
         self._lasting: tuple[list[float], list[float]] | None = None
@@ -322,6 +322,7 @@ class Alarms:
         self._last: deque[tuple[int, dict[str, list[_Finding]], int | None]] = deque(
             maxlen=self.policy.among
         )
+        self._troubled = 0  # how many of them have findings
         self._acted: set[str] = set()
         self._episode_start: int | None = None
         self._episode_records = 0
@@ -356,10 +357,11 @@ class Alarms:
             # The scaler has met an infinity, lowered its factor and left the weights as they were.
             return None
         self._seen += 1
-        if self._is_plainly_healthy(record):
+        plain = self._plainly_healthy(record)
+        if plain is not None:
             self._last.append((record.step, {}, self.last_healthy_step))
             self.last_healthy_step = record.step
-            self._waiting.append(record)
+            self._waiting.append(plain)
             count = len(self._waiting)
             due = self._lasting is None or self._since_refresh + count >= _REFRESH
             if due and count % _RECENT_REFRESH == 0:
@@ -375,6 +377,7 @@ class Alarms:
         for finding in found:
             by_rule.setdefault(finding.rule, []).append(finding)
         self._last.append((record.step, by_rule, self.last_healthy_step))
+        self._troubled = sum(bool(entry[1]) for entry in self._last)
         alarms = self._fire(record)
         cleared = None
         if not found:
@@ -393,26 +396,27 @@ class Alarms:
 
     # -- what a record meets
 
-    def _is_plainly_healthy(self, record: StepRecord) -> bool:
-        """Say whether no rule can be met, by plain comparisons: nearly every record of a run.
+    def _plainly_healthy(self, record: StepRecord) -> tuple[float, ...] | None:
+        """Return the figures of a record that can meet no rule; None if it must be judged.
 
-        A training loop that computes for two milliseconds a step would feel the whole judgement.
+        By plain comparisons, which do for nearly every record of a run: a training loop that
+        computes for two milliseconds a step would feel the whole judgement.
         """
-        if self._bounds is None or self._episode_start is not None or record.unreached:
-            return False
-        if not math.isfinite(sum(record.grad_norms)) or any(entry[1] for entry in self._last):
-            return False
+        if self._bounds is None or self._troubled or record.unreached:
+            return None
         hidden = record.hidden_norms
-        if 0.0 in hidden:
-            return False
+        if self._episode_start is not None or 0.0 in hidden:
+            return None
+        if not math.isfinite(sum(record.grad_norms)):
+            return None
         values = (*hidden, *map(truediv, hidden[1:], hidden), *record.credit_gains)
         if self._lasting is not None:
             if _within(self._lasting, values):
-                return True
+                return values
             # The bounds move with whole groups of those that wait.
             self._lasting = None
             self._learn_waiting(len(self._waiting) // _RECENT_REFRESH * _RECENT_REFRESH)
-        return self._bounds is not None and _within(self._bounds, values)
+        return values if self._bounds is not None and _within(self._bounds, values) else None
 
     def _bound(self) -> None:
         """Note between which figures nothing deviates and no limit is passed."""
@@ -670,13 +674,12 @@ class Alarms:
         """Learn the first so many of the records that wait."""
         if not count:
             return
-        records, self._waiting = self._waiting[:count], self._waiting[count:]
-        # All of them hold positive numbers only.
-        logs = np.log([(*record.hidden_norms, *record.credit_gains) for record in records])
-        hidden = logs[:, : self._num_layers]
-        figures = np.concatenate([hidden, np.diff(hidden), logs[:, self._num_layers :]], axis=1)
-        # Of most nothing follows but that they are there.
-        quiet = max(0, count - _RECENT_REFRESH)
+        # All of them are positive numbers.
+        figures = np.log(self._waiting[:count])
+        del self._waiting[:count]
+        # Of most nothing follows but that they are there: all before the last one that comes with
+        # a refresh.
+        quiet = max(0, count - 1 - (self._since_refresh + count) % _RECENT_REFRESH)
         if self._since_refresh + quiet >= _REFRESH or self._history.shape[1] != figures.shape[1]:
             quiet = 0
         if quiet:
@@ -686,7 +689,7 @@ class Alarms:
             self._since_refresh += quiet
             self._lasting = None
         for at, values in enumerate(figures[quiet:], quiet + 1):
-            self._learn(values, len(figures) - at)
+            self._learn(values, count - at)
 
     def _learn(self, values: _Array, more: int = 0) -> None:
         """Put healthy figures into the baseline; ``more`` follow at once."""

@@ -9,6 +9,7 @@ reaches the host through a ring (:mod:`.ring`) some steps later, and every sink 
 from __future__ import annotations
 
 import atexit
+import functools
 import inspect
 import math
 import sys
@@ -17,6 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
+from operator import truediv
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -76,6 +78,12 @@ class _Meta(NamedTuple):
     missing: tuple[int, ...]
     scaled: bool
     world_size: int = 1
+
+
+@functools.lru_cache
+def _roots(sizes: tuple[int, ...]) -> tuple[float, ...]:
+    """Return what turns norms of so many features into root mean squares; NaN where unknown."""
+    return tuple([math.sqrt(size) if size else math.nan for size in sizes])
 
 
 class _Scaling:
@@ -1011,7 +1019,8 @@ class StepProbe:
 
     # ---- on the host
 
-    def _record(self, meta: _Meta, row: Sequence[float]) -> StepRecord:
+    def _record(self, meta: _Meta, row: list[float]) -> StepRecord:
+        # Of every step, on the training's thread: the usual case is told by few calls.
         n = self._n
         hidden, grad = row[:n], row[n + 1 : 2 * n + 1]  # row n of the states means nothing
         error, gain = row[2 * n + 1], row[2 * n + 2 : 3 * n + 2]
@@ -1022,41 +1031,39 @@ class StepProbe:
         assert settings is not None
         if directions is not None:
             for layer in settings.direction_layers:
-                *past, average = row[at : at + directions.width]
+                averages[layer] = row[at + directions.window]
+                known = row[at : at + directions.window]
                 at += directions.width
-                known = [cosine for cosine in past if not math.isnan(cosine)]
+                total = math.fsum(known)
+                if math.isnan(total):
+                    known = [cosine for cosine in known if not math.isnan(cosine)]
+                    total = math.fsum(known)
                 num_directions = max(num_directions, len(known))
                 if known:
-                    stabilities[layer] = math.fsum(known) / len(known)
-                averages[layer] = average
+                    stabilities[layer] = total / len(known)
         scale, skipped = 1.0, False
         if meta.scaled:
             scale, skipped = row[at], row[at + 1] != 0
             at += 2
-        samples = int(row[at]) if meta.samples is None else meta.samples
+            grad = [norm / scale for norm in grad]
         labels = settings.labels
         return StepRecord.of(
             step=meta.step,
             layers=labels,
             hidden_norms=tuple(hidden),
-            rms_norms=tuple(
-                [
-                    norm / math.sqrt(size) if size else math.nan
-                    for norm, size in zip(hidden, meta.sizes, strict=True)
-                ]
-            ),
-            grad_norms=tuple([norm / scale for norm in grad]),
+            rms_norms=tuple(map(truediv, hidden, _roots(meta.sizes))),
+            grad_norms=tuple(grad),
             credit_gains=tuple(gain),
             output_grad_norm=error / scale,
             stabilities=tuple(stabilities),
             average_cosines=tuple(averages),
             num_directions=num_directions,
-            num_samples=samples,
+            num_samples=int(row[at]) if meta.samples is None else meta.samples,
             micro_batches=meta.micro_batches,
             skipped=skipped,
             loss_scale=scale,
             autocast=meta.autocast,
-            unreached=tuple([labels[l] for l in meta.missing]),
+            unreached=tuple([labels[l] for l in meta.missing]) if meta.missing else (),
             loss_reduction=self.loss_reduction,
             world_size=meta.world_size,
         )
