@@ -14,6 +14,7 @@ bare step's own copy.
 import contextlib
 import functools
 import gc
+import itertools
 import math
 import os
 import statistics
@@ -57,6 +58,8 @@ _BLOCK_S = 0.3
 _MOST_STEPS = 2000
 _ROUNDS = 21
 _BUDGET_S = 45.0
+# One and the same step, captured again, takes up to 5% more or less: its tensors lie elsewhere.
+_GRAPHS = 5
 # Less than the smallest object that a step could leave behind.
 _GROWTH_PER_STEP = 32
 
@@ -426,6 +429,30 @@ class Variant:
         self.taken += 1
 
 
+def _in_turns(copies: Sequence[Variant]) -> Variant:
+    """Return a variant that is another one of its copies in every block."""
+    first, turns = copies[0], itertools.cycle(copies)
+    current = [first]
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        current[0] = next(turns)
+        with current[0].around():
+            yield
+
+    def records() -> int:
+        return sum(copy.records() for copy in copies if copy.records is not None)
+
+    return Variant(
+        first.name,
+        lambda: current[0].run(),
+        around,
+        note=first.note,
+        records=None if first.records is None else records,
+        taken=sum(copy.taken for copy in copies),
+    )
+
+
 def _move(value: Any, device: torch.device, channels_last: bool) -> Any:
     if isinstance(value, Mapping):
         return {name: _move(item, device, channels_last) for name, item in value.items()}
@@ -461,27 +488,29 @@ class Study:
     def build(self) -> None:
         """Build, warm up and weigh all variants."""
         before = self._allocated()
-        bare: Training | None = None
-        run: Callable[[], Any] | None = None
         try:
-            bare = self.training()
-            run = self._runner(bare)
-            self._add(Variant(BARE, run), before)
+            bares = [self._bare() for _ in range(self._copies)]
+            self._add(_in_turns([bare for bare, _ in bares]), before)
         except Exception as error:
             self._failed(BARE, error)
             return
-        for name, make in (
-            (GRAD_NORM, self._grad_norm),
-            (WATCH, self._watch),
-        ):
-            self._try(name, functools.partial(make, bare, run), before)
-        self._try(PROBE, functools.partial(self._probe, PROBE, {}))
+        for name, make in ((GRAD_NORM, self._grad_norm), (WATCH, self._watch)):
+            self._try(name, lambda make=make: _in_turns([make(*bare) for bare in bares]), before)
+        self._try(PROBE, self._several(self._probe, PROBE, {}))
         if not self.workload.compile:  # there it takes another minute, for the same graph
-            self._try(QUIET_PROBE, functools.partial(self._probe, QUIET_PROBE, {"alarms": False}))
+            self._try(QUIET_PROBE, self._several(self._probe, QUIET_PROBE, {"alarms": False}))
         if few := self.workload.samples:
-            self._try(FEW_PROBE, functools.partial(self._probe, FEW_PROBE, {"samples": few}))
-        self._try(HOOKS, functools.partial(self._hooks, HOOKS, False))
-        self._try(COMPILED_HOOKS, functools.partial(self._hooks, COMPILED_HOOKS, True))
+            self._try(FEW_PROBE, self._several(self._probe, FEW_PROBE, {"samples": few}))
+        self._try(HOOKS, self._several(self._hooks, HOOKS, False))
+        self._try(COMPILED_HOOKS, self._several(self._hooks, COMPILED_HOOKS, True))
+
+    @property
+    def _copies(self) -> int:
+        return _GRAPHS if self.workload.graphed else 1
+
+    def _several(self, make: Callable[..., Variant], *args: Any) -> Callable[[], Variant]:
+        """Return what makes a variant, of several copies where each is a graph of its own."""
+        return lambda: _in_turns([make(*args) for _ in range(self._copies)])
 
     def _try(self, name: str, make: Callable[[], Variant], before: float | None = None) -> None:
         try:
@@ -538,6 +567,10 @@ class Study:
 
     # --- variants
 
+    def _bare(self) -> tuple[Variant, Training]:
+        training = self.training()
+        return Variant(BARE, self._runner(training)), training
+
     def _probe(self, name: str, options: Mapping[str, Any]) -> Variant:
         training = self.training()
         arrived = Arrived(maxlen=1)
@@ -574,7 +607,7 @@ class Study:
         note = "a graph break at every hook" if hide else "compiled reductions" if compiled else ""
         return Variant(name, self._runner(training), note=note)
 
-    def _grad_norm(self, bare: Training, run: Callable[[], Any]) -> Variant:
+    def _grad_norm(self, variant: Variant, bare: Training) -> Variant:
         import_torchvision()
         from pytorch_lightning.utilities import grad_norm
 
@@ -583,11 +616,11 @@ class Study:
         if self.workload.graphed:
 
             def replay() -> None:
-                run()
+                variant.run()
                 measure()
 
             return Variant(GRAD_NORM, replay, note=f"{note}, after the replay")
-        return Variant(GRAD_NORM, run, self._after(bare, measure), note=note)
+        return Variant(GRAD_NORM, variant.run, self._after(bare, measure), note=note)
 
     @staticmethod
     def _after(
@@ -603,7 +636,7 @@ class Study:
 
         return around
 
-    def _watch(self, bare: Training, run: Callable[[], Any]) -> Variant:
+    def _watch(self, variant: Variant, bare: Training) -> Variant:
         import wandb
 
         if self.workload.graphed:
@@ -622,7 +655,9 @@ class Study:
                 bare.after = None
                 session.unwatch(bare.model)
 
-        return Variant(WATCH, run, around, note="histograms of parameters' gradients only, offline")
+        return Variant(
+            WATCH, variant.run, around, note="histograms of parameters' gradients only, offline"
+        )
 
 
 def _sampler(variant: Variant, device: torch.device, block_s: float) -> tuple[Any, int]:

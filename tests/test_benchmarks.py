@@ -364,13 +364,29 @@ def test_tiny_step_end_to_end(compiled, tmp_path, monkeypatch):
 def test_wandb_watches_a_tiny_step():
     pytest.importorskip("wandb")
     study = steps.Study(tiny_step(), CPU)
-    training = study.training()
+    bare, training = study._bare()
     with study.open:
-        variant = study._watch(training, study._runner(training))
+        variant = study._watch(bare, training)
         with variant.around():
             variant.step()
             assert any(p._backward_hooks for p in training.model.parameters())
         assert not any(p._backward_hooks for p in training.model.parameters())
+
+
+def test_copies_of_a_variant_take_turns_block_by_block():
+    """Whatever one capture of a graph has by luck, it has in some of the blocks only."""
+    ran = []
+    copies = [
+        steps.Variant("v", lambda i=i: ran.append(i), records=lambda i=i: 10 * i, taken=i)
+        for i in (1, 2, 3)
+    ]
+    merged = steps._in_turns(copies)
+    for _ in range(4):
+        with merged.around():
+            merged.step()
+            merged.step()
+    assert ran == [1, 1, 2, 2, 3, 3, 1, 1]
+    assert (merged.taken, merged.records()) == (1 + 2 + 3 + 8, 60)
 
 
 def test_plain_hooks_say_what_the_probe_says():

@@ -91,8 +91,9 @@ def assert_row(found):
     np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
 
 
-# One value; an even and an odd number; a warp's and a block's neighbours; several a thread.
-@pytest.mark.parametrize("samples", [0, 1, 2, 7, 31, 128, 321, 1000, 20_001])
+# One value; an even and an odd number; the most of which all are counted at once and its
+# neighbours; several a thread.
+@pytest.mark.parametrize("samples", [0, 1, 2, 7, 31, 128, 255, 256, 257, 1000, 20_001])
 def test_medians_leave_nan_out_and_take_the_lower_of_two(device, backend, samples):
     for seed in range(3):
         norms = random_norms(4, samples, seed)
@@ -106,15 +107,17 @@ def test_medians_leave_nan_out_and_take_the_lower_of_two(device, backend, sample
         assert_row(Run(device, backend, [], 1).step(norms))
 
 
-def test_medians_tell_neighbouring_numbers_apart(device, backend):
+@pytest.mark.parametrize("count", [101, 301])
+def test_medians_tell_neighbouring_numbers_apart(device, backend, count):
     """The last digits decide, in each of the eight bytes, beside subnormal and negative numbers."""
     for byte in range(8):
-        steps = torch.arange(101, dtype=torch.int64) << (8 * byte)
+        numbers = torch.arange(count, dtype=torch.int64) % (101 if byte == 7 else count)
+        steps = numbers << (8 * byte)
         start = 0x3FF0000000000000 if byte < 6 else 0x0010000000000000
         values = (start + steps).view(torch.float64)
-        values = values[torch.randperm(101, generator=torch.Generator().manual_seed(byte))]
-        tiny = torch.arange(101).double() * 5e-324
-        norms = torch.stack([values, -values, tiny, values.flip(0)]).view(2, 2, 101)
+        values = values[torch.randperm(count, generator=torch.Generator().manual_seed(byte))]
+        tiny = torch.arange(count).double() * 5e-324
+        norms = torch.stack([values, -values, tiny, values.flip(0)]).view(2, 2, count)
         got, expected = Run(device, backend, [], 1).step(norms)
         assert got == expected
 

@@ -36,7 +36,8 @@ template <typename Element>
 void launch(const StepRowCall& call, const TensorInfo& norms, cudaStream_t stream) {
   const auto num_layers = static_cast<int64_t>(call.layers.size());
   const int64_t num_vectors = call.window + 2;
-  const int threads = static_cast<int>(std::clamp<int64_t>(num_vectors, 8, kStepWarps)) * 32;
+  const int warps = static_cast<int>(std::clamp<int64_t>(num_vectors, kCounted / 32, kStepWarps));
+  const int threads = 32 * warps;
   const int64_t shared_bytes = 2 * num_vectors * static_cast<int64_t>(sizeof(double));
   int64_t begin = 0;
   do {

@@ -5,11 +5,12 @@
 //                Where a direction is one chunk, its block writes the cosines and keeps it; longer
 //                ones leave their products, and the blocks of a second launch, again one a chunk,
 //                merge them and keep their columns.
-// Median:        radix selection, eight bits of the order-preserving key a turn, over counts in
-//                shared memory; it ends as soon as one candidate is left.
-// Accumulation:  float64; float64 directions are scaled by a power of two each, from a first
-// launch. Determinism:   lanes and chunks are merged in a fixed order. The atomics count:
-// candidates of a
+// Median:        of few samples the one that has half of the others below it, counted for all of
+//                them at once; of more by radix selection, eight bits of the order-preserving key a
+//                turn, over counts in shared memory, until one candidate is left.
+// Accumulation:  float64; float64 directions are scaled by a power of two each, from a launch of
+//                their own before.
+// Determinism:   lanes and chunks are merged in a fixed order. The atomics count: candidates of a
 //                median, and blocks that are done, whose last one moves the places on.
 #pragma once
 
@@ -24,6 +25,8 @@ constexpr int kStepExtras = 4;
 constexpr int64_t kStepChunk = 4096;  // columns
 constexpr int kStepWarps = 16;        // at most
 constexpr int kDigits = 256;
+constexpr int kCounted = 256;              // samples, no more than a block has threads
+constexpr uint64_t kNoKey = ~uint64_t{0};  // of a NaN, which stands behind all numbers
 
 struct StepEntry {
   const void* direction;
@@ -80,8 +83,12 @@ __device__ __forceinline__ double from_order_key(uint64_t key) {
   return __longlong_as_double(static_cast<long long>(bits));
 }
 
+// A block's own.
 struct Selection {
-  unsigned counts[kDigits];
+  union {
+    unsigned counts[kDigits];
+    uint64_t keys[kCounted];
+  };
   uint64_t prefix;
   unsigned rank;
   unsigned left;
@@ -117,9 +124,51 @@ __device__ __forceinline__ void choose_digit(Selection& found, bool first, int l
 }
 
 // Writes the median of value(0) ... value(count - 1), NaN left out; NaN if nothing else is there.
+// As many threads as fit share the counting for one value: a power of two, so that a warp has all.
 template <typename Value>
-__device__ void write_median(Value&& value, int64_t count, double* target) {
-  __shared__ Selection found;
+__device__ void write_median_of_few(Value&& value, int count, Selection& found, double* target) {
+  uint64_t (&keys)[kCounted] = found.keys;
+  const int t = static_cast<int>(threadIdx.x);
+  bool is_number = false;
+  if (t < count) {
+    const double x = value(t);
+    is_number = x == x;
+    keys[t] = is_number ? order_key(x) : kNoKey;
+  }
+  const int total = __syncthreads_count(is_number);
+  if (total == 0) {
+    if (t == 0) *target = nan("");
+    return;
+  }
+  // The lower of the two middle ones, like torch.nanmedian.
+  const int rank = (total - 1) / 2;
+  int parts = 1;
+  while (parts < 32 && 2 * parts * count <= static_cast<int>(blockDim.x)) parts *= 2;
+  const uint64_t key = t / parts < count ? keys[t / parts] : kNoKey;
+  int below = 0;
+  int through = 0;
+#pragma unroll 8
+  for (int i = t % parts; i < count; i += parts) {
+    below += keys[i] < key;
+    through += keys[i] <= key;
+  }
+  for (int offset = parts / 2; offset > 0; offset /= 2) {
+    below += __shfl_xor_sync(0xffffffffu, below, offset);
+    through += __shfl_xor_sync(0xffffffffu, through, offset);
+  }
+  // Equal numbers write the same.
+  if (t % parts == 0 && key != kNoKey && below <= rank && rank < through) {
+    *target = from_order_key(key);
+  }
+}
+
+// The same of any number of values.
+template <typename Value>
+__device__ void write_median(Value&& value, int64_t count, Selection& found, double* target) {
+  if (count <= kCounted) {
+    write_median_of_few(value, static_cast<int>(count), found, target);
+    return;
+  }
   if (threadIdx.x == 0) found.prefix = 0;
   for (int shift = 56; shift >= 0; shift -= 8) {
     for (int d = threadIdx.x; d < kDigits; d += blockDim.x) found.counts[d] = 0;
@@ -153,16 +202,17 @@ __device__ void write_median(Value&& value, int64_t count, double* target) {
   }
 }
 
-__device__ __forceinline__ void write_medians(const StepTable& table, int m, double* row) {
+__device__ __forceinline__ void write_medians(const StepTable& table, int m, Selection& found,
+                                              double* row) {
   const int64_t samples = table.samples;
   const int64_t doubled = 2 * table.states;
   if (m < doubled) {
     const double* norms = table.norms + m * samples;
-    write_median([&](int64_t i) { return norms[i]; }, samples, row + m);
+    write_median([&](int64_t i) { return norms[i]; }, samples, found, row + m);
   } else {
     const double* norms = table.norms + (m - table.states) * samples;
     const double* error = table.norms + (doubled - 1) * samples;
-    write_median([&](int64_t i) { return norms[i] / error[i]; }, samples, row + m);
+    write_median([&](int64_t i) { return norms[i] / error[i]; }, samples, found, row + m);
   }
 }
 
@@ -254,7 +304,8 @@ __global__ void __launch_bounds__(kStepWarps * 32, 1)
   double* row = table.rows + read_once(table.places) * table.row_stride;
   const int64_t place = read_once(table.places + 1);
   if (blockIdx.x < table.num_medians) {
-    write_medians(table, blockIdx.x, row);
+    __shared__ Selection found;
+    write_medians(table, blockIdx.x, found, row);
     if (blockIdx.x == 0) {
       double* next = row + table.extras_at;
       for (int e = 0; e < table.num_extras; ++e) {
