@@ -58,8 +58,6 @@ _BLOCK_S = 0.3
 _MOST_STEPS = 2000
 _ROUNDS = 21
 _BUDGET_S = 45.0
-# One and the same step, captured again, takes up to 5% more or less: its tensors lie elsewhere.
-_GRAPHS = 5
 # Less than the smallest object that a step could leave behind.
 _GROWTH_PER_STEP = 32
 
@@ -461,10 +459,21 @@ def _move(value: Any, device: torch.device, channels_last: bool) -> Any:
 
 
 class Study:
-    """The variants of one workload, built one after another; failures are kept with a reason."""
+    """The variants of one workload, built one after another; failures are kept with a reason.
 
-    def __init__(self, workload: Workload, device: torch.device, seed: int = 0) -> None:
+    Args:
+        workload, device: what, and where.
+        graphs: captures of each variant where the whole step is one graph. The same step, captured
+            again, takes up to 5% more or less, for its tensors lie elsewhere: with one for each
+            round, that chance is in the figures' spread and not in their median.
+        seed: of weights and data.
+    """
+
+    def __init__(
+        self, workload: Workload, device: torch.device, graphs: int = 1, seed: int = 0
+    ) -> None:
         self.workload, self.device, self.seed = workload, device, seed
+        self.copies = graphs if workload.graphed else 1
         torch.manual_seed(seed)
         x, self.y = workload.batch()
         self.x = _move(x, device, workload.channels_last)
@@ -489,7 +498,7 @@ class Study:
         """Build, warm up and weigh all variants."""
         before = self._allocated()
         try:
-            bares = [self._bare() for _ in range(self._copies)]
+            bares = [self._bare() for _ in range(self.copies)]
             self._add(_in_turns([bare for bare, _ in bares]), before)
         except Exception as error:
             self._failed(BARE, error)
@@ -504,13 +513,9 @@ class Study:
         self._try(HOOKS, self._several(self._hooks, HOOKS, False))
         self._try(COMPILED_HOOKS, self._several(self._hooks, COMPILED_HOOKS, True))
 
-    @property
-    def _copies(self) -> int:
-        return _GRAPHS if self.workload.graphed else 1
-
     def _several(self, make: Callable[..., Variant], *args: Any) -> Callable[[], Variant]:
         """Return what makes a variant, of several copies where each is a graph of its own."""
-        return lambda: _in_turns([make(*args) for _ in range(self._copies)])
+        return lambda: _in_turns([make(*args) for _ in range(self.copies)])
 
     def _try(self, name: str, make: Callable[[], Variant], before: float | None = None) -> None:
         try:
@@ -719,15 +724,15 @@ def verdict(workload: Workload, percent: float, us: float, memory: float) -> str
 
 def measure(workload: Workload, device: torch.device, quick: bool) -> list[rows.Row]:
     """Build and time all variants of a workload; return a row for each."""
-    study = Study(workload, device)
+    plan = Plan(repetitions=3 if quick else _ROUNDS, budget_s=_BUDGET_S)
+    study = Study(workload, device, plan.repetitions)
     with study.open:
         study.build()
-        return _measure(study, quick)
+        return _measure(study, plan)
 
 
-def _measure(study: Study, quick: bool) -> list[rows.Row]:
+def _measure(study: Study, plan: Plan) -> list[rows.Row]:
     workload, device = study.workload, study.device
-    plan = Plan(repetitions=3 if quick else _ROUNDS, budget_s=_BUDGET_S)
     block_s = _BLOCK_S if device.type == "cuda" else 0.02
     blocks = [_sampler(variant, device, block_s) for variant in study.variants]
     samples = interleave([sample for sample, _ in blocks], plan)
