@@ -748,9 +748,7 @@ class StepProbe:
             meta = self._graphed
             wanted = self._step_was_wanted
             self._emit(self._ring.written(meta._replace(step=step) if wanted else None, False))
-            # Rows of several steps arrive together; handed out at once they would take as long as
-            # a replay, and the next one would start late.
-            self._emit(self._ring.ready(2))
+            self._emit(self._ring.ready())
             return
         if not parts and self._step_was_wanted and not replayed:
             raise RuntimeError(self._nothing_arrived(step))

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# While the device does so many steps, the host comes back from waiting in time.
+_AMPLE = 8
+
 
 class Ring:
     """Rows of figures on their way to the host.
@@ -25,7 +28,8 @@ class Ring:
         device_rows: ``[R, width]`` float64.
         places: ``[3]`` int64, see :func:`fadiag_fast.ops.step_row`.
 
-    When R rows are under way the oldest ones are waited for, with one warning: nothing is lost.
+    When R rows are under way the oldest ones are waited for: nothing is lost. The device has R - 1
+    steps to do meanwhile; where these are few it may stand still, and a warning says so once.
     """
 
     def __init__(self, rows: int, width: int, device: torch.device) -> None:
@@ -41,7 +45,7 @@ class Ring:
         self._host_places = self._host_rows.unbind(0)
         self._free_events: list[Any] = []
         # What was sent off together: its event, and (meta, place on the host) of each row.
-        self._under_way: deque[tuple[Any, deque[tuple[Any, Tensor]]]] = deque()
+        self._under_way: deque[tuple[Any, list[tuple[Any, Tensor]]]] = deque()
         self._count = 0
         self._written: list[Any] = []
         self._read_from = 0
@@ -89,7 +93,7 @@ class Ring:
         while self._under_way and self._count + count > self.rows:
             event = self._under_way[0][0]
             if event is not None and not event.query():
-                if not self._warned:
+                if not self._warned and self.rows < _AMPLE:
                     self._warned = True
                     warnings.warn(
                         f"StepProbe: the device is {self.rows} recorded steps behind, as many as "
@@ -98,7 +102,7 @@ class Ring:
                         stacklevel=5,
                     )
                 event.synchronize()
-            waited += self._take(self._count)
+            waited += self._take()
         return waited
 
     def _new_event(self) -> Any:
@@ -111,35 +115,25 @@ class Ring:
                 event.record(torch.cuda.current_stream(self.device))
             else:
                 event.record()
-        self._under_way.append((event, deque(rows)))
+        self._under_way.append((event, rows))
         self._count += len(rows)
 
-    def _take(self, most: int) -> list[tuple[Any, list[float]]]:
-        """Return at most so many of the oldest rows, which have arrived together."""
-        event, rows = self._under_way[0]
-        taken = [rows.popleft() for _ in range(min(most, len(rows)))]
-        if not rows:
-            self._under_way.popleft()
-            if event is not None:
-                self._free_events.append(event)
-        self._count -= len(taken)
-        return [(meta, place.tolist()) for meta, place in taken if meta is not None]
+    def _take(self) -> list[tuple[Any, list[float]]]:
+        """Return the oldest rows, which have arrived together."""
+        event, rows = self._under_way.popleft()
+        if event is not None:
+            self._free_events.append(event)
+        self._count -= len(rows)
+        return [(meta, place.tolist()) for meta, place in rows if meta is not None]
 
-    def ready(self, most: int | None = None) -> list[tuple[Any, list[float]]]:
-        """Return (meta, row) of what has arrived, oldest first, without waiting.
-
-        Args:
-            most: look at so many rows at most; None at all of them.
-        """
+    def ready(self) -> list[tuple[Any, list[float]]]:
+        """Return (meta, row) of what has arrived, oldest first, without waiting."""
         found: list[tuple[Any, list[float]]] = []
-        left = self._count if most is None else most
-        while left > 0 and self._under_way:
-            event, rows = self._under_way[0]
+        while self._under_way:
+            event = self._under_way[0][0]
             if event is not None and not event.query():
                 break
-            count = min(left, len(rows))
-            found += self._take(count)
-            left -= count
+            found += self._take()
         return found
 
     def drain(self) -> list[tuple[Any, list[float]]]:
