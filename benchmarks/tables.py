@@ -517,19 +517,23 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
 
 def _origin(found: Rows) -> str:
     """Return one line on where rows come from; of rows of several runs, each run's."""
-    runs = dict.fromkeys(
-        (
-            row["device"],
-            f"torch {row['torch']}",
-            f"Python {row['python']}",
+    machines: dict[tuple[str, ...], dict[tuple[str, ...], None]] = {}
+    for row in found:
+        machine = (row["device"], f"torch {row['torch']}", f"Python {row['python']}")
+        run = (
             f"commit {row['commit']}",
             row["date"][:10],
             f"`{row['command']}`",
             f"load per core {row['load']}",
         )
-        for row in found
+        machines.setdefault(machine, {})[run] = None
+    return (
+        "; ".join(
+            ", ".join((*machine, "; ".join(", ".join(run) for run in runs)))
+            for machine, runs in machines.items()
+        )
+        + "\n"
     )
-    return "; ".join(", ".join(run) for run in runs) + "\n"
 
 
 def render(name: str, found: Rows) -> str:
