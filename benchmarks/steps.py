@@ -53,6 +53,8 @@ SOAK = "soak"
 _WINDOW, _DECAY = 8, 0.9
 # Past the first steps: compiled, autotuned, and with a full window of directions.
 _WARMUPS = 12
+# Replays take little, and the alarms have their baseline after so many records.
+_GRAPH_WARMUPS = 100
 # A block of so many seconds hides the synchronisation at its borders.
 _BLOCK_S = 0.3
 _MOST_STEPS = 2000
@@ -539,9 +541,13 @@ class Study:
         return torch.cuda.memory_allocated()
 
     def _add(self, variant: Variant, before: float) -> None:
-        """Warm up, read the peak of a few steps, keep."""
+        """Warm up, every copy, read the peak of a few steps, keep."""
+        for _ in range(self.copies - 1):
+            with variant.around():
+                for _ in range(_GRAPH_WARMUPS):
+                    variant.step()
         with variant.around():
-            for _ in range(_WARMUPS):
+            for _ in range(_GRAPH_WARMUPS if self.workload.graphed else _WARMUPS):
                 variant.step()
             synchronize(self.device)
             # A graph's replay asks the allocator for nothing, so that there is no peak to read.

@@ -1,5 +1,6 @@
 """Alarms: what fires and what must not, on series by hand and on real tiny trainings."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -75,6 +76,16 @@ def quiet(**policy):
 
 def fed(alarms, records):
     return [event for one in records if (event := alarms(one)) is not None]
+
+
+def test_a_gain_that_is_always_zero_is_judged_in_silence():
+    """Of a block above whose output a head of zeros lets no gradient pass."""
+    alarms = quiet()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for one in healthy(400):
+            gains = (0.0, *one.credit_gains[1:])
+            assert alarms(dataclasses.replace(one, credit_gains=gains)) is None
 
 
 # -- real trainings

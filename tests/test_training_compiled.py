@@ -239,33 +239,114 @@ def test_modules_compiled_on_their_own_are_seen_beside_others():
     assert_alike(train(build("state"), call, batches, directions="all"), expected)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "token", "cls"])
-def test_reductions_are_those_of_the_eager_probe(reduction):
-    class Tokens(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in "ab")
-            self.head = nn.Linear(5, 4)
+class Tokens(nn.Module):
+    """States [B, T, D], or [T, B, D]; logits [B, C] of the first position, or of all."""
 
-        def forward(self, x):
-            for block in self.blocks:
-                x = block(x)
-            return self.head(x[:, 0])
+    def __init__(self, batch_dim=0, pooled=False):
+        super().__init__()
+        self.pooled = pooled
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in "ab")
+        self.head = nn.Linear(5, 4)
+        self.batch_dim = batch_dim
 
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        positions = 1 - self.batch_dim
+        return self.head(x.mean(positions) if self.pooled else x.select(positions, 0))
+
+
+# More room than the batch needs, also for a part of a sample's three positions.
+@pytest.mark.parametrize("room", [None, 40])
+@pytest.mark.parametrize("batch_dim", [0, 1])
+@pytest.mark.parametrize("reduction", ["flatten", "mean", "token", "cls"])
+def test_reductions_are_those_of_the_eager_probe(reduction, batch_dim, room):
     torch.manual_seed(0)
-    model, x, y = Tokens(), torch.randn(6, 3, 5), torch.randint(0, 4, (6,))
+    model, y = Tokens(batch_dim), torch.randint(0, 4, (6,))
+    x = torch.randn(6, 3, 5).movedim(0, batch_dim).contiguous()
     twin = copy.deepcopy(model)
-    options = {"reduction": reduction, "directions": "all"}
+    options = {"reduction": reduction, "batch_dim": batch_dim, "directions": "all"}
     expected = train(twin, lambda m: m, [(x, y)] * 2, **options)
     records = train(
         model,
         lambda m: torch.compile(m, backend="aot_eager", fullgraph=True),
         [(x, y)] * 2,
         example=x,
+        max_samples=room,
         **options,
     )
     # Tokens without a gradient have no gain in either.
     assert_alike(records, expected)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_tokens_of_another_number_than_in_the_example(dynamic):
+    """The error of a sample goes with all of its own positions."""
+    torch.manual_seed(0)
+    model, options = Tokens(pooled=True), {"reduction": "token", "directions": "none"}
+    batches = [
+        (torch.randn(6, positions, 5), torch.randint(0, 4, (6,))) for positions in (4, 3, 2, 4)
+    ]
+    expected = train(copy.deepcopy(model), lambda m: m, batches, **options)
+    records = train(
+        model,
+        lambda m: torch.compile(m, backend="aot_eager", dynamic=dynamic),
+        batches,
+        example=batches[0][0],
+        **options,
+    )
+    assert_alike(records, expected)
+
+
+@pytest.mark.parametrize("positions", [0, 3])
+def test_a_backward_pass_that_makes_a_graph(positions):
+    torch.manual_seed(0)
+    model, x = Stated(), torch.randn(6, positions, 5)
+    records = []
+    with StepProbe(model, sink=records.append, example=x, directions="none") as probe:
+        run = torch.compile(model, backend="aot_eager")
+        run(x).square().sum().backward(create_graph=True)
+        probe.step()
+    expected = []
+    with StepProbe(model, sink=expected.append, directions="none") as probe:
+        model.zero_grad()
+        model(x).square().sum().backward()
+        probe.step()
+    for name in ("hidden_norms", "grad_norms", "num_samples"):
+        assert getattr(records[0], name) == pytest.approx(
+            getattr(expected[0], name), rel=FLOAT32_TOLERANCE
+        )
+
+
+@pytest.mark.parametrize("shape", [(64, 32, 4), (8, 128, 32)])
+def test_next_to_nothing_is_kept_of_narrow_states(shape):
+    """Of a convolution's output [B, C, L], or of narrow tokens."""
+    x = torch.randn(shape)
+
+    def saved(probed):
+        torch.compiler.reset()
+        width, sizes, records = shape[-1], {}, []
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in "abc"))
+        model.append(nn.Linear(width, 2))
+
+        def note(tensor):
+            sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        taps = ["0.0", "1.0", "2.0"]  # what the training itself does not keep
+        probe = StepProbe(model, taps, sink=records.append, example=x) if probed else None
+        run = torch.compile(model, backend="aot_eager")
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            out = run(x)
+        found = sum(sizes.values())
+        out.square().sum().backward()
+        if probe is not None:
+            probe.step()
+            probe.remove()
+            assert len(records) == 1
+        return found
+
+    assert saved(True) <= 1.01 * saved(False)
 
 
 def test_norms_hold_far_beyond_the_range_of_squares_in_float32():

@@ -405,7 +405,7 @@ class Alarms:
         if self._bounds is None or self._troubled or record.unreached:
             return None
         hidden = record.hidden_norms
-        if self._episode_start is not None or 0.0 in hidden:
+        if self._episode_start is not None or 0.0 in hidden or 0.0 in record.credit_gains:
             return None
         if not math.isfinite(sum(record.grad_norms)):
             return None

@@ -599,10 +599,13 @@ class StepProbe:
         per_sample = max(1, samples // max(1, rows[0].shape[0]))
         capacity = max(samples, self.max_samples or 0)
         logits = choose_output(seen.output, self.output)
-        self._logits_per_sample = 1
-        if logits.dim() and batch and logits.shape[0] % batch == 0:
-            fits = self.batch_dim < logits.dim() and logits.shape[self.batch_dim] == batch
-            self._logits_per_sample = 1 if fits else logits.shape[0] // batch
+        # Where logits count samples, and how many rows a sample has there: as sample_rows sees it.
+        self._logits_dim, self._logits_per_sample = 0, 1
+        fits = self.batch_dim < logits.dim() and logits.shape[self.batch_dim] == batch
+        if fits and (logits.dim() > 2 or logits.shape[0] != batch):
+            self._logits_dim = self.batch_dim
+        elif logits.dim() and batch and logits.shape[0] % batch == 0:
+            self._logits_per_sample = logits.shape[0] // batch
         self._slots = Slots(
             found.labels,
             capacity,
@@ -631,8 +634,7 @@ class StepProbe:
         for job in jobs:
             samples = 0
             if job.slot == self._n:
-                fits = self.batch_dim < state.dim() and self._logits_per_sample == 1
-                samples = state.shape[self.batch_dim if fits else 0] // self._logits_per_sample
+                samples = state.shape[self._logits_dim] // self._logits_per_sample
             assert self._slots is not None
             state = self._slots.through(job, state, samples)
         return state

@@ -26,6 +26,8 @@ from .passes import Figures, by_sample
 
 _STATE_SCALE = 2.0**-32
 _GRAD_SCALE = 2.0**32
+# Features of a position whose sum is kept from the forward to the backward.
+_WIDE = 128
 _ROWS = 3  # the state's sum of squares, the gradient's, and 1 for a sample that was there
 
 
@@ -59,12 +61,12 @@ def _partly_summed(squares: Tensor) -> Tensor:
 
     Over the features first: that is how a normalisation beside it reads the state, forwards and
     backwards, so that the compiler lets both share one kernel and the state is not read again. What
-    is left of a sequence is a number for each position; the rest of the sum is taken in the
-    backward, by one kernel for all rows of a slot.
+    is left of a long sequence is a number for each position, a hundredth of the state; the rest of
+    the sum is taken in the backward, by one kernel for all rows of a slot.
     """
-    if squares.dim() == 3:
+    if squares.dim() == 3 and squares.shape[1] > 0 and squares.shape[2] >= _WIDE:
         return squares.sum(-1)
-    if squares.dim() > 3:  # of images the rows' sums would be kept, some bytes for each hundred
+    if squares.dim() > 2:
         squares = squares.sum(-1)
     return (squares.flatten(1).sum(1) if squares.dim() > 1 else squares)[:, None]
 
@@ -272,6 +274,7 @@ class Slots:
         torch.div(rows[:2], rows[2], out=norms)
         return norms.sqrt_().mul_(self._factors)
 
+    @torch.no_grad()  # of a backward pass that makes a graph of its own, gradients have gradients
     def _finish(self) -> None:
         n = len(self.labels)
         got, sums = self._got, self._got_sums
@@ -289,8 +292,13 @@ class Slots:
         if not beside:
             error = norms.new_full((2, 1, norms.shape[2]), torch.nan)
             if n in got:
-                found = self._norms(got[n][:, None])
-                error = found.repeat_interleave(norms.shape[2] // found.shape[2], 2)
+                # So many rows of a state go with one of the logits: in this pass, not the example.
+                there = rows[2].amax(0)
+                each = (there.sum() / got[n][2].sum()).nan_to_num(1.0).round().clamp(min=1.0)
+                places = torch.arange(len(there), device=there.device)
+                at = (places / each).long().clamp(max=got[n].shape[1] - 1)
+                found = self._norms(got[n][:, None]).index_select(2, at)
+                error = found.masked_fill(there == 0, torch.nan)
             norms = torch.cat([norms, error], 1)
         samples = rows[2, :n].amax(0).sum(dtype=torch.float64)
         kept = [
