@@ -886,3 +886,60 @@ def test_a_model_on_another_gpu_than_the_current_one(mode):
     for record, other in zip(records, expected, strict=True):
         assert record.hidden_norms == pytest.approx(other.hidden_norms, rel=1e-4)
         assert record.grad_norms == pytest.approx(other.grad_norms, rel=1e-4)
+
+
+class Returning(nn.Module):
+    """Its head returns the logits, and it puts them into something."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.inner = Branching()
+        self.kind = kind
+
+    def forward(self, x):
+        logits = self.inner(x)
+        return {"dict": {"aux": x, "scores": logits}, "tuple": (x.sum(), logits)}[self.kind]
+
+
+@pytest.mark.parametrize(("kind", "at"), [("dict", "scores"), ("tuple", 1)])
+def test_output_names_a_part_of_what_the_model_returns(kind, at):
+    """Also where a module inside returned that very tensor before."""
+    torch.manual_seed(0)
+    model, (x, y) = Returning(kind), batch_of()
+    records = []
+    with StepProbe(model, sink=records.append, output=at, example=x) as probe:
+        nn.functional.cross_entropy(model(x)[at], y).backward()
+        probe.step()
+    expected = records_of(model.inner, [(x, y)])
+    assert records[0].output_grad_norm == expected[0].output_grad_norm
+    assert records[0].credit_gains == expected[0].credit_gains
+
+
+def test_a_first_pass_that_raises_is_not_the_first_pass():
+    model, (x, y) = network(), batch_of()
+    records = []
+    probe = StepProbe(model, sink=records.append)
+    with pytest.raises(RuntimeError):
+        model(x[:, :2])
+    backward(model, x, y)
+    probe.step()
+    probe.remove()
+    (expected,) = records_of(model, [(x, y)])
+    assert [record.to_json() for record in records] == [expected.to_json()]
+
+
+def test_steps_after_the_probe_was_removed_do_nothing():
+    model, (x, y) = network(), batch_of()
+    records = []
+    probe = StepProbe(model, sink=records.append)
+    for _ in range(3):
+        backward(model, x, y)
+        probe.step()
+        probe.remove()
+    assert len(records) == 1
+
+
+@pytest.mark.parametrize("alarms", ["stop", True, print])
+def test_alarms_that_are_none_are_refused(alarms):
+    with pytest.raises(TypeError, match="alarms: expected Alarms, None or False, got"):
+        StepProbe(network(), alarms=alarms)

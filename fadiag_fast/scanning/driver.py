@@ -193,7 +193,7 @@ def _entries(checkpoints: Any, pattern: str | Sequence[str] | None, manifest: An
             paths += _matches(item) or [item]
         # Run names that do not depend on which files a glob happens to find.
         magic = [item for item in map(os.fspath, given) if glob.has_magic(item)]
-        root = _fixed_part(magic[0]) if len(given) == len(magic) == 1 else None
+        root = _root_of(magic[0]) if len(given) == len(magic) == 1 else None
         found = series(paths, pattern, root=root)
     known = {_absolute(entry.path): entry for entry in listed}
     found = [known.pop(_absolute(entry.path), entry) for entry in found]
@@ -203,13 +203,23 @@ def _entries(checkpoints: Any, pattern: str | Sequence[str] | None, manifest: An
 
 
 def _matches(item: str) -> list[str]:
-    if not glob.has_magic(item):
+    # A name with brackets is a name where there is such a file.
+    if not glob.has_magic(item) or (not is_url(item) and os.path.lexists(item)):
         return [item]
     return expand_url(item) if is_url(item) else sorted(glob.glob(item, recursive=True))
 
 
 def _absolute(path: str) -> str:
     return path if is_url(path) else os.path.abspath(path)
+
+
+def _root_of(pattern: str) -> str:
+    """Return the folder that the runs of a glob are named from."""
+    folder, name = os.path.split(pattern)
+    if is_url(pattern) or not glob.has_magic(name) or glob.has_magic(folder):
+        return _fixed_part(pattern)
+    # One folder of checkpoints is a run: it has its name from the folder above.
+    return os.path.dirname(folder or os.getcwd())
 
 
 def _fixed_part(pattern: str) -> str:

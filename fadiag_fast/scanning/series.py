@@ -39,6 +39,7 @@ _KNOWN = (
     "frozen_test_size",
 )
 _FIELD = re.compile(r"\{([^{}]*)\}")
+_MOST_STEPS = 2**63 - 1  # that a table holds
 _DIGITS = re.compile(r"(\d+)")
 
 
@@ -193,15 +194,20 @@ def series(
     """
     given = [pattern] if isinstance(pattern, str) else list(pattern or DEFAULT_PATTERNS)
     patterns = [Pattern(text) for text in given]
-    start = "" if root is None else _slashes(os.fspath(root)).rstrip("/") + "/"
+    above = "" if root is None else _slashes(os.fspath(root))
+    start = above and above.rstrip("/") + "/"
     found: list[tuple[Entry, bool]] = []
     for path in dict.fromkeys(os.fspath(path) for path in paths):
         seen = _slashes(path)
+        if start.startswith("/") and not seen.startswith("/"):  # a root above where we are
+            seen = _slashes(os.path.abspath(path))
         seen = seen[len(start) :] if start and seen.startswith(start) else seen
         fields = next((f for p in patterns if (f := p.match(seen)) is not None), None)
         matched = fields is not None
         fields = dict(fields or {})
         step = fields.pop("step", None)
+        if step is not None and int(step) > _MOST_STEPS:  # a hash, or a time in small pieces
+            step = None
         run = fields.pop("run", None)
         named_by_folder = run is not None or not fields
         if run is None:
@@ -209,7 +215,8 @@ def series(
         entry = Entry(path, run, None if step is None else int(step), fields, matched=matched)
         found.append((entry, named_by_folder))
     folders = [entry.run for entry, named_by_folder in found if named_by_folder]
-    short = {folder: folder or "." for folder in folders} if start else _shortened(folders)
+    named = root is not None
+    short = {folder: folder or "." for folder in folders} if named else _shortened(folders)
     entries = [
         replace(entry, run=short[entry.run]) if named_by_folder else entry
         for entry, named_by_folder in found

@@ -219,7 +219,9 @@ def _read_file(path: Path, schema: Any, names: Sequence[str] | None = None) -> A
         fields = [schema.field(index) for index in sorted(map(schema.get_field_index, names))]
         schema = pa.schema(fields, metadata=schema.metadata)
     try:
-        with path.open("rb") as file:
+        # Not a file of Python's: Arrow's threads let go of one when they like, and a process that
+        # is just ending then aborts.
+        with pa.OSFile(str(path), "rb") as file:
             if path.suffix == ".arrow":
                 table = _read_part(file, names)
             else:
@@ -249,7 +251,7 @@ def _read_part(file: Any, names: Sequence[str] | None) -> Any:
     ipc = require("pyarrow.ipc", "a scan's tables")
     # Small columns are read sooner than threads are woken.
     options = ipc.IpcReadOptions(use_threads=False)
-    data = arrow().py_buffer(file.read())
+    data = file.read_buffer()
     reader = ipc.open_file(data, options=options)
     if names is not None:
         known = enumerate(reader.schema.names)

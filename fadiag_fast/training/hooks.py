@@ -74,7 +74,13 @@ class Hook:
 
 
 class OutputHook(Hook):
-    """A forward hook."""
+    """A forward hook.
+
+    Attributes:
+        is_inner: the module lies inside of the model, and what it returns are the logits.
+    """
+
+    is_inner = False
 
     def __call__(self, module: nn.Module, args: Any, result: Any) -> Any:
         probe = self.probe
@@ -101,7 +107,8 @@ class OutputHook(Hook):
         return None
 
     def _logits(self, result: Any) -> Tensor:
-        return choose_output(result, self.probe.output)
+        # A module inside returns the logits themselves; ``output`` is for what the model returns.
+        return result if self.is_inner else choose_output(result, self.probe.output)
 
 
 class InputHook(Hook):

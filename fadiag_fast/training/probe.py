@@ -240,7 +240,7 @@ class StepProbe:
     Raises:
         TapError: the hidden states cannot be found; at the first pass if there is no example.
         ValueError: an argument is out of its range.
-        TypeError: a sink or schedule is none.
+        TypeError: a sink or schedule is none, or alarms are not.
     """
 
     def __init__(
@@ -320,12 +320,14 @@ class StepProbe:
         self._own_sinks = [
             made for made, one in zip(self._sinks, given, strict=True) if made is not one
         ]
+        if not (alarms is None or alarms is False or isinstance(alarms, Alarms)):
+            raise TypeError(f"StepProbe: alarms: expected Alarms, None or False, got {alarms!r}")
         self.alarms = None if alarms is False else alarms or Alarms()
         judges = [] if self.alarms is None else [self.alarms]
         self._takers: list[Callable[[StepRecord], Any]] = [*self._sinks, *judges]
         self._taps: Taps | None = None
         self._n = -1
-        self._prepared = False
+        self._prepared = self._preparing_now = False
         self._active = True  # read by compiled code: turning it off compiles the hooks away
         self._step = 0
         self._wanted = bool(self.schedule.wants(0))
@@ -379,28 +381,38 @@ class StepProbe:
 
     def _prepare_from_call(self, args: Any, kwargs: Any) -> None:
         observed = self._active and torch.is_grad_enabled() and self.model.training
-        if self._prepared or not observed:
+        if self._prepared or self._preparing_now or not observed:
             return
         self._prepare(_as_input(self.model, args, kwargs))
 
     def _prepare(self, x: Any) -> None:
+        self._preparing_now = True
+        try:
+            # Before the model runs: fully_shard then shows its parameters as they are kept.
+            self._find_tensor_ranks()
+            checker = Probe(self.model, batch_dim=self.batch_dim, output=self.output)
+            with untouched(self.model):
+                found, seen = find_taps(
+                    self.model, x, self.select, lambda state: checker.counts_samples(x, state)
+                )
+                if found.hands_out:
+                    raise TapError(
+                        f"{type(self.model).__name__}: expected states that pass through modules "
+                        f"in training, got a forward that hands them out under "
+                        f"return_hidden=True; name the taps"
+                    )
+                self._install(found, seen)
+        except BaseException:
+            # The next pass is the first one then.
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
+            raise
+        finally:
+            self._preparing_now = False
         for handle in self._preparing:
             handle.remove()
         self._preparing = []
-        # Before the model runs: fully_shard then shows its parameters as they are kept.
-        self._find_tensor_ranks()
-        checker = Probe(self.model, batch_dim=self.batch_dim, output=self.output)
-        with untouched(self.model):
-            found, seen = find_taps(
-                self.model, x, self.select, lambda state: checker.counts_samples(x, state)
-            )
-            if found.hands_out:
-                raise TapError(
-                    f"{type(self.model).__name__}: expected states that pass through modules in "
-                    f"training, got a forward that hands them out under return_hidden=True; name "
-                    f"the taps"
-                )
-            self._install(found, seen)
         self._prepared = True
 
     def _install(self, found: Taps, seen: Trace) -> None:
@@ -462,6 +474,7 @@ class StepProbe:
                 hook_at(name, at).stand_ins += tuple(own)
         logits_hook = OutputHook(self, len(hooks))
         logits_hook.taps, logits_hook.jobs = ((0, n),), (Job(n, False, True),)
+        logits_hook.is_inner = logits_at != ""
         calls: dict[str, int] = {}
         for call in seen.calls:
             calls[call.name] = calls.get(call.name, 0) + 1
@@ -713,6 +726,8 @@ class StepProbe:
             RuntimeError: no backward pass reached an observed state since the last step.
             ValueError, TapError: states or logits do not have a row for each sample.
         """
+        if not self._active:  # the probe is removed
+            return
         # As torch.no_grad does, at a seventh of its time.
         enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
@@ -831,7 +846,7 @@ class StepProbe:
     def _advance(self) -> None:
         self._step_was_wanted = self._wanted
         self._step += 1
-        self._wanted = bool(self.schedule.wants(self._step))
+        self._wanted = self._active and bool(self.schedule.wants(self._step))
 
     def _take_parts(self) -> list[Figures]:
         eager, compiled = self._parts, list(self._slot_parts)

@@ -249,6 +249,33 @@ def test_a_second_scan_takes_over_what_is_done(tmp_path, monkeypatch):
     assert len(captured) == len(batches) + 6 * 8
 
 
+@pytest.mark.parametrize(
+    ("where", "glob"), [(".", "runs/a/*.pt"), ("runs", "a/*.pt"), ("runs/a", "*.pt")]
+)
+def test_a_glob_in_one_folder_is_a_run_with_steps(where, glob, tmp_path, monkeypatch):
+    study(tmp_path / "runs", range(2), runs=("a",))
+    monkeypatch.chdir(tmp_path / where)
+    result = scan(glob, Branching(), batches_of(2), tmp_path / "out")
+    assert [(row["run"], row["step"]) for row in result.rows] == [("a", 0), ("a", 1)]
+
+
+def test_a_name_with_brackets_is_that_file_and_no_pattern(tmp_path):
+    for run in ("run [1]", "run 1"):
+        study(tmp_path / run, [len(run)], runs=("a",))
+    path = str(tmp_path / "run [1]/a/step_7.pt")
+    (tmp_path / "run 1/a/step_5.pt").rename(tmp_path / "run 1/a/step_7.pt")
+    result = scan([path], Branching(), batches_of(2), tmp_path / "out")
+    assert [row["path"] for row in result.rows] == [path]
+
+
+def test_a_step_that_no_table_holds_is_no_step(tmp_path):
+    study(tmp_path / "runs", [0], runs=("a",))
+    name = tmp_path / f"runs/a/step_{'9' * 23}.pt"
+    (tmp_path / "runs/a/step_0.pt").rename(name)
+    (row,) = scan(str(tmp_path / "runs/*/*.pt"), Branching(), batches_of(2), tmp_path / "out").rows
+    assert (row["status"], row["step"]) == ("audited", None)
+
+
 def test_other_thresholds_judge_again_without_measuring(tmp_path):
     study(tmp_path / "runs", range(2))
     glob, out, batches = str(tmp_path / "runs/*/*.pt"), tmp_path / "out", batches_of()
