@@ -20,6 +20,7 @@ from ..zoo import load_dataset
 from .driver import Progress, scan
 from .html import write_report
 from .plots import write_plots
+from .records import NON_FINITE_WEIGHTS
 from .results import ScanResult
 from .thresholds import sweep_thresholds
 
@@ -217,10 +218,13 @@ def _shown(quiet: bool, json_lines: bool) -> Iterator[Callable[[Progress], None]
 
 
 def _exit_code(result: ScanResult) -> int:
-    """Return 0 trustworthy, 1 needs walk-back, 2 not enough data, 3 nothing could be audited."""
+    """Return 0 trustworthy, 1 needs walk-back, 2 not enough data, 3 nothing could be audited.
+
+    A network whose weights are no numbers is not one to trust: beside others it counts as 1.
+    """
     verdicts = result.verdict_counts()
     if not verdicts:
         return 3
-    if set(verdicts) - {TRUSTWORTHY, NOT_ENOUGH_DATA}:
+    if NON_FINITE_WEIGHTS in result.failures() or set(verdicts) - {TRUSTWORTHY, NOT_ENOUGH_DATA}:
         return 1
     return 2 if NOT_ENOUGH_DATA in verdicts else 0

@@ -28,7 +28,7 @@ from ..taps import Select, unwrap
 from .hashing import ContentHasher
 from .passes import Auditor, Pending, Way
 from .reading import Group, Read, Reader, Rows, kind_of
-from .records import CheckpointRecord
+from .records import NON_FINITE_WEIGHTS, CheckpointRecord
 from .results import ScanResult
 from .search import LARGEST_STACK, Search
 from .series import Entry, read_manifest, series
@@ -247,11 +247,42 @@ def _configuration(
         "model": type(model).__name__,
         "weights": [[name, list(t.shape), str(t.dtype)] for name, t in weights],
         "batches": hasher.result(),
+        "network": _network(model),
         "taps": [tap.where for tap in auditor.taps.points],
         "loss": "cross-entropy" if loss is None else _loss_name(loss),
         "reduction": how.kind,
         "feature_dim": how.feature_dim,
     }
+
+
+def _network(model: nn.Module) -> str:
+    """Return a hash of what modules do with their weights: their code and their plain settings."""
+    hasher = ContentHasher()
+    for name, module in model.named_modules():
+        kind = type(module)
+        own = [
+            base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "builtins"))
+        ]
+        codes = [
+            (base.__qualname__, key, _code(value.__code__))
+            for base in own
+            for key, value in sorted(vars(base).items())
+            if hasattr(value, "__code__")
+        ]
+        settings = [
+            (key, repr(value))
+            for key, value in sorted(vars(module).items())
+            if not key.startswith("_") and key != "training" and _is_setting(value)
+        ]
+        hasher.update(repr((name, kind.__module__, kind.__qualname__, codes, settings)).encode())
+    return hasher.result()
+
+
+def _is_setting(value: Any) -> bool:
+    plain = (str, bytes, int, float, bool, type(None))
+    if isinstance(value, tuple | list):
+        return all(map(_is_setting, value))
+    return isinstance(value, plain)
 
 
 def _loss_name(loss: Any) -> str:
@@ -451,7 +482,7 @@ class _Scan:
                     frozen_test_size=entry.frozen_test_size,
                 )
             else:
-                kind, error = "non-finite weights", "some weights are NaN or infinite"
+                kind, error = NON_FINITE_WEIGHTS, "some weights are NaN or infinite"
         return CheckpointRecord(
             path=entry.path,
             run=entry.run,

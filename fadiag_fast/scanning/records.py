@@ -23,6 +23,8 @@ from ..protocol import (
 )
 
 AUDITED, FAILED = "audited", "failed"
+# Kind of error of a checkpoint that holds what is no number.
+NON_FINITE_WEIGHTS = "non-finite weights"
 
 Row = dict[str, Any]
 

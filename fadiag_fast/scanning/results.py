@@ -24,7 +24,7 @@ from ..protocol import (
 )
 from ..report import text_table
 from .extras import arrow, require
-from .records import AUDITED, Row, figures_of, protocol_of, thresholds_of
+from .records import AUDITED, NON_FINITE_WEIGHTS, Row, figures_of, protocol_of, thresholds_of
 from .store import Tables, UnreadableResults, judge, layers_by_record, read_tables
 
 KEYS = ("a", "b", "c", "d")
@@ -403,13 +403,18 @@ class ScanResult:
         table = []
         for run, rows in list(runs.items())[:_MOST_RUNS]:
             steps = [row["step"] for row in rows if row["step"] is not None]
-            judged = [row for row in _in_time(rows) if row["status"] == AUDITED]
+            # The last one says how the run ended, also where its weights are no numbers any more.
+            ends = [
+                row
+                for row in _in_time(rows)
+                if row["status"] == AUDITED or row["error_kind"] == NON_FINITE_WEIGHTS
+            ]
             table.append(
                 [
                     _shorten(run, _LONGEST_NAME),
                     f"{len(rows):,}",
                     f"{steps[0]:,}-{steps[-1]:,}" if steps else "-",
-                    judged[-1]["verdict"] if judged else "-",
+                    ends[-1]["verdict"] or NON_FINITE_WEIGHTS if ends else "-",
                     *(str(fired[run][key]) for key in KEYS),
                 ]
             )

@@ -106,7 +106,12 @@ CHECKPOINT_COLUMNS: tuple[Column, ...] = (
     ),
     Column("depth_utility", "number", "accuracy minus frozen accuracy in percentage points"),
     Column("content_hash", "text", "of the checkpoint's bytes; null where they could not be read"),
-    Column("config_hash", "text", "of the probe's configuration"),
+    Column(
+        "config_hash",
+        "text",
+        "of the probe's configuration: batches, taps, loss, reduction, and the network's code and "
+        "settings",
+    ),
     Column("config", "text", "the probe's configuration, a JSON object"),
     Column("bytes", "integer", "size of the checkpoint; null where unknown"),
     Column("fadiag_fast", "text", "version of fadiag_fast"),

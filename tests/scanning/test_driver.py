@@ -268,6 +268,45 @@ def test_a_name_with_brackets_is_that_file_and_no_pattern(tmp_path):
     assert [row["path"] for row in result.rows] == [path]
 
 
+def test_a_run_that_ends_in_no_numbers_does_not_end_trustworthy(tmp_path):
+    study(tmp_path / "runs", range(3), runs=("a",))
+    model = Branching()
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] = float("nan")
+    torch.save(model.state_dict(), tmp_path / "runs/a/step_9.pt")
+    result = scan(str(tmp_path / "runs/*/*.pt"), Branching(), batches_of(2), tmp_path / "out")
+    (line,) = [line for line in str(result).splitlines() if line.startswith("a ")]
+    assert "non-finite weights" in line
+    assert "trustworthy" not in line
+
+
+class Scaled(Branching):
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return super().forward(self.scale * x)
+
+
+def test_another_setting_of_the_network_is_another_configuration(tmp_path):
+    """No weight tells of it, and every figure depends on it."""
+    study(tmp_path / "runs", range(2), runs=("a",), build=Scaled)
+    glob, batches, out = str(tmp_path / "runs/*/*.pt"), batches_of(2), tmp_path / "out"
+    first = scan(glob, Scaled(), batches, tmp_path / "out1")
+    scan(glob, Scaled(), batches, out)
+    again = scan(glob, Scaled(), batches, out)
+    assert again.configurations() == first.configurations()
+    other = scan(glob, Scaled(scale=3.0), batches, tmp_path / "out2")
+    assert other.configurations().keys() != first.configurations().keys()
+    assert len(scan(glob, Scaled(scale=3.0), batches, out)) == len(first)
+    norms = [
+        [figures.residual_norms for figures in result.figures()]
+        for result in (first, other, ScanResult.load(out))
+    ]
+    assert norms[2] == norms[1] != norms[0]
+
+
 def test_a_step_that_no_table_holds_is_no_step(tmp_path):
     study(tmp_path / "runs", [0], runs=("a",))
     name = tmp_path / f"runs/a/step_{'9' * 23}.pt"
