@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import BuiltinFunctionType
 from typing import Any, Literal
 
 import torch
@@ -249,7 +250,7 @@ def _configuration(
         "batches": hasher.result(),
         "network": _network(model),
         "taps": [tap.where for tap in auditor.taps.points],
-        "loss": "cross-entropy" if loss is None else _loss_name(loss),
+        "loss": "cross-entropy" if loss is None else _function_name(loss),
         "reduction": how.kind,
         "feature_dim": how.feature_dim,
     }
@@ -260,39 +261,39 @@ def _network(model: nn.Module) -> str:
     hasher = ContentHasher()
     for name, module in model.named_modules():
         kind = type(module)
-        own = [
-            base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "builtins"))
-        ]
-        codes = [
-            (base.__qualname__, key, _code(value.__code__))
-            for base in own
-            for key, value in sorted(vars(base).items())
-            if hasattr(value, "__code__")
-        ]
-        settings = [
-            (key, repr(value))
-            for key, value in sorted(vars(module).items())
-            if not key.startswith("_") and key != "training" and _is_setting(value)
-        ]
-        hasher.update(repr((name, kind.__module__, kind.__qualname__, codes, settings)).encode())
+        foreign = ("torch.", "builtins")
+        own = [base for base in kind.__mro__ if not base.__module__.startswith(foreign)]
+        known = [_settings(base) for base in own], _settings(module)
+        hasher.update(repr((name, kind.__module__, kind.__qualname__, known)).encode())
     return hasher.result()
 
 
-def _is_setting(value: Any) -> bool:
-    plain = (str, bytes, int, float, bool, type(None))
+def _settings(holder: Any) -> list[tuple[str, str]]:
+    """Return the plain values and the functions that a module or a class holds."""
+    found = []
+    for key, value in sorted(vars(holder).items()):
+        if hasattr(value, "__code__") or isinstance(value, BuiltinFunctionType):
+            found.append((key, _function_name(value)))
+        elif not key.startswith("_") and key != "training" and _is_plain(value):
+            found.append((key, repr(value)))
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Say whether a value's text says all of it."""
     if isinstance(value, tuple | list):
-        return all(map(_is_setting, value))
-    return isinstance(value, plain)
+        return all(map(_is_plain, value))
+    return isinstance(value, str | bytes | int | float | bool | None)
 
 
-def _loss_name(loss: Any) -> str:
-    """Return a loss's name, with what it does where the name does not say that."""
-    name = getattr(loss, "__qualname__", repr(loss))
-    code = getattr(loss, "__code__", None)
+def _function_name(function: Any) -> str:
+    """Return a function's name, with what it does where the name does not say that."""
+    name = getattr(function, "__qualname__", repr(function))
+    code = getattr(function, "__code__", None)
     if code is None:
         return str(name)
-    held = [cell.cell_contents for cell in getattr(loss, "__closure__", None) or ()]
-    values = (*_values(held), *_values(loss.__defaults__ or ()))
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    values = (*_values(held), *_values(function.__defaults__ or ()))
     hasher = ContentHasher()
     hasher.update(repr((_code(code), values)).encode())
     return f"{name} {hasher.result()}"
@@ -306,8 +307,7 @@ def _code(code: Any) -> tuple[Any, ...]:
 
 def _values(values: Iterable[Any]) -> tuple[str, ...]:
     """Return plain values as text, and of others the type: an address says nothing."""
-    plain = (str, bytes, int, float, bool, type(None))
-    return tuple(repr(v) if isinstance(v, plain) else type(v).__qualname__ for v in values)
+    return tuple(repr(v) if _is_plain(v) else type(v).__qualname__ for v in values)
 
 
 class _Scan:

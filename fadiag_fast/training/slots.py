@@ -282,25 +282,25 @@ class Slots:
         present = [l for l in range(n) if l in got]
         if not present:
             return
-        # Each of these calls is a launch, and a launch is a thousandth of a per cent of a step.
+        # Each of these calls is a launch: some 4 µs of a step of 45 ms.
         one = got[present[0]]
         empty = one if len(present) == n else torch.zeros_like(one)
         beside = n in got and got[n].shape == one.shape
         # A copy too: what a graph of the compiler returned is overwritten by its next replay.
         rows = torch.stack([got.get(l, empty) for l in range(n + beside)], 1)
         norms = self._norms(rows)
+        there = rows[2, :n].amax(0)
         if not beside:
             error = norms.new_full((2, 1, norms.shape[2]), torch.nan)
             if n in got:
                 # So many rows of a state go with one of the logits: in this pass, not the example.
-                there = rows[2].amax(0)
                 each = (there.sum() / got[n][2].sum()).nan_to_num(1.0).round().clamp(min=1.0)
                 places = torch.arange(len(there), device=there.device)
                 at = (places / each).long().clamp(max=got[n].shape[1] - 1)
                 found = self._norms(got[n][:, None]).index_select(2, at)
                 error = found.masked_fill(there == 0, torch.nan)
             norms = torch.cat([norms, error], 1)
-        samples = rows[2, :n].amax(0).sum(dtype=torch.float64)
+        samples = there.sum(dtype=torch.float64)
         kept = [
             sums[l] / samples if l in sums else None
             for l, total in enumerate(self.totals)

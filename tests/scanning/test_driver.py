@@ -281,15 +281,16 @@ def test_a_run_that_ends_in_no_numbers_does_not_end_trustworthy(tmp_path):
 
 
 class Scaled(Branching):
-    def __init__(self, scale=1.0):
+    def __init__(self, scale=1.0, squash=torch.tanh):
         super().__init__()
-        self.scale = scale
+        self.scale, self.squash = scale, squash
 
     def forward(self, x):
-        return super().forward(self.scale * x)
+        return super().forward(self.squash(self.scale * x))
 
 
-def test_another_setting_of_the_network_is_another_configuration(tmp_path):
+@pytest.mark.parametrize("setting", [{"scale": 3.0}, {"squash": torch.sin}])
+def test_another_setting_of_the_network_is_another_configuration(setting, tmp_path):
     """No weight tells of it, and every figure depends on it."""
     study(tmp_path / "runs", range(2), runs=("a",), build=Scaled)
     glob, batches, out = str(tmp_path / "runs/*/*.pt"), batches_of(2), tmp_path / "out"
@@ -297,9 +298,9 @@ def test_another_setting_of_the_network_is_another_configuration(tmp_path):
     scan(glob, Scaled(), batches, out)
     again = scan(glob, Scaled(), batches, out)
     assert again.configurations() == first.configurations()
-    other = scan(glob, Scaled(scale=3.0), batches, tmp_path / "out2")
+    other = scan(glob, Scaled(**setting), batches, tmp_path / "out2")
     assert other.configurations().keys() != first.configurations().keys()
-    assert len(scan(glob, Scaled(scale=3.0), batches, out)) == len(first)
+    assert len(scan(glob, Scaled(**setting), batches, out)) == len(first)
     norms = [
         [figures.residual_norms for figures in result.figures()]
         for result in (first, other, ScanResult.load(out))
@@ -478,14 +479,14 @@ def test_samples_that_see_each_other_do_not_share_passes(tmp_path):
 
 
 def test_losses_without_a_name_of_their_own_are_told_apart():
-    from fadiag_fast.scanning.driver import _loss_name
+    from fadiag_fast.scanning.driver import _function_name
 
     def scaled(by):
         return lambda logits, y: by * nn.functional.cross_entropy(logits, y)
 
-    assert _loss_name(scaled(1.0)) == _loss_name(scaled(1.0))
-    assert _loss_name(scaled(1.0)) != _loss_name(scaled(2.0))
-    assert _loss_name(lambda a, b: a.sum()) != _loss_name(lambda a, b: a.mean())
+    assert _function_name(scaled(1.0)) == _function_name(scaled(1.0))
+    assert _function_name(scaled(1.0)) != _function_name(scaled(2.0))
+    assert _function_name(lambda a, b: a.sum()) != _function_name(lambda a, b: a.mean())
 
 
 def test_one_row_that_fails_alone_does_not_fail_its_stack(tmp_path):
