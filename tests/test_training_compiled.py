@@ -496,6 +496,72 @@ def test_a_cuda_graph_of_the_whole_step(compiled):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_cuda_graph_of_micro_batches_has_the_figures_of_ordinary_steps(parts):
+
+    def run(graphed):
+        torch.manual_seed(0)
+        layers = [nn.Sequential(nn.Linear(512, 512), nn.ReLU()) for _ in range(4)]
+        model = nn.Sequential(*layers, nn.Linear(512, 10)).cuda()
+        x, y = torch.randn(64 * parts, 512, device="cuda"), torch.arange(64 * parts) % 10
+        y = y.cuda()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        records = []
+        probe = StepProbe(model, ["0", "1", "2", "3"], sink=records.append, directions="all")
+
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                nn.functional.cross_entropy(model(a), b).backward()
+            probe.step()
+            optimizer.step()
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        if graphed:
+            with torch.cuda.graph(graph):
+                step()
+        for _ in range(20):
+            if graphed:
+                graph.replay()
+                probe.step()
+            else:
+                step()
+        probe.remove()
+        return records
+
+    records, expected = run(True), run(False)
+    assert len(records) == 23
+    assert_alike(records, expected, tolerance=1e-5)
+    assert [r.micro_batches for r in records] == [parts] * 23
+
+
+@pytest.mark.cuda
+def test_a_captured_backward_pass_without_a_step_can_be_replayed():
+    model = build("branch").cuda()
+    x, y = (t.cuda() for t in batch_of())
+    with StepProbe(model, example=x) as probe:
+        nn.functional.cross_entropy(model(x), y).backward()
+        probe.step()
+        graph = torch.cuda.CUDAGraph()
+        model.zero_grad(set_to_none=True)
+        with torch.cuda.graph(graph):
+            nn.functional.cross_entropy(model(x), y).backward()
+        graph.replay()
+        captured = [p.grad.clone() for p in model.parameters()]
+        probe.discard()
+    model.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    for gradient, parameter in zip(captured, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("every", [1, 3])
 def test_ordinary_steps_between_replays_of_the_whole_step(every):
     batches = [tuple(t.cuda() for t in batch_of(seed=s)) for s in range(25)]

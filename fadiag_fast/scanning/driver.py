@@ -242,7 +242,7 @@ def _configuration(
     for leaf in tree_leaves(batches):
         if isinstance(leaf, Tensor):
             raw = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            hasher.update(raw.numpy().tobytes())
+            hasher.update(raw.numpy().data)
     weights = (*model.named_parameters(), *model.named_buffers())
     return {
         "model": type(model).__name__,
