@@ -772,6 +772,48 @@ def test_a_path_is_a_sink_that_is_closed_with_the_probe(tmp_path):
     assert [record.step for record in read_jsonlines(tmp_path / "steps.jsonl").records] == [0, 1, 2]
 
 
+def test_a_resumed_run_counts_on_and_keeps_the_records_before_its_checkpoint(tmp_path):
+    path = tmp_path / "steps.jsonl"
+
+    def train(steps, **options):
+        model = network()
+        with StepProbe(model, sink=path, **options) as probe:
+            for seed in range(steps):
+                backward(model, *batch_of(seed=seed))
+                probe.step()
+
+    train(5)
+    train(4, first_step=3)  # the last checkpoint was that of three steps
+    log = read_jsonlines(path)
+    assert [record.step for record in log.records] == [0, 1, 2, 3, 4, 5, 6]
+    assert (log.sessions, log.superseded) == (2, 2)
+    train(6, first_step=7, schedule=5)
+    assert [record.step for record in read_jsonlines(path).records][7:] == [10]
+    for wrong in (-1, 1.0, True):
+        with pytest.raises(ValueError, match=f"first_step: expected a whole number.*got {wrong}"):
+            StepProbe(network(), first_step=wrong)
+
+
+def test_a_budget_knows_what_a_step_has_cost_before_it_chooses_the_next():
+    class AtMostEveryOther:
+        """Wants a step unless it was told of the one before."""
+
+        noted = -2
+
+        def wants(self, step):
+            return step > self.noted + 1
+
+        def note(self, step, probe_seconds, step_seconds):
+            self.noted = step
+
+    records, model = [], network()
+    with StepProbe(model, sink=records.append, schedule=AtMostEveryOther()) as probe:
+        for seed in range(6):
+            backward(model, *batch_of(seed=seed))
+            probe.step()
+    assert [record.step for record in records] == [0, 2, 4]
+
+
 def test_a_broken_step_is_told_and_stops_the_training_if_asked():
     """The weights of block 1 become NaN after step 1: its own state is the first that shows it."""
 

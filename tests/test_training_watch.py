@@ -53,10 +53,39 @@ def test_an_alarm_that_stands_exits_with_1_and_one_that_ended_with_0(tmp_path):
     assert result.exit_code == 1, result.output
     assert "ALARM" in result.output
     assert "baseline: step 150, blocks.1" in result.output
-    write(path, healthy(20, start=153))
+    write(path, [*healthy(150), *BROKEN, *healthy(20, start=153)], append=False)
     result = fadiag("watch", tmp_path, "--once")
     assert result.exit_code == 0, result.output
     assert "All clear at step" in result.output
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_alarm_of_a_session_before_does_not_stand_for_ever(tmp_path, own):
+    path = tmp_path / "steps.jsonl"
+
+    def session(records):
+        with JsonLines(path) as sink:
+            alarms = Alarms(actions=(), on_event=sink.event)
+            for one in records:
+                sink(one)
+                if own:
+                    alarms(one)
+
+    session([*healthy(150), *BROKEN])
+    tail = Tail(path, last=500)
+    tail.read()
+    (alarm, *_), code = tail.standing, tail.exit_code
+    assert (alarm.layer, code) == ("blocks.1", 1)
+    # It goes on after the alarm: too few records at first, and the alarm is part of the past.
+    session(healthy(30, start=153))
+    tail.read()
+    assert (tail.standing, tail.exit_code) == ([], 2)
+    assert alarm in tail.events
+    # From a checkpoint before it, the alarm has not happened.
+    session(healthy(150, start=100))
+    tail.read()
+    assert (tail.events, tail.exit_code) == ([], 0)
+    assert [one.step for one in tail.records] == list(range(250))
 
 
 def test_alarms_of_the_run_itself_count_before_those_of_the_default_limits(tmp_path):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
@@ -30,7 +29,7 @@ class Session:
         loggers: the same, called on the training's thread: a framework's own loggers are used there
             by the framework too.
         alarms: what judges the records; None warns by the default limits, False judges nothing.
-        first_step: the framework's count of optimiser steps at the start, as after a checkpoint.
+        first_step: optimiser steps done before, as after a checkpoint.
         probe_options: further arguments of StepProbe.
 
     Attributes:
@@ -58,14 +57,13 @@ class Session:
         self.alarms = None if alarms is False else alarms or Alarms()
         self.latest: StepRecord | None = None
         self.stopped: TrainingStopped | None = None
-        self._first_step = first_step
         self._told = 0 if self.alarms is None else len(self.alarms.events)
         take = guard(self._take, threaded=False)
-        self.probe = StepProbe(model, taps, sink=take, alarms=False, **probe_options)
+        self.probe = StepProbe(
+            model, taps, sink=take, alarms=False, first_step=first_step, **probe_options
+        )
 
     def _take(self, record: StepRecord) -> None:
-        if self._first_step:
-            record = replace(record, step=record.step + self._first_step)
         self.latest = record
         for sink in self.sinks:
             sink(record)

@@ -5,7 +5,7 @@ Inside of ``torch.compile`` they are traced, and send states through slots in pl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # -1 outside of a backward pass.
 _backward_task = torch._C._current_graph_task_id
+# A function inside of a call of something compiled, also in what the compiler leaves to Python.
+_compiler_of_frames: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
 
 
 class Inert:
@@ -151,14 +153,15 @@ class PrepareHook(Hook):
     """The forward pre-hook of what was given as the model, until the taps are known."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            if not self.probe._prepared:
+        probe = self.probe
+        # Without fullgraph the compiler breaks the graph at this error, and comes here again.
+        if torch.compiler.is_compiling() or callable(_compiler_of_frames()):
+            if probe._awaits_first_pass():
                 raise RuntimeError(
                     "StepProbe: expected the taps to be known before the model is compiled; give "
                     "example=, or build the probe on what torch.compile returned"
                 )
             return
-        probe = self.probe
         probe._prepare_from_call(args, kwargs)
         if module is probe.model and probe._prepared:
             # torch does not call hooks of this very call that came during it.

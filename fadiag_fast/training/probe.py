@@ -221,6 +221,8 @@ class StepProbe:
             record waits for the next ``step()``, to say whether the scaler skipped its own.
         loss_reduction: ``"mean"``, ``"sum"`` or any text: recorded beside the figures, which are
             of the loss as it is trained.
+        first_step: optimiser steps done before, as after a checkpoint: records and schedule count
+            from there, and a file of JSON lines goes on where the earlier session's checkpoint was.
         group: of ranks whose samples belong to one batch: None is all processes where
             ``torch.distributed`` is initialised, False none but this one. The gradients are
             taken to be averaged over the ranks, as DistributedDataParallel and ``fully_shard`` do;
@@ -262,6 +264,7 @@ class StepProbe:
         example: Any = None,
         scaler: Any = None,
         loss_reduction: str = "mean",
+        first_step: int = 0,
         group: Any = None,
         tensor_group: Any = None,
         sharded: str | Sequence[str] = (),
@@ -278,6 +281,10 @@ class StepProbe:
         ):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"StepProbe: {name}: expected a whole number from 1, got {value}")
+        if isinstance(first_step, bool) or not isinstance(first_step, int) or first_step < 0:
+            raise ValueError(
+                f"StepProbe: first_step: expected a whole number from 0, got {first_step!r}"
+            )
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"StepProbe: decay: expected a number in [0, 1), got {decay}")
         if directions not in ("middle", "all", "none"):
@@ -329,8 +336,8 @@ class StepProbe:
         self._n = -1
         self._prepared = self._preparing_now = False
         self._active = True  # read by compiled code: turning it off compiles the hooks away
-        self._step = 0
-        self._wanted = bool(self.schedule.wants(0))
+        self._step = first_step
+        self._wanted = self._schedule_wants()
         self._step_began = time.perf_counter()
         self._current: Pass | None = None  # under way
         self._backward_of: Pass | None = None  # whose backward pass may run parts of it again
@@ -379,11 +386,12 @@ class StepProbe:
             raise RuntimeError("StepProbe.taps: expected an example, or one training pass first")
         return self._taps
 
+    def _awaits_first_pass(self) -> bool:
+        return not self._prepared and self._compiled_observes()
+
     def _prepare_from_call(self, args: Any, kwargs: Any) -> None:
-        observed = self._active and torch.is_grad_enabled() and self.model.training
-        if self._prepared or self._preparing_now or not observed:
-            return
-        self._prepare(_as_input(self.model, args, kwargs))
+        if self._awaits_first_pass() and not self._preparing_now:
+            self._prepare(_as_input(self.model, args, kwargs))
 
     def _prepare(self, x: Any) -> None:
         self._preparing_now = True
@@ -776,6 +784,7 @@ class StepProbe:
         now = time.perf_counter()
         if self._step_was_wanted:
             self.schedule.note(step, self._seconds + now - began, now - self._step_began)
+            self._wanted = self._schedule_wants()  # it may think better of the next one now
         self._seconds = 0.0
         self._step_began = now
 
@@ -846,7 +855,10 @@ class StepProbe:
     def _advance(self) -> None:
         self._step_was_wanted = self._wanted
         self._step += 1
-        self._wanted = self._active and bool(self.schedule.wants(self._step))
+        self._wanted = self._schedule_wants()
+
+    def _schedule_wants(self) -> bool:
+        return self._active and bool(self.schedule.wants(self._step))
 
     def _take_parts(self) -> list[Figures]:
         eager, compiled = self._parts, list(self._slot_parts)

@@ -58,7 +58,8 @@ class Tail:
     """Read a file of step records as it grows, and judge it.
 
     Alarms that the run itself has written count; where it has written none, the records are judged
-    by ``policy``.
+    by ``policy``. A session that goes on from a checkpoint is judged anew, as its own alarms begin
+    anew; what an earlier one has said of steps before that is still shown.
 
     Args:
         path: the file.
@@ -69,6 +70,7 @@ class Tail:
         records: the last records, in order of step.
         count: records read so far.
         damaged: lines that could not be read.
+        own: whether the run has written alarms itself.
     """
 
     def __init__(self, path: Path, last: int = 100, policy: AlarmPolicy | None = None) -> None:
@@ -81,6 +83,12 @@ class Tail:
         self.records = deque[StepRecord](maxlen=self._last)
         self.count = self.damaged = 0
         self._offset = 0
+        self.own = False
+        self._earlier: list[Event] = []
+        self._begin_session()
+
+    def _begin_session(self) -> None:
+        self._of_session = 0
         self._own: list[Event] = []
         self._judge = Alarms(self._policy, actions=())
 
@@ -107,7 +115,11 @@ class Tail:
             elif isinstance(entry, StepRecord):
                 self._take(entry)
                 found.append(entry)
-            elif not isinstance(entry, dict):
+            elif isinstance(entry, dict):
+                self._earlier += self._current
+                self._begin_session()
+            else:
+                self.own = True
                 self._own.append(entry)
                 found.append(entry)
         return found
@@ -116,24 +128,26 @@ class Tail:
         while self.records and self.records[-1].step >= record.step:
             # A session that went on from a checkpoint.
             self.records.pop()
+        while self._earlier and self._earlier[-1].step >= record.step:
+            self._earlier.pop()
         self.records.append(record)
         self.count += 1
+        self._of_session += 1
         self._judge(record)
 
     @property
-    def own(self) -> bool:
-        """Whether the run has written alarms itself."""
-        return bool(self._own)
+    def _current(self) -> list[Event]:
+        return self._own if self.own else self._judge.events
 
     @property
     def events(self) -> list[Event]:
-        return self._own or self._judge.events
+        return [*self._earlier, *self._current]
 
     @property
     def standing(self) -> list[Alarm]:
-        """The alarms of an episode that has not ended."""
+        """The alarms of an episode of this session that has not ended."""
         found: list[Alarm] = []
-        for event in reversed(self.events):
+        for event in reversed(self._current):
             if not isinstance(event, Alarm):
                 break
             found.append(event)
@@ -145,7 +159,7 @@ class Tail:
         if self.standing:
             return 1
         policy = self._judge.policy
-        return 2 if self.count < policy.warmup + policy.min_window else 0
+        return 2 if self._of_session < policy.warmup + policy.min_window else 0
 
 
 def sparkline(values: Sequence[float], width: int = _SPARK) -> str:
