@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fadiag_fast import StepProbe
+from fadiag_fast.training.alarms import Alarms
+from fadiag_fast.training.probe import _MOST_PARTS
 from fadiag_fast.training.ring import Ring
 from fadiag_fast.training.sinks import SinkWarning, guard
 
@@ -117,6 +119,78 @@ def test_micro_batches():
     probe.step()
     probe.flush()
     assert (records[0].micro_batches, records[0].num_samples) == (3, 3 * BATCH)
+
+
+@row(
+    "a backward pass of something else than the loss: a gradient penalty, a saliency map, "
+    "another network's loss through this one"
+)
+@pytest.mark.parametrize("discard", [True, False])
+def test_other_backwards(discard):
+    model, probe, records = probed()
+    x, y = batch_of()
+    seen = x.clone().requires_grad_()
+    torch.autograd.grad(model(seen).sum(), seen)  # a saliency map
+    if discard:
+        probe.discard()
+    loss_of(model, (x, y)).backward()
+    probe.step()
+    probe.flush()
+    assert records[0].micro_batches == (1 if discard else 2)
+    if discard:
+        assert_same(records[0], plain_record(model, (x, y)))
+
+
+@row("backward passes, but never a `step()`")
+def test_never_a_step(monkeypatch):
+    monkeypatch.setattr("fadiag_fast.training.probe._MOST_PARTS", 10)
+    assert f"after {_MOST_PARTS:,} one warning" in README
+    model, probe, records = probed()
+
+    def train():
+        for _ in range(45):
+            loss_of(model).backward()
+            assert len(probe._parts) <= 10
+
+    with pytest.warns(RuntimeWarning, match=r"expected step\(\) after each.* got 10 ba") as caught:
+        train()
+    assert len(caught) == 1
+    probe.step()
+    probe.flush()
+    assert records[0].micro_batches <= 11
+
+
+@row("a sample that is NaN or infinite")
+@pytest.mark.parametrize("directions", ["middle", "none"])
+def test_a_sample_of_nan(directions):
+    alarms = Alarms(actions=())
+    model, probe, records = probed(directions=directions, alarms=alarms)
+    for step in range(4):
+        x, y = batch_of()
+        if step == 2:
+            x[2] = float("nan")
+        loss_of(model, (x, y)).backward()
+        probe.step()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+        model.zero_grad()
+    probe.flush()
+    assert all(norm == norm for norm in records[2].grad_norms)
+    assert [event.step for event in alarms.events] == [2 if directions == "middle" else 3]
+
+
+@row("several probes on one model")
+def test_several_probes():
+    model, probe, records = probed()
+    _, second, others = probed(model, window=2)
+    batch = batch_of()
+    loss_of(model, batch).backward()
+    for one in (probe, second):
+        one.step()
+        one.remove()
+    assert_same(records[0], plain_record(model, batch))
+    assert_same(others[0], records[0])
 
 
 @row("a forward in eval mode, without gradients or never differentiated")

@@ -814,6 +814,75 @@ def test_a_budget_knows_what_a_step_has_cost_before_it_chooses_the_next():
     assert [record.step for record in records] == [0, 2, 4]
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_sample_that_is_not_finite_is_told_at_its_own_step(bad):
+    """Medians pass over it; the weights are spoiled by it one step later."""
+    records, model = [], network()
+    with StepProbe(model, sink=records.append, alarms=Alarms(actions=())) as probe:
+        for seed in range(4):
+            x, y = batch_of(seed=seed)
+            if seed == 2:
+                x[3, 0] = bad
+            backward(model, x, y)
+            probe.step()
+        probe.flush()
+        (alarm,) = probe.alarms.events
+    middle = records[0].layers[1]
+    assert [record.non_finite_means for record in records] == [(), (), (middle,), ()]
+    assert all(map(math.isfinite, records[2].grad_norms))
+    assert (alarm.step, alarm.rule, alarm.figure, alarm.layer) == (
+        2,
+        "non-finite",
+        "grad_mean",
+        middle,
+    )
+    assert f"step 2, {middle}: the batch-mean gradient is nan" in alarm.sentence
+    assert "last step at which all was well is 1" in alarm.sentence
+    again = StepRecord.from_json(records[2].to_json())
+    assert again.non_finite_means == (middle,)
+
+
+def test_directions_that_begin_anew_or_do_not_arrive_are_no_samples_of_nan():
+    records = []
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    with StepProbe(model, ["0", "2"], sink=records.append, directions="all") as probe:
+
+        def step(*lengths, factor=1.0):
+            for length in lengths:
+                x = torch.randn(5, length, 4, dtype=model[0].weight.dtype)
+                (factor * model(x).square().mean()).backward()
+            probe.step()
+
+        step(3)
+        step(3)
+        step(2)  # states of another shape
+        step(2, 3)  # micro-batches without a common direction
+        step(2)
+        step(2, factor=0.0)
+        model.double().zero_grad()
+        step(2)
+    assert [record.non_finite_means for record in records] == [()] * 7
+
+
+@pytest.mark.parametrize("examples", [(False, False), (True, False), (False, True)])
+def test_two_probes_on_one_model_see_the_same(examples):
+    batches = [batch_of(seed=seed) for seed in range(3)]
+    expected = records_of(network(), batches)
+    model, found = network(), ([], [])
+    probes = [
+        StepProbe(model, sink=records.append, example=batches[0][0] if given else None)
+        for records, given in zip(found, examples, strict=True)
+    ]
+    for x, y in batches:
+        backward(model, x, y)
+        for probe in probes:
+            probe.step()
+    for probe in probes:
+        probe.remove()
+    first, second, alone = ([r.to_json() for r in records] for records in (*found, expected))
+    assert first == second == alone
+
+
 def test_a_broken_step_is_told_and_stops_the_training_if_asked():
     """The weights of block 1 become NaN after step 1: its own state is the first that shows it."""
 
