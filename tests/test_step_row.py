@@ -254,3 +254,45 @@ def test_a_graph_of_it_counts_on_with_every_replay():
     assert run.places.tolist() == plain.places.tolist()
     for one, other in zip(run.kept, plain.kept, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("graphed", [False, True])
+@pytest.mark.parametrize("sizes", [[256], [256, 9000]])
+def test_a_launch_that_gets_ready_early_waits_for_what_it_reads(graphed, sizes):
+    """The states of every step are others, and nothing lies between statistics and row."""
+    steps, samples, factor = 60, 128, 1.25
+    given = torch.Generator().manual_seed(3)
+    start = [torch.randn(samples, 256, generator=given) for _ in range(6)]
+    states = [h.cuda() for h in start]
+    directions = [torch.randn(d, generator=given).cuda() for d in sizes]
+    kept = [torch.zeros(9, d, device="cuda") for d in sizes]
+    rows = torch.zeros(steps, 17 + 9 * len(sizes), dtype=torch.float64, device="cuda")
+    places = torch.zeros(3, dtype=torch.int64, device="cuda")
+
+    def step():
+        for tensor in (*states, *directions):
+            tensor.mul_(factor)
+        norms = ops.layer_statistics(states, states).norms
+        ops.step_row(norms, directions, kept, rows, places, decay=0.9, backend="native")
+
+    run = step
+    if graphed:
+        step()
+        for tensor, first in zip((*states, rows, places), (*start, 0, 0), strict=True):
+            tensor.copy_(torch.as_tensor(first))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        run = graph.replay
+    for _ in range(steps):
+        run()
+    medians = [h.double().norm(dim=1).sort().values[(samples - 1) // 2] for h in start]
+    factors = factor ** torch.arange(1, steps + 1, dtype=torch.float64)
+    # Sixty products that each round a float32.
+    torch.testing.assert_close(
+        rows[:, :6].cpu(), factors[:, None] * torch.stack(medians), rtol=60 * 2**-24, atol=0.0
+    )
+    cosines = rows[-1, 17:].view(len(sizes), 9).cpu()
+    torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=0.0, atol=1e-6)
+    assert places.tolist() == [0, steps % 8, 0]

@@ -107,9 +107,8 @@ Tensor layer_statistics(std::vector<Tensor> hiddens, std::vector<Tensor> grads, 
   const int32_t device = TensorInfo(hiddens[0]).device_index;
   const torch::stable::accelerator::DeviceGuard guard(device);
   int multiprocessors = 0;
-  int major = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  const int major = compiled_capability<small_layers_kernel<float, kSmallTable>>(device) / 10;
   int shared_bytes = 0;
   STD_CUDA_CHECK(
       cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));

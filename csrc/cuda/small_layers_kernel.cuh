@@ -43,6 +43,8 @@ __global__ void __launch_bounds__(kConsumers, 2)
   __shared__ double merged[kColumnDoubles];
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  // A launch behind this one that waits by itself, as step_row's, may get ready.
+  cudaTriggerProgrammaticLaunchCompletion();
   const auto cluster = cooperative_groups::this_cluster();
   const int rank = static_cast<int>(cluster.block_rank());
   const StatisticsEntry& entry = table.entries[blockIdx.x / kClusterBlocks];

@@ -11,7 +11,9 @@
 // Accumulation:  float64; float64 directions are scaled by a power of two each, from a launch of
 //                their own before.
 // Determinism:   lanes and chunks are merged in a fixed order. The atomics count: candidates of a
-//                median, and blocks that are done, whose last one moves the places on.
+//                median, and blocks that have read the places, whose last one moves them on.
+// Overlap:       from compute capability 9.0 the first launch gets ready beside the kernel that is
+//                before it in the stream, and waits for it before it touches memory.
 #pragma once
 
 #include <cstdint>
@@ -66,9 +68,54 @@ struct StepTable {
 };
 static_assert(sizeof(StepTable) <= 4096);
 
-__device__ __forceinline__ int64_t read_once(const int64_t* place) {
-  return *static_cast<const volatile int64_t*>(place);
+// Waits until what an earlier launch of the stream wrote is there: a launch that may begin early
+// has to, and to any other it means nothing.
+__device__ __forceinline__ void wait_for_stream() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
 }
+
+// ---- places
+
+// Which row of the ring is written, and which of the directions that are kept.
+struct Places {
+  int64_t row;
+  int64_t direction;
+};
+
+// One thread of a block reads the places, from which the others learn them; the launch that closes
+// moves them on. It is the last thread, for the first ones load figures meanwhile.
+struct PlaceReader {
+  Places read{};
+  unsigned long long before = 0;  // blocks that had read them
+
+  __device__ __forceinline__ static bool is_this() { return threadIdx.x + 1 == blockDim.x; }
+
+  __device__ __forceinline__ explicit PlaceReader(const StepTable& table) {
+    if (!is_this()) return;
+    const volatile int64_t* places = table.places;
+    read = {places[0], places[1]};
+    if (!table.closes) return;
+    // Counted once both are there: neither is negative, so that this is the count's address, which
+    // is not known before. The answer is looked at when the work is done.
+    auto* count = reinterpret_cast<unsigned long long*>(table.places + 2);
+    before = atomicAdd(count + ((read.row | read.direction) >> 63), 1ull);
+  }
+
+  // The others may look behind the block's next barrier.
+  __device__ __forceinline__ void tell(Places& shared) const {
+    if (is_this()) shared = read;
+  }
+
+  // All blocks have read the places when the last one is counted.
+  __device__ __forceinline__ void close(const StepTable& table) const {
+    if (!table.closes || !is_this() || before + 1 < gridDim.x) return;
+    table.places[2] = 0;
+    table.places[0] = (read.row + 1) % table.num_rows;
+    if (table.moves_direction) table.places[1] = (read.direction + 1) % table.window;
+  }
+};
 
 // ---- medians
 
@@ -124,9 +171,10 @@ __device__ __forceinline__ void choose_digit(Selection& found, bool first, int l
 }
 
 // Writes the median of value(0) ... value(count - 1), NaN left out; NaN if nothing else is there.
-// As many threads as fit share the counting for one value: a power of two, so that a warp has all.
-template <typename Value>
-__device__ void write_median_of_few(Value&& value, int count, Selection& found, double* target) {
+// Where to, target() knows behind the block's next barrier. As many threads as fit share the
+// counting for one value: a power of two, so that a warp has all.
+template <typename Value, typename Target>
+__device__ void write_median_of_few(Value&& value, int count, Selection& found, Target&& target) {
   uint64_t (&keys)[kCounted] = found.keys;
   const int t = static_cast<int>(threadIdx.x);
   bool is_number = false;
@@ -137,7 +185,7 @@ __device__ void write_median_of_few(Value&& value, int count, Selection& found, 
   }
   const int total = __syncthreads_count(is_number);
   if (total == 0) {
-    if (t == 0) *target = nan("");
+    if (t == 0) *target() = nan("");
     return;
   }
   // The lower of the two middle ones, like torch.nanmedian.
@@ -158,13 +206,13 @@ __device__ void write_median_of_few(Value&& value, int count, Selection& found, 
   }
   // Equal numbers write the same.
   if (t % parts == 0 && key != kNoKey && below <= rank && rank < through) {
-    *target = from_order_key(key);
+    *target() = from_order_key(key);
   }
 }
 
 // The same of any number of values.
-template <typename Value>
-__device__ void write_median(Value&& value, int64_t count, Selection& found, double* target) {
+template <typename Value, typename Target>
+__device__ void write_median(Value&& value, int64_t count, Selection& found, Target&& target) {
   if (count <= kCounted) {
     write_median_of_few(value, static_cast<int>(count), found, target);
     return;
@@ -185,17 +233,17 @@ __device__ void write_median(Value&& value, int64_t count, Selection& found, dou
     __syncthreads();
     const unsigned left = found.left;
     if (left == 0) {
-      if (threadIdx.x == 0) *target = nan("");
+      if (threadIdx.x == 0) *target() = nan("");
       return;
     }
     if (shift == 0) {
-      if (threadIdx.x == 0) *target = from_order_key(found.prefix);
+      if (threadIdx.x == 0) *target() = from_order_key(found.prefix);
       return;
     }
     if (left == 1) {
       for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
         const double x = value(i);
-        if (x == x && order_key(x) >> shift == found.prefix) *target = x;
+        if (x == x && order_key(x) >> shift == found.prefix) *target() = x;
       }
       return;
     }
@@ -203,16 +251,17 @@ __device__ void write_median(Value&& value, int64_t count, Selection& found, dou
 }
 
 __device__ __forceinline__ void write_medians(const StepTable& table, int m, Selection& found,
-                                              double* row) {
+                                              const Places& places) {
+  const auto target = [&] { return table.rows + places.row * table.row_stride + m; };
   const int64_t samples = table.samples;
   const int64_t doubled = 2 * table.states;
   if (m < doubled) {
     const double* norms = table.norms + m * samples;
-    write_median([&](int64_t i) { return norms[i]; }, samples, found, row + m);
+    write_median([&](int64_t i) { return norms[i]; }, samples, found, target);
   } else {
     const double* norms = table.norms + (m - table.states) * samples;
     const double* error = table.norms + (doubled - 1) * samples;
-    write_median([&](int64_t i) { return norms[i] / error[i]; }, samples, found, row + m);
+    write_median([&](int64_t i) { return norms[i] / error[i]; }, samples, found, target);
   }
 }
 
@@ -258,19 +307,20 @@ __device__ void multiply(const Element* direction, const Element* vector, double
 // and with itself, [K + 2, 2]. The block of the first chunk writes the cosines.
 template <typename Element>
 __device__ void keep(const StepTable& table, int l, int64_t begin, int64_t end, const double* sums,
-                     int64_t place, double* row) {
+                     const Places& places) {
   const StepEntry& entry = table.entries[l];
   const int num_kept = table.window + 1;
   const double squares = sums[2 * num_kept];
   if (begin == 0) {
-    double* cosines = row + table.cosines_at + static_cast<int64_t>(l) * num_kept;
+    double* cosines = table.rows + places.row * table.row_stride + table.cosines_at +
+                      static_cast<int64_t>(l) * num_kept;
     for (int k = threadIdx.x; k < num_kept; k += blockDim.x) {
       cosines[k] = cosine(sums[2 * k], squares, sums[2 * k + 1]);
     }
   }
   const bool enters = self_cosine(squares) == 1.0;
   const auto* direction = static_cast<const Element*>(entry.direction);
-  auto* past = static_cast<Element*>(entry.kept) + place * entry.columns;
+  auto* past = static_cast<Element*>(entry.kept) + places.direction * entry.columns;
   auto* average = static_cast<Element*>(entry.kept) + table.window * entry.columns;
   const double weight = 1.0 - table.decay;
   for (int64_t c = begin + threadIdx.x; c < end; c += blockDim.x) {
@@ -286,28 +336,19 @@ __device__ __forceinline__ int find_layer(const StepTable& table, int unit) {
   return l;
 }
 
-// Every block has read the places; the last one to be done moves them on.
-__device__ __forceinline__ void close(const StepTable& table) {
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  auto* done = reinterpret_cast<unsigned long long*>(table.places + 2);
-  if (atomicAdd(done, 1ull) + 1 < gridDim.x) return;
-  *done = 0;
-  table.places[0] = (table.places[0] + 1) % table.num_rows;
-  if (table.moves_direction) table.places[1] = (table.places[1] + 1) % table.window;
-}
-
 template <typename Element>
 __global__ void __launch_bounds__(kStepWarps * 32, 1)
     step_row_kernel(const __grid_constant__ StepTable table) {
   extern __shared__ double shared_sums[];  // [K + 2, 2]
-  double* row = table.rows + read_once(table.places) * table.row_stride;
-  const int64_t place = read_once(table.places + 1);
+  __shared__ Places places;
+  wait_for_stream();
+  const PlaceReader reader(table);
   if (blockIdx.x < table.num_medians) {
     __shared__ Selection found;
-    write_medians(table, blockIdx.x, found, row);
+    reader.tell(places);
+    write_medians(table, blockIdx.x, found, places);
     if (blockIdx.x == 0) {
-      double* next = row + table.extras_at;
+      double* next = table.rows + places.row * table.row_stride + table.extras_at;
       for (int e = 0; e < table.num_extras; ++e) {
         for (int i = threadIdx.x; i < table.extra_counts[e]; i += blockDim.x) {
           next[i] = table.extras[e][i];
@@ -336,11 +377,12 @@ __global__ void __launch_bounds__(kStepWarps * 32, 1)
       if (lane < 2) sums[2 * v + lane] = lane == 0 ? own[0] : own[1];
     }
     if (alone) {
+      reader.tell(places);
       __syncthreads();
-      keep<Element>(table, l, begin, end, shared_sums, place, row);
+      keep<Element>(table, l, begin, end, shared_sums, places);
     }
   }
-  if (table.closes) close(table);
+  reader.close(table);
 }
 
 // For directions of several chunks; a block a chunk, and none for the others.
@@ -348,8 +390,9 @@ template <typename Element>
 __global__ void __launch_bounds__(kStepWarps * 32, 1)
     keep_directions_kernel(const __grid_constant__ StepTable table) {
   extern __shared__ double shared_sums[];
-  double* row = table.rows + read_once(table.places) * table.row_stride;
-  const int64_t place = read_once(table.places + 1);
+  __shared__ Places places;
+  const PlaceReader reader(table);
+  reader.tell(places);
   const int l = find_layer(table, blockIdx.x);
   const StepEntry& entry = table.entries[l];
   if (entry.num_chunks > 1) {
@@ -368,9 +411,9 @@ __global__ void __launch_bounds__(kStepWarps * 32, 1)
     }
     __syncthreads();
     const int64_t begin = (blockIdx.x - entry.first_unit) * kStepChunk;
-    keep<Element>(table, l, begin, min(entry.columns, begin + kStepChunk), shared_sums, place, row);
+    keep<Element>(table, l, begin, min(entry.columns, begin + kStepChunk), shared_sums, places);
   }
-  if (table.closes) close(table);
+  reader.close(table);
 }
 
 // Scales of float64 vectors, [layers, K + 2]: of what is kept, then of the direction. One block a
