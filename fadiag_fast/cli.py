@@ -7,6 +7,7 @@ import ast
 import importlib
 import json
 import platform
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +18,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
+from typer.core import TyperGroup
 
 from . import __version__, ops
 from .capture import choose_output, untouched
-from .checkpoints import CheckpointError, load_checkpoint, load_into, save_checkpoint
+from .checkpoints import load_checkpoint, load_into, save_checkpoint
 from .credit import CreditReport
 from .diagnosis import diagnose as run_diagnosis
 from .libraries import LIBRARIES, build_from
@@ -37,7 +39,7 @@ from .report import DiagnosticReport, SummaryRow, summary_table
 from .scanning.cli import register as register_scan_commands
 from .statistics import REDUCTIONS, Reduction, SampleReduction
 from .study.cli import register as register_study
-from .taps import SELECTOR_HELP, TapError
+from .taps import SELECTOR_HELP
 from .training.cli import register as register_watch
 from .zoo import (
     RULES,
@@ -55,8 +57,37 @@ from .zoo.audit_cnn import METHODS, SEEDS, audit_cnn
 
 EXIT_TRUSTWORTHY, EXIT_WALK_BACK, EXIT_NOT_ENOUGH_DATA, EXIT_ERROR = 0, 1, 2, 3
 
+
+class _Commands(TyperGroup):
+    """Commands whose wrong usage is an error as others are: click's own code for it is 2."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _usage_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _usage_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except _UsageError as error:
+        error.exit_code = EXIT_ERROR
+        raise
+
+
+# What says in a sentence what is wrong; any other error is a surprise.
+_EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError)
+
+# Typer has it from click, or of its own, by its version.
+_UsageError: Any = typer.BadParameter.__base__
+
 app = typer.Typer(
     name="fadiag",
+    cls=_Commands,
     help="Find out whether a network's hidden states and gradients can be trusted.",
     no_args_is_help=True,
     add_completion=False,
@@ -101,9 +132,34 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.
 
 
 def _device(name: str) -> torch.device:
+    """Return the device of --device.
+
+    Raises:
+        ValueError: torch has none of this name here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # without CUDA an AssertionError
+        why = (str(error) or repr(error)).partition("\n")[0]
+        raise ValueError(
+            f"--device: expected a device that torch has here, got {name!r}: {why}"
+        ) from None
+    return device
+
+
+def _sentence(error: BaseException) -> str:
+    """Return what an error says; with its type, where the type is not made to be read without."""
+    text = str(error).strip()
+    if text and isinstance(error, _EXPECTED):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _first_line(error: BaseException) -> str:
+    return _sentence(error).partition("\n")[0]
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:
@@ -121,13 +177,18 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
 
 @contextmanager
 def _reported_errors() -> Iterator[None]:
-    """Turn an expected failure into one line on stderr and exit code 3."""
+    """Turn an expected failure into one line on stderr and exit code 3.
+
+    Any other has that code too, for 1 is a verdict, and shows where it came from.
+    """
     try:
         yield
-    except typer.Exit:  # a RuntimeError to Python, the normal way out to typer
+    except (typer.Exit, _UsageError):  # to Python a RuntimeError, to typer the normal way out
         raise
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        errors.print(f"fadiag: {error}", style="red", markup=False)
+    except Exception as error:
+        if not isinstance(error, _EXPECTED):
+            traceback.print_exc()
+        errors.print(f"fadiag: {_sentence(error)}", style="red", markup=False)
         raise typer.Exit(EXIT_ERROR) from None
 
 
@@ -224,13 +285,22 @@ def _build(
             module_name, function_name, **{"input_shape": shape, "num_classes": classes, **options}
         )
         return built, False
+    # What a user's own code may raise has no bounds; a script that parses arguments exits.
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
-            f"--model: expected package.module:function, got {name!r}: {error}"
+            f"--model: expected package.module:function, got {name!r}: {_first_line(error)}"
         ) from None
-    model = function(**options)
+    try:
+        model = function(**options)
+    except (Exception, SystemExit) as error:
+        # The first frame is this one: options that the function does not take.
+        inner = traceback.extract_tb(error.__traceback__)[1:]
+        where = f" ({inner[-1].filename}:{inner[-1].lineno})" if inner else ""
+        raise ValueError(
+            f"--model: expected {name} to return a module, got {_first_line(error)}{where}"
+        ) from None
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model: expected {name} to return a module, got {type(model).__name__}")
     return model, False
@@ -359,10 +429,11 @@ def diagnose_command(
                     credit=credit,
                     rule=rule,
                 )
-            except (CheckpointError, TapError, ValueError, TypeError, RuntimeError) as error:
+            except Exception as error:  # a model's forward may raise anything
                 failed += 1
-                records.append({"checkpoint": _name_of(path), "error": str(error)})
-                errors.print(f"fadiag: {_name_of(path)}: {error}", style="red", markup=False)
+                what = _sentence(error)
+                records.append({"checkpoint": _name_of(path), "error": what})
+                errors.print(f"fadiag: {_name_of(path)}: {what}", style="red", markup=False)
                 continue
             print(report, end="\n\n")
             rows.append(SummaryRow(report))

@@ -136,6 +136,87 @@ def test_bad_arguments(arguments, message):
     assert message in result.output.replace("\n", " ")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("diagnose", "x.pt"),
+        ("scan", "x.pt", "--out", "s"),
+        ("study", "--out", "s"),
+        ("train", "--out", "x.pt"),
+        ("demo", "--out", "s"),
+        ("audit-cnn", "--folder", "."),
+    ],
+)
+@pytest.mark.parametrize("device", ["cuda:99", "tin"])
+def test_a_device_that_is_not_there(tmp_path, monkeypatch, command, device):
+    monkeypatch.chdir(tmp_path)
+    result = fadiag(*command, "--device", device)
+    assert result.exit_code == 3
+    assert "Traceback" not in result.output
+    (line,) = result.stderr.splitlines()
+    assert f"--device: expected a device that torch has here, got '{device}': " in line
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def net(): raise KeyError('depth')", "to return a module, got KeyError: 'depth' ("),
+        ("def net(): assert False", "to return a module, got AssertionError ("),
+        ("def net(): raise SystemExit(1)", "to return a module, got SystemExit: 1 ("),
+        ("def net(depth): pass", "missing 1 required positional argument: 'depth'"),
+        ("import sys; sys.exit(2)", "expected package.module:function, got 'broken:net': System"),
+        ("def net(:", "expected package.module:function, got 'broken:net': SyntaxError"),
+        ("{}['depth']", "expected package.module:function, got 'broken:net': KeyError: 'depth'"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_an_error_and_no_verdict(
+    tmp_path, monkeypatch, body, message
+):
+    (tmp_path / "broken.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    save_checkpoint({"w": torch.zeros(1)}, tmp_path / "x.pt")
+    for command in (("diagnose",), ("scan", "--out", tmp_path / "s")):
+        sys.modules.pop("broken", None)
+        result = fadiag(*command, tmp_path / "x.pt", "--model", "broken:net")
+        assert result.exit_code == 3
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_a_network_that_raises_is_an_error_and_no_verdict(tmp_path, monkeypatch):
+    (tmp_path / "raising.py").write_text(
+        "import torch\nclass net(torch.nn.Linear):\n"
+        "    def __init__(self): super().__init__(1, 1)\n"
+        "    def forward(self, x): raise KeyError('mask')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    from raising import net
+
+    save_checkpoint({"state_dict": net().state_dict()}, tmp_path / "x.pt")
+    for command in (("diagnose",), ("scan", "--out", tmp_path / "s")):
+        result = fadiag(*command, tmp_path / "x.pt", "--model", "raising:net")
+        assert result.exit_code == 3, result.output
+        assert "KeyError: 'mask'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("scan", "x.pt", "--out", "s", "--stack", "many"), "--stack: expected auto or a whole"),
+        (("scan", "x.pt", "--out", "s", "--stack", "0"), "at least 1, got '0'"),
+        (("scan", "x.pt", "--out", "s", "--workers", "0"), "workers: expected at least 1, got 0"),
+        (("scan", "x.pt"), "--out"),
+        (("diagnose", "x.pt", "--batches", "ten"), "--batches"),
+        (("scam",), "scan"),
+    ],
+)
+def test_wrong_usage_is_an_error_and_no_verdict(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = fadiag(*arguments)
+    assert result.exit_code == 3
+    assert message in result.output
+
+
 def test_demo_runs_the_whole_chain(tmp_path):
     """Two steps show the plumbing; the full demo is `make demo`. Too short for its verdicts."""
     result = fadiag("demo", "--steps", 2, "--out", tmp_path, "--quiet")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -114,7 +114,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
                         thresholds=thresholds,
                         taps=taps,
                         reduction=reduction,  # type: ignore[arg-type]  # checked by scan
-                        stack=stack if stack == "auto" else int(stack),  # type: ignore[arg-type]
+                        stack=_stack(stack),
                         workers=workers,
                         unsafe_pickle=unsafe_pickle,
                         on_progress=show,
@@ -181,6 +181,14 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
             if plots is not None:
                 written = write_plots(result, plots, most_runs=most_plots)
                 print(f"{plots}: {len(written)} files")
+
+
+def _stack(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--stack: expected auto or a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 @contextmanager

@@ -130,13 +130,15 @@ def scan(
     Raises:
         TapError: the model cannot be observed.
         ResultsError: the folder cannot be written, or another scan is at it.
-        ValueError: there is nothing to scan, or no batch; an unknown protocol.
+        ValueError: there is nothing to scan, or no batch; an unknown protocol; no worker.
 
     What is wrong with one checkpoint stands in its row, with a kind of error as in
     :class:`~fadiag_fast.scanning.records.CheckpointRecord`, and stops nothing. After Ctrl-C, what
     is finished is on the disk.
     """
     check_protocol(protocol, "scan")
+    if workers is not None and workers < 1:
+        raise ValueError(f"scan: workers: expected at least 1, got {workers}")
     entries = _entries(checkpoints, pattern, manifest)
     model = unwrap(model)
     device = device_of(model)
