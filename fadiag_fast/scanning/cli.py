@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
@@ -17,11 +18,12 @@ from rich.progress import Progress as Bars
 from ..protocol import NOT_ENOUGH_DATA, TRUSTWORTHY, DiagnosticThresholds
 from ..training.watch import scan_result_of
 from ..zoo import load_dataset
-from .driver import Progress, scan
+from .driver import Progress, find_entries, scan
 from .html import write_report
 from .plots import write_plots
 from .records import NON_FINITE_WEIGHTS
 from .results import ScanResult
+from .series import Entry
 from .thresholds import sweep_thresholds
 
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -93,6 +95,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
         with reported_errors():
             dataset = load_dataset(data)
             target = cli._device(device)
+            entries = _found(checkpoints, pattern, manifest)
             network, flat = cli._build(model, dataset, {}, cli._options(model_option))
             thresholds = DiagnosticThresholds(
                 scale_growth=max_growth,
@@ -104,12 +107,10 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
             with _shown(quiet, json_lines) as show:
                 try:
                     result = scan(
-                        checkpoints or [],
+                        entries,
                         network.to(target),
                         dataset.eval_batches(batch_size, batches, flatten=flat, device=target),
                         out,
-                        pattern=pattern,
-                        manifest=manifest,
                         protocol=protocol,  # type: ignore[arg-type]  # checked by scan
                         thresholds=thresholds,
                         taps=taps,
@@ -223,6 +224,18 @@ def _shown(quiet: bool, json_lines: bool) -> Iterator[Callable[[Progress], None]
                 megabytes=at.bytes / 1e6,
                 stack=at.stack,
             )
+
+
+def _found(
+    checkpoints: list[str] | None, pattern: list[str] | None, manifest: Path | None
+) -> list[Entry]:
+    """Return what is to be scanned; a glob that matches nothing beside others is a line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        entries = find_entries(checkpoints or [], pattern, manifest)
+    for warning in caught:
+        _errors.print(f"fadiag: {warning.message}", style="yellow", markup=False)
+    return entries
 
 
 def _exit_code(result: ScanResult) -> int:

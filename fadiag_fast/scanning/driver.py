@@ -6,6 +6,7 @@ import glob
 import itertools
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import BuiltinFunctionType
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,10 @@ _MOST_WORKERS = 16
 _MOST_AHEAD = 15
 # Of the memory that is free, what a stack may be expected to take.
 _MEMORY_SHARE = 0.6
+
+
+# What a scan may be given: paths, URLs and globs, or entries.
+Checkpoints: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Sequence[Entry]
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Progress:
 
 
 def scan(
-    checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Sequence[Entry],
+    checkpoints: Checkpoints,
     model: nn.Module,
     eval_batches: Iterable[tuple[Any, Any]],
     out: str | os.PathLike[str],
@@ -130,7 +135,11 @@ def scan(
     Raises:
         TapError: the model cannot be observed.
         ResultsError: the folder cannot be written, or another scan is at it.
-        ValueError: there is nothing to scan, or no batch; an unknown protocol; no worker.
+        ValueError: there is nothing to scan, no glob matches, or no batch; an unknown
+            protocol; no worker.
+
+    Warns:
+        UserWarning: of several paths and globs one glob matches nothing.
 
     What is wrong with one checkpoint stands in its row, with a kind of error as in
     :class:`~fadiag_fast.scanning.records.CheckpointRecord`, and stops nothing. After Ctrl-C, what
@@ -139,7 +148,7 @@ def scan(
     check_protocol(protocol, "scan")
     if workers is not None and workers < 1:
         raise ValueError(f"scan: workers: expected at least 1, got {workers}")
-    entries = _entries(checkpoints, pattern, manifest)
+    entries = find_entries(checkpoints, pattern, manifest)
     model = unwrap(model)
     device = device_of(model)
     batches = []
@@ -177,8 +186,15 @@ def scan(
     return ScanResult.of(out)
 
 
-def _entries(checkpoints: Any, pattern: str | Sequence[str] | None, manifest: Any) -> list[Entry]:
-    """Return what is to be scanned, in order of run and step."""
+def find_entries(
+    checkpoints: Checkpoints,
+    pattern: str | Sequence[str] | None = None,
+    manifest: str | os.PathLike[str] | None = None,
+) -> list[Entry]:
+    """Return what is to be scanned, in order of run and step.
+
+    Args, errors and warnings are those of :func:`scan`.
+    """
     if manifest is not None:
         listed = read_manifest(manifest)
         if not checkpoints:
@@ -187,13 +203,17 @@ def _entries(checkpoints: Any, pattern: str | Sequence[str] | None, manifest: An
         listed = []
     if isinstance(checkpoints, str | os.PathLike):
         checkpoints = [checkpoints]
-    given = list(checkpoints)
+    given: list[Any] = list(checkpoints)
     if given and all(isinstance(item, Entry) for item in given):
         found = given
     else:
-        paths: list[str] = []
-        for item in map(os.fspath, given):
-            paths += _matches(item) or [item]
+        matches = {item: _matches(item) for item in map(os.fspath, given)}
+        paths = [path for matched in matches.values() for path in matched]
+        empty = [item for item, matched in matches.items() if not matched]
+        if empty and not paths:
+            raise ValueError(f"scan: expected files that match {', '.join(empty)}, got none")
+        for item in empty:
+            warnings.warn(f"scan: {item}: no file matches", UserWarning, stacklevel=3)
         # Run names that do not depend on which files a glob happens to find.
         magic = [item for item in map(os.fspath, given) if glob.has_magic(item)]
         root = _root_of(magic[0]) if len(given) == len(magic) == 1 else None

@@ -680,6 +680,19 @@ def test_nothing_to_scan(tmp_path):
         scan(["x.pt"], Branching(), batches_of(), tmp_path / "out", stack=0)
 
 
+def test_a_glob_without_a_match_is_no_row(tmp_path):
+    study(tmp_path / "runs", range(2), runs=("a",))
+    good, bad = str(tmp_path / "runs/*/*.pt"), str(tmp_path / "rums/*.pt")
+    with pytest.raises(ValueError, match=r"expected files that match .*rums/\*\.pt, got none"):
+        scan(bad, Branching(), batches_of(2), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    named = str(tmp_path / "runs/a/step_9.pt")
+    with pytest.warns(UserWarning, match=r"scan: .*rums/\*\.pt: no file matches"):
+        result = scan([bad, good, named], Branching(), batches_of(2), tmp_path / "out")
+    assert len(result) == 3
+    assert [row["path"] for row in result.failures()["missing"]] == [named]
+
+
 def test_convolutions_and_batchnorm_in_a_stack(tmp_path):
     def build():
         def stage():
@@ -836,6 +849,23 @@ def test_the_command_fails_only_if_nothing_could_be_audited(command, tmp_path):
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 3, done.output
     assert "unreadable" in done.output
+
+
+def test_the_command_names_a_glob_without_a_match(command, tmp_path):
+    from typer.testing import CliRunner
+
+    from fadiag_fast.cli import app
+
+    lost = str(tmp_path / "rums/*.pt")
+    done = CliRunner().invoke(app, [*command, lost, "--quiet", "--max-stability", "1"])
+    assert done.exit_code == 0, done.output
+    assert done.stderr.splitlines() == [f"fadiag: scan: {lost}: no file matches"]
+    assert len(ScanResult.load(tmp_path / "out")) == 3
+    alone = CliRunner().invoke(app, ["scan", lost, "--out", str(tmp_path / "other")])
+    assert alone.exit_code == 3
+    assert alone.stderr.splitlines() == [
+        f"fadiag: scan: expected files that match {lost}, got none"
+    ]
 
 
 def test_batches_are_checked_as_diagnose_checks_them(tmp_path):
