@@ -580,7 +580,7 @@ def test_missing_file_is_also_a_file_not_found_error(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_named_pipe_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UnreadableCheckpoint, match="a special file"):
+    with pytest.raises(UnreadableCheckpoint, match="expected a regular file or folder, got a FIFO"):
         load_checkpoint(tmp_path / "pipe")
 
 

@@ -106,7 +106,10 @@ def read_head(
         if stat.S_ISDIR(status.st_mode):
             raise UnreadableCheckpoint(got("a directory"))
         if not stat.S_ISREG(status.st_mode):
-            raise UnreadableCheckpoint(got("a special file"))
+            special = special_file(status.st_mode)
+            raise UnreadableCheckpoint(
+                at(path, f"expected a regular file or folder, got {special}", caller)
+            )
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
     except FileNotFoundError as error:
@@ -118,6 +121,13 @@ def read_head(
     if status.st_size == 0:
         raise UnreadableCheckpoint(got("an empty file"))
     return head, status.st_size
+
+
+def special_file(mode: int) -> str:
+    """Return what a file is that is neither a regular one nor a folder."""
+    if stat.S_ISFIFO(mode):
+        return "a FIFO"
+    return "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
 def looks_like_safetensors(head: bytes) -> bool:

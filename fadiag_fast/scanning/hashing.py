@@ -10,10 +10,12 @@ interpreter's lock, so that readers on threads add up.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,7 +61,7 @@ def content_hash(path: str | os.PathLike[str]) -> str:
     1 MiB whatever the size.
 
     Raises:
-        OSError: something cannot be read.
+        OSError: something cannot be read, or is a FIFO, a socket or a device.
     """
     path = Path(path)
     hasher = ContentHasher()
@@ -83,6 +85,8 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 def _add_file(hasher: ContentHasher, path: Path) -> None:
     buffer = bytearray(_CHUNK)
     view = memoryview(buffer)
+    if not stat.S_ISREG(path.stat().st_mode):  # nobody may ever write to a FIFO, or end a device
+        raise OSError(errno.EINVAL, "expected a regular file", str(path))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             hasher.update(view[:count])

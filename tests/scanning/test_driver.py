@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -691,6 +692,45 @@ def test_a_glob_without_a_match_is_no_row(tmp_path):
         result = scan([bad, good, named], Branching(), batches_of(2), tmp_path / "out")
     assert len(result) == 3
     assert [row["path"] for row in result.failures()["missing"]] == [named]
+
+
+def special_files(folder):
+    """A FIFO, a socket, a device and a folder with a FIFO in it; path → what each is."""
+    folder.mkdir()
+    os.mkfifo(folder / "fifo.pt")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(folder / "s.pt"))
+    server.close()
+    (folder / "tree").mkdir()
+    os.mkfifo(folder / "tree/model.safetensors")
+    (folder / "link.pt").symlink_to(folder / "fifo.pt")
+    return {
+        str(folder / "fifo.pt"): "a FIFO",
+        str(folder / "s.pt"): "a socket",
+        "/dev/zero": "a device",
+        str(folder / "tree"): "a FIFO",
+        str(folder / "link.pt"): "a FIFO",
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_what_is_no_file_has_a_row_and_does_not_hang_the_scan(tmp_path):
+    models, special = study(tmp_path / "runs", range(2)), special_files(tmp_path / "special")
+    results = []
+    scanning = threading.Thread(
+        target=lambda: results.append(
+            scan([*special, *models], Branching(), batches_of(2), tmp_path / "out")
+        ),
+        daemon=True,  # what hangs is not waited for
+    )
+    scanning.start()
+    scanning.join(60)
+    assert results, "the scan hangs"
+    assert results[0].verdict_counts() == {"not enough data": 4}
+    errors = {row["path"]: row["error"] for row in results[0].failures()["unreadable"]}
+    assert set(errors) == set(special)
+    for path, what in special.items():
+        assert f"expected a regular file or folder, got {what}" in errors[path]
 
 
 def test_convolutions_and_batchnorm_in_a_stack(tmp_path):
