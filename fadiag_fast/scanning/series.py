@@ -16,17 +16,48 @@ from typing import Any
 
 from .extras import parquet, require
 
-# Tried in this order where no pattern is given.
+# Tried in this order where no pattern is given: a step says more than an iteration or an epoch, and
+# a file's name more than its folder's.
 DEFAULT_PATTERNS = (
     "{run}/step_{step}.*",
     "{run}/step-{step}.*",
     "{run}/step{step}.*",
     "{run}/*step={step}*.*",
     "{run}/*_step_{step}.*",
+    "{run}/*_step{step}.*",
+    "{run}/step_{step}",
+    "{run}/step-{step}",
+    "{run}/global_step{step}",
+    "{run}/global_step_{step}",
     "{run}/checkpoint-{step}",
     "{run}/checkpoint_{step}.*",
+    "{run}/checkpoint-{step}.*",
+    "{run}/checkpoint_{step}",
+    "{run}/iter_{step}.*",
+    "{run}/*_iter_{step}.*",
+    "{run}/iter_{step}",
     "{run}/epoch_{step}.*",
-    "{run}/epoch={step}.*",
+    "{run}/epoch-{step}.*",
+    "{run}/epoch{step}.*",
+    "{run}/*_epoch_{step}.*",
+    "{run}/*_epoch{step}.*",
+    "{run}/*epoch={step}*.*",
+    "{run}/epoch_{step}",
+    # Words that other numbers follow too: of model_0.5.pt the ending would be .5.pt.
+    *(
+        f"{{run}}/{word}{separator}{{step}}.{ending}"
+        for word in ("model", "ckpt")
+        for separator in "_-"
+        for ending in ("p*", "ckpt", "safetensors", "bin")
+    ),
+    "{run}/step_{step}/*",
+    "{run}/step-{step}/*",
+    "{run}/global_step{step}/*",
+    "{run}/global_step_{step}/*",
+    "{run}/checkpoint-{step}/*",
+    "{run}/checkpoint_{step}/*",
+    "{run}/iter_{step}/*",
+    "{run}/epoch_{step}/*",
 )
 
 _KNOWN = (
@@ -127,7 +158,9 @@ class Pattern:
         for name, literal in zip(names, literals[1:], strict=True):
             kind = {"step": r"\d+", "run": r".+"}.get(name, r"[^/]+?")
             expression += f"(?P<{name}>{kind}){self._literal(literal)}"
-        self._expression = re.compile(f"(?:^|.*?/){expression}$", re.DOTALL)
+        # {run} in front takes all folders there are: where it begins need not be looked for.
+        before = "" if text.startswith("{run}") else "(?:^|.*?/)"
+        self._expression = re.compile(f"{before}{expression}$", re.DOTALL)
 
     def _error(self, why: str) -> SeriesError:
         return SeriesError(f"pattern {self.text!r}: {why}, as in '{{run}}/step_{{step}}.pt'")
@@ -148,6 +181,10 @@ def _slashes(path: str) -> str:
 
 def _folder_of(path: str) -> str:
     return str(PurePosixPath(path).parent) if "/" in path else ""
+
+
+def _fields(path: str, patterns: Iterable[Pattern]) -> dict[str, str] | None:
+    return next((f for p in patterns if (f := p.match(path)) is not None), None)
 
 
 def _common_start(sequences: Sequence[Sequence[str]]) -> list[str]:
@@ -202,7 +239,11 @@ def series(
         if start.startswith("/") and not seen.startswith("/"):  # a root above where we are
             seen = _slashes(os.path.abspath(path))
         seen = seen[len(start) :] if start and seen.startswith(start) else seen
-        fields = next((f for p in patterns if (f := p.match(seen)) is not None), None)
+        seen = seen.rstrip("/") or seen
+        fields = _fields(seen, patterns)
+        if fields is None and not seen.startswith("/") and "://" not in seen:
+            # {run} is a folder: the one where we are, where a path names no other.
+            fields = _fields(f"./{seen}", patterns)
         matched = fields is not None
         fields = dict(fields or {})
         step = fields.pop("step", None)

@@ -85,10 +85,64 @@ def test_what_matches_nothing_is_kept_with_its_folder():
         "checkpoint_5.pt",
         "epoch_5.pt",
         "epoch=5.ckpt",
+        "step_5",
+        "step_5/",
+        "global_step5",
+        "global_step5/",
+        "checkpoint-5/",
+        "checkpoint-5.pt",
+        "checkpoint_5",
+        "model_5.pt",
+        "model-5.safetensors",
+        "ckpt_5.pt",
+        "ckpt-5.pth",
+        "iter_5.pth",
+        "iter_0000005.pth",
+        "iter_0000005/",
+        "epoch5.pt",
+        "epoch-5.pt",
+        "resnet50_epoch5.pth",
+        "net_iter_5.pth",
+        "model_step5.pt",
+        "model-epoch=05-val_loss=0.31.ckpt",
+        "epoch=05-val_loss=0.31.ckpt",
+        "epoch=3-step=5.ckpt",
+        "model-epoch=3-step=5-val_loss=0.31.ckpt",
+        "model_epoch_3_step_5.pt",
+        "step_5/model.pt",
+        "step_5/epoch.pt",
+        "checkpoint-5/model.safetensors",
+        "global_step5/mp_rank_00_model_states.pt",
     ],
 )
 def test_usual_names_need_no_pattern(name):
     assert placed([f"a/{name}", f"b/{name}"]) == [("a", 5), ("b", 5)]
+    assert placed([name]) == [(".", 5)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet50.pt",
+        "resnet_50.pt",
+        "v2.pt",
+        "model_v2.pt",
+        "model2.pt",
+        "model_0.5.pt",
+        "ckpt-0.31.pt",
+        "lr0.1.pt",
+        "lr_0.1.pt",
+        "seed_3.pt",
+        "model-00001-of-00002.safetensors",
+        "last.ckpt",
+        "footstep_3.pt",
+        "100.pt",
+        "val_loss=0.31.ckpt",
+    ],
+)
+def test_other_numbers_are_no_steps(name):
+    entries = series([f"a/{name}", f"b/{name}"])
+    assert [(e.run, e.step, e.matched) for e in entries] == [("a", None, False), ("b", None, False)]
 
 
 def test_urls_and_repeated_paths():
