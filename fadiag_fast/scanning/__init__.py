@@ -8,7 +8,7 @@ from .driver import Progress, scan
 from .extras import MissingExtra
 from .hashing import ContentHasher, config_hash, content_hash
 from .records import CheckpointRecord
-from .results import FirstFired, FrozenComparison, Moment, ScanResult, Trend
+from .results import FirstFired, FrozenComparison, Moment, ScanCounts, ScanResult, Trend
 from .schema import SCHEMA_VERSION
 from .series import Entry, Pattern, SeriesError, read_manifest, series
 from .store import (
@@ -35,6 +35,7 @@ __all__ = [
     "Pattern",
     "Progress",
     "ResultsError",
+    "ScanCounts",
     "ScanResult",
     "ScanWriter",
     "SeriesError",

@@ -124,7 +124,11 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
                     _errors.print(f"fadiag: interrupted; what is finished is in {out}. Run again.")
                     raise typer.Exit(130) from None
             if json_lines:
-                print(json.dumps({"folder": str(out), "verdicts": result.verdict_counts()}))
+                counts = result.counts
+                assert counts is not None
+                record = {**asdict(counts), "unmatched": len(counts.unmatched)}
+                outcome = {"folder": str(out), "verdicts": result.verdict_counts(), **record}
+                print(json.dumps(outcome))
             elif not quiet:
                 print(result)
             raise typer.Exit(_exit_code(result))

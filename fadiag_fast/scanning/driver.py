@@ -31,7 +31,7 @@ from .hashing import ContentHasher
 from .passes import Auditor, Pending, Way
 from .reading import Group, Read, Reader, Rows, kind_of
 from .records import NON_FINITE_WEIGHTS, CheckpointRecord
-from .results import ScanResult
+from .results import ScanCounts, ScanResult
 from .search import LARGEST_STACK, Search
 from .series import Entry, read_manifest, series
 from .store import ScanWriter, test_size_of
@@ -130,7 +130,8 @@ def scan(
         on_progress: called after every group of checkpoints.
 
     Returns:
-        The folder's rows, of this scan and of earlier ones; they are read when first asked for.
+        The folder's rows, of this scan and of earlier ones; they are read when first asked for. Its
+        ``counts`` are of this scan.
 
     Raises:
         TapError: the model cannot be observed.
@@ -183,7 +184,10 @@ def scan(
             run.run(entries, fewest, ahead)
         finally:
             reader.close()
-    return ScanResult.of(out)
+    unmatched = [entry.path for entry in entries if not entry.matched]
+    audited = run.done - run.reused - run.failed
+    counts = ScanCounts(run.done, audited, run.reused, run.failed, unmatched)
+    return ScanResult.of(out, counts)
 
 
 def find_entries(

@@ -131,16 +131,42 @@ class FrozenComparison:
     undercut: bool
 
 
+@dataclass(frozen=True)
+class ScanCounts:
+    """What became of the checkpoints that one scan was given.
+
+    Attributes:
+        total: all of them: audited, reused and failed.
+        audited: by this scan.
+        reused: taken over from an earlier one.
+        failed: with a row that says why.
+        unmatched: paths that no pattern matched, and that have no step therefore.
+    """
+
+    total: int
+    audited: int
+    reused: int
+    failed: int
+    unmatched: Sequence[str] = ()
+
+
 class ScanResult:
     """The rows of a scan, and what follows from them.
 
     Rows are in natural order of run, step and path. Where a checkpoint was scanned under several
     configurations, its last row is here; ask :meth:`load` for another configuration by its hash.
+
+    Attributes:
+        folder: where they were read.
+        counts: of the scan that returned this; None for rows that were only read.
     """
 
-    def __init__(self, tables: Tables | None, folder: Path | None = None) -> None:
+    def __init__(
+        self, tables: Tables | None, folder: Path | None = None, counts: ScanCounts | None = None
+    ) -> None:
         self._found = tables
         self.folder = folder
+        self.counts = counts
 
     @property
     def _tables(self) -> Tables:
@@ -151,12 +177,12 @@ class ScanResult:
         return self._found
 
     @classmethod
-    def of(cls, folder: str | os.PathLike[str]) -> ScanResult:
+    def of(cls, folder: str | os.PathLike[str], counts: ScanCounts | None = None) -> ScanResult:
         """Return a finished scan's rows, which are read when they are first asked for.
 
         Raises nothing; that of :meth:`load` comes with the first question.
         """
-        return cls(None, Path(folder))
+        return cls(None, Path(folder), counts)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, config_hash: str | None = None) -> ScanResult:
@@ -280,7 +306,7 @@ class ScanResult:
         chosen = protocol or self.protocol
         check_protocol(chosen, "ScanResult.judged")
         limits = thresholds or self.thresholds
-        return ScanResult(judge(self._tables, limits, protocol=chosen), self.folder)
+        return ScanResult(judge(self._tables, limits, protocol=chosen), self.folder, self.counts)
 
     def verdicts(self) -> dict[str, str]:
         """Return the verdict per path; ``failed: KIND`` where there is none."""
@@ -376,11 +402,17 @@ class ScanResult:
             f"{where}{audited:,} of {len(self):,} checkpoints audited, {failed:,} failed, "
             f"in {len(runs):,} run{'' if len(runs) == 1 else 's'}"
         ]
+        counts = self.counts
+        if counts is not None and (counts.reused or counts.total != len(self)):
+            lines.append(
+                f"this scan: {counts.reused:,} of {counts.total:,} checkpoints taken over from "
+                f"before, {counts.audited:,} audited, {counts.failed:,} failed"
+            )
         if self.protocol != "paper":
             lines.append(f"judged by the {self.protocol} protocol")
-        counts = [[verdict, f"{count:,}"] for verdict, count in self.verdict_counts().items()]
-        if counts:
-            lines += ["", *text_table(["verdict", "checkpoints"], counts)]
+        verdicts = [[verdict, f"{count:,}"] for verdict, count in self.verdict_counts().items()]
+        if verdicts:
+            lines += ["", *text_table(["verdict", "checkpoints"], verdicts)]
         failures = [
             [kind, f"{len(rows):,}", _shorten(f"{rows[0]['path']}: {rows[0]['error']}", 100)]
             for kind, rows in self.failures().items()
@@ -389,6 +421,8 @@ class ScanResult:
             lines += ["", *text_table(["failed", "checkpoints", "the first of them"], failures)]
         if audited:
             lines += ["", *self._run_lines(runs)]
+        if counts is not None and counts.unmatched:
+            lines += ["", _unmatched_note(counts.unmatched)]
         if len(configurations := self.configurations()) > 1:
             lines += [
                 "",
@@ -429,6 +463,15 @@ class ScanResult:
 
 def _outcome(row: Row) -> str:
     return row["verdict"] if row["status"] == AUDITED else f"failed: {row['error_kind']}"
+
+
+def _unmatched_note(paths: Sequence[str]) -> str:
+    count = len(paths)
+    return (
+        f"note: {count:,} checkpoint{'' if count == 1 else 's'} without a step: no pattern matches "
+        f"{paths[0]}{'' if count == 1 else ', for one'}; give one by --pattern (pattern= of scan), "
+        f"as in '{{run}}/step_{{step}}.pt'"
+    )
 
 
 def _shorten(text: str, length: int) -> str:
@@ -492,4 +535,4 @@ def _accuracy_at(rows: Sequence[Row], step: int | None) -> float | None:
     return known[-1]["accuracy"] if known else None
 
 
-__all__ = ["KEYS", "FirstFired", "FrozenComparison", "Moment", "ScanResult", "Trend"]
+__all__ = ["KEYS", "FirstFired", "FrozenComparison", "Moment", "ScanCounts", "ScanResult", "Trend"]

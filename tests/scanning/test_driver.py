@@ -22,7 +22,7 @@ from torch import nn
 
 from fadiag_fast import DiagnosticThresholds, diagnose
 from fadiag_fast.capture import Probe
-from fadiag_fast.scanning import Entry, ScanResult, ScanWriter, scan
+from fadiag_fast.scanning import Entry, ScanCounts, ScanResult, ScanWriter, scan
 
 pytest.importorskip("pyarrow")
 
@@ -681,6 +681,40 @@ def test_nothing_to_scan(tmp_path):
         scan(["x.pt"], Branching(), batches_of(), tmp_path / "out", stack=0)
 
 
+def test_a_rescan_says_how_many_results_it_took_over(tmp_path):
+    study(tmp_path / "runs", range(3))
+    glob, out, batches = str(tmp_path / "runs/*/*.pt"), tmp_path / "out", batches_of(2)
+    first = scan(glob, Branching(), batches, out)
+    assert first.counts == ScanCounts(6, 6, 0, 0, [])
+    assert "taken over" not in str(first)
+    study(tmp_path / "runs", range(3, 4))
+    (tmp_path / "runs/a/step_9.pt").write_text("text")
+    again = scan(glob, Branching(), batches, out)
+    assert again.counts == ScanCounts(9, 2, 6, 1, [])
+    line = "this scan: 6 of 9 checkpoints taken over from before, 2 audited, 1 failed"
+    assert line in str(again).splitlines()
+    part = scan(str(tmp_path / "runs/a/step_0.pt"), Branching(), batches, out)
+    assert "8 of 9 checkpoints audited" in str(part)
+    assert "this scan: 1 of 1 checkpoints taken over from before, 0 audited" in str(part)
+    assert "this scan" not in str(ScanResult.load(out))
+
+
+def test_checkpoints_without_a_step_are_counted_and_one_is_named(tmp_path):
+    study(tmp_path / "runs", range(2), runs=("a",))
+    for name in ("best.pt", "last.pt"):
+        (tmp_path / "runs/a/step_0.pt").with_name(name).write_bytes(
+            (tmp_path / "runs/a/step_1.pt").read_bytes()
+        )
+    result = scan(str(tmp_path / "runs/*/*.pt"), Branching(), batches_of(2), tmp_path / "out")
+    (note,) = [line for line in str(result).splitlines() if line.startswith("note: ")]
+    assert note.startswith("note: 2 checkpoints without a step: no pattern matches ")
+    assert "runs/a/best.pt" in note
+    assert "--pattern" in note
+    (tmp_path / "m.csv").write_text("path\nruns/a/best.pt\n")
+    listed = scan([], Branching(), batches_of(2), tmp_path / "out", manifest=tmp_path / "m.csv")
+    assert "without a step" not in str(listed)
+
+
 def test_a_glob_without_a_match_is_no_row(tmp_path):
     study(tmp_path / "runs", range(2), runs=("a",))
     good, bad = str(tmp_path / "runs/*/*.pt"), str(tmp_path / "rums/*.pt")
@@ -877,6 +911,8 @@ def test_the_command_scans_and_says_what_it_found(command, tmp_path):
     assert lines[-2]["reused"] == 3
     assert lines[-2]["failed"] == 1
     assert lines[-1]["verdicts"] == {"needs walk-back: (c)": 3}
+    counts = {"total": 4, "audited": 0, "reused": 3, "failed": 1, "unmatched": 0}
+    assert counts.items() <= lines[-1].items()
 
 
 def test_the_command_fails_only_if_nothing_could_be_audited(command, tmp_path):
