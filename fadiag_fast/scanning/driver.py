@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import BuiltinFunctionType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,8 @@ _MOST_AHEAD = 15
 # Of the memory that is free, what a stack may be expected to take.
 _MEMORY_SHARE = 0.6
 
+
+_T = TypeVar("_T")
 
 # What a scan may be given: paths, URLs and globs, or entries.
 Checkpoints: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Sequence[Entry]
@@ -108,7 +110,8 @@ def scan(
 
     Args:
         checkpoints: paths, URLs, globs (``runs/**/*.pt``, ``s3://bucket/runs/*.pt``) or entries
-            that already have run and step.
+            that already have run and step. A file that is named twice, once by an absolute path for
+            example, counts once, by its first name.
         model: the architecture that they belong to, on the device that is to compute. Its own
             weights are not used, and it is left as it was.
         eval_batches: (x, y) pairs, as :func:`fadiag_fast.diagnose` takes them; all are kept on the
@@ -209,7 +212,7 @@ def find_entries(
         checkpoints = [checkpoints]
     given: list[Any] = list(checkpoints)
     if given and all(isinstance(item, Entry) for item in given):
-        found = given
+        found = _once(given, lambda entry: entry.path)
     else:
         matches = {item: _matches(item) for item in map(os.fspath, given)}
         paths = [path for matched in matches.values() for path in matched]
@@ -221,7 +224,7 @@ def find_entries(
         # Run names that do not depend on which files a glob happens to find.
         magic = [item for item in map(os.fspath, given) if glob.has_magic(item)]
         root = _root_of(magic[0]) if len(given) == len(magic) == 1 else None
-        found = series(paths, pattern, root=root)
+        found = series(_once(paths, str), pattern, root=root)
     known = {_absolute(entry.path): entry for entry in listed}
     found = [known.pop(_absolute(entry.path), entry) for entry in found]
     if not found:
@@ -234,6 +237,14 @@ def _matches(item: str) -> list[str]:
     if not glob.has_magic(item) or (not is_url(item) and os.path.lexists(item)):
         return [item]
     return expand_url(item) if is_url(item) else sorted(glob.glob(item, recursive=True))
+
+
+def _once(items: Iterable[_T], path_of: Callable[[_T], str]) -> list[_T]:
+    """Return what names different files: of several names of one, the first."""
+    places: dict[str, _T] = {}
+    for item in items:
+        places.setdefault(_absolute(path_of(item)), item)
+    return list(places.values())
 
 
 def _absolute(path: str) -> str:

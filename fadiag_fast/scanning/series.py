@@ -234,9 +234,12 @@ def series(
     above = "" if root is None else _slashes(os.fspath(root))
     start = above and above.rstrip("/") + "/"
     found: list[tuple[Entry, bool]] = []
-    for path in dict.fromkeys(os.fspath(path) for path in paths):
+    names = list(dict.fromkeys(os.fspath(path) for path in paths))
+    # A root above where we are, or one folder by two names.
+    absolute = start.startswith("/") or (not start and any(map(os.path.isabs, names)))
+    for path in names:
         seen = _slashes(path)
-        if start.startswith("/") and not seen.startswith("/"):  # a root above where we are
+        if absolute and not seen.startswith("/") and "://" not in seen:
             seen = _slashes(os.path.abspath(path))
         seen = seen[len(start) :] if start and seen.startswith(start) else seen
         seen = seen.rstrip("/") or seen
@@ -292,11 +295,12 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Entry]:
     places: dict[str, str] = {}
     for place, cells in reader(path):
         entry = _entry(path, place, cells)
-        if entry.path in places:
+        where = entry.path if "://" in entry.path else os.path.abspath(entry.path)
+        if where in places:
             raise SeriesError(
-                f"manifest {path}: {place}: {entry.path} is already at {places[entry.path]}"
+                f"manifest {path}: {place}: {entry.path} is already at {places[where]}"
             )
-        places[entry.path] = place
+        places[where] = place
         entries.append(entry)
     short = _shortened([_folder_of(_slashes(e.path)) for e in entries if not e.run])
     entries = [

@@ -681,6 +681,19 @@ def test_nothing_to_scan(tmp_path):
         scan(["x.pt"], Branching(), batches_of(), tmp_path / "out", stack=0)
 
 
+def test_a_file_of_several_names_is_one_row_by_its_first(tmp_path, monkeypatch):
+    study(tmp_path / "runs", range(2), runs=("a",))
+    monkeypatch.chdir(tmp_path)
+    names = ["runs/a/step_0.pt", str(tmp_path / "runs/a/*.pt"), "runs/*/*.pt", "./runs/a/step_1.pt"]
+    result = scan(names, Branching(), batches_of(2), tmp_path / "out")
+    first, second = "runs/a/step_0.pt", str(tmp_path / "runs/a/step_1.pt")
+    assert [(r["path"], r["step"]) for r in result.rows] == [(first, 0), (second, 1)]
+    assert list(result.runs()) == ["a"]
+    entries = [Entry(first, "x", 1), Entry(str(tmp_path / first), "y", 2)]
+    result = scan(entries, Branching(), batches_of(2), tmp_path / "other")
+    assert [(r["path"], r["run"]) for r in result.rows] == [(first, "x")]
+
+
 def test_a_rescan_says_how_many_results_it_took_over(tmp_path):
     study(tmp_path / "runs", range(3))
     glob, out, batches = str(tmp_path / "runs/*/*.pt"), tmp_path / "out", batches_of(2)
