@@ -274,8 +274,9 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Entry]:
     Columns: ``path`` (required; relative to the manifest's folder, or absolute, or a URL), ``run``,
     ``step``, ``accuracy``, ``frozen_accuracy``, ``frozen_run``, ``test_size`` and
     ``frozen_test_size`` (images behind the two accuracies); any other becomes a field. An empty
-    cell is as good as none. In TOML, ``[[checkpoint]]`` tables hold the same keys, and
-    ``[runs.NAME]`` what all checkpoints of a run share.
+    cell is as good as none, and in CSV blanks around a name or a value count for nothing. In TOML,
+    ``[[checkpoint]]`` tables hold the same keys, and ``[runs.NAME]`` what all checkpoints of a run
+    share.
 
     Returns:
         Entries in natural order of run and step.
@@ -316,20 +317,26 @@ _Cells = Iterable[tuple[str, Mapping[str, Any]]]
 def _read_csv(path: Path) -> _Cells:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames is None or "path" not in reader.fieldnames:
+            # Blanks beside a comma are for the eye.
+            reader = csv.DictReader(file, skipinitialspace=True)
+            names = [name.strip() for name in reader.fieldnames or []]
+            reader.fieldnames = names
+            if "path" not in names:
                 raise SeriesError(
                     f"manifest {path}: expected a column 'path', got "
-                    f"{', '.join(reader.fieldnames or []) or 'an empty file'}"
+                    f"{', '.join(names) or 'an empty file'}"
                 )
+            twice = next((name for name in names if name and names.count(name) > 1), None)
+            if twice is not None:
+                raise SeriesError(f"manifest {path}: expected one column {twice!r}, got several")
             for cells in reader:
                 place = f"line {reader.line_num}"
                 if None in cells:
                     raise SeriesError(
-                        f"manifest {path}: {place}: expected {len(reader.fieldnames)} cells like "
-                        f"the header, got more"
+                        f"manifest {path}: {place}: expected {len(names)} cells like the header, "
+                        f"got more"
                     )
-                yield place, cells
+                yield place, {name: value and value.strip() for name, value in cells.items()}
     except (UnicodeDecodeError, csv.Error) as error:
         raise SeriesError(f"manifest {path}: expected a CSV file in UTF-8: {error}") from None
 
@@ -412,7 +419,7 @@ def _entry(manifest: Path, place: str, cells: Mapping[str, Any]) -> Entry:
         except ValueError:
             raise fail(name, expected) from None
         number = int(text) if text.isdigit() else int(float(text))
-        if lowest is not None and number < lowest:
+        if (lowest is not None and number < lowest) or abs(number) > _MOST_STEPS:
             raise fail(name, expected)
         return number
 

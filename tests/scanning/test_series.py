@@ -179,6 +179,17 @@ def test_manifest_csv(tmp_path):
     ]
 
 
+def test_blanks_around_a_manifests_names_and_values_count_for_nothing(tmp_path):
+    file = tmp_path / "m.csv"
+    file.write_text(
+        'path , step, run ,note, accuracy\na.pt, 10 , dfa,"x, y" , 0.5\n"b, c.pt" ,11,dfa, ,\n'
+    )
+    assert read_manifest(file) == [
+        Entry(str(tmp_path / "a.pt"), "dfa", 10, {"note": "x, y"}, 0.5),
+        Entry(str(tmp_path / "b, c.pt"), "dfa", 11),
+    ]
+
+
 def test_manifest_toml(tmp_path):
     pytest.importorskip("tomllib", reason="needs Python 3.11")
     file = tmp_path / "m.toml"
@@ -215,6 +226,11 @@ def test_manifest_parquet(tmp_path):
         ("m.csv", "path,step\na.pt,inf\n", "step: expected a whole number"),
         ("m.csv", "path,frozen_accuracy\na.pt,35\n", "expected a fraction from 0 to 1, got '35'"),
         ("m.csv", "path,accuracy\na.pt,high\n", "accuracy: expected a fraction"),
+        ("m.csv", "path, step\na.pt, x\n", "line 2: step: expected a whole number, got 'x'"),
+        ("m.csv", "path, step\na.pt, 1\nb.pt, ten\n", "line 3: step: expected a whole number"),
+        ("m.csv", f"path,step\na.pt,{10**30}\n", "line 2: step: expected a whole number"),
+        ("m.csv", "Path, step\na.pt, 1\n", "expected a column 'path', got Path, step"),
+        ("m.csv", "path,step, step\na.pt,1,2\n", "expected one column 'step', got several"),
         ("m.csv", "path,run\n,b\n", "line 2: expected a path"),
         ("m.csv", "path\na.pt\na.pt\n", "line 3: "),
         ("m.csv", "path\na.pt,b\n", "expected 1 cells like the header, got more"),
