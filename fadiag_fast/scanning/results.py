@@ -41,6 +41,7 @@ TREND_FIGURES = {
 # More lines than this nobody reads in a terminal; the report shows all.
 _MOST_RUNS = 40
 _LONGEST_NAME = 40
+_MOST_FAILURES = 3  # of a kind
 
 
 @dataclass(frozen=True)
@@ -413,12 +414,15 @@ class ScanResult:
         verdicts = [[verdict, f"{count:,}"] for verdict, count in self.verdict_counts().items()]
         if verdicts:
             lines += ["", *text_table(["verdict", "checkpoints"], verdicts)]
-        failures = [
-            [kind, f"{len(rows):,}", _shorten(f"{rows[0]['path']}: {rows[0]['error']}", 100)]
-            for kind, rows in self.failures().items()
-        ]
-        if failures:
-            lines += ["", *text_table(["failed", "checkpoints", "the first of them"], failures)]
+        if failures := self.failures():
+            table = [[kind, f"{len(rows):,}"] for kind, rows in failures.items()]
+            lines += ["", *text_table(["failed", "checkpoints"], table)]
+        for kind, rows in failures.items():
+            # One is told in full: of another model, the names and shapes come after the first line.
+            first, *others = (_failure(row) for row in rows[:_MOST_FAILURES])
+            lines += ["", f"{kind}:", *first, *(other[0] for other in others)]
+            if len(rows) > _MOST_FAILURES:
+                lines.append(f"  … and {len(rows) - _MOST_FAILURES:,} more")
         if audited:
             lines += ["", *self._run_lines(runs)]
         if counts is not None and counts.unmatched:
@@ -463,6 +467,13 @@ class ScanResult:
 
 def _outcome(row: Row) -> str:
     return row["verdict"] if row["status"] == AUDITED else f"failed: {row['error_kind']}"
+
+
+def _failure(row: Row) -> list[str]:
+    """Return the lines that say what is wrong with a checkpoint, the first with its path."""
+    text = (row["error"] or row["error_kind"]).strip()
+    where = "" if row["path"] in text.partition("\n")[0] else f"{row['path']}: "
+    return [f"  {line}" for line in f"{where}{text}".splitlines()]
 
 
 def _unmatched_note(paths: Sequence[str]) -> str:

@@ -196,6 +196,29 @@ def test_the_summary_says_what_matters(scan):
     assert repr(found).startswith("ScanResult(6 checkpoints")
 
 
+def test_failures_are_told_in_full_and_of_many_the_first_few(tmp_path):
+    long = f"expected {'a long story, ' * 20}got another\nand more of it"
+    with ScanWriter(tmp_path) as writer:
+        config = writer.configure(CONFIG)
+        for step in range(5):
+            error = f"'{step}.pt': {long}" if step else long
+            change = {"error_kind": "wrong model", "error": error, "path": f"{step}.pt", "run": "r"}
+            writer.add(record(config, step, step=step, **change))
+        writer.add(record(config, 9, error_kind="missing", error="gone", path="x.pt"))
+    lines = str(ScanResult.load(tmp_path)).splitlines()
+    whole = long.partition("\n")[0]
+    first = lines.index("wrong model:")
+    assert lines[first + 1 : first + 6] == [
+        f"  0.pt: {whole}",
+        "  and more of it",
+        f"  '1.pt': {whole}",
+        f"  '2.pt': {whole}",
+        "  … and 2 more",
+    ]
+    assert "wrong model  5" in lines
+    assert lines[lines.index("missing:") + 1] == "  x.pt: gone"
+
+
 def test_many_runs_are_cut(scan):
     text = str(scan([(f"a/long/name/{'x' * 60}/{r}", 0, figures()) for r in range(45)]))
     assert "… and 5 more runs" in text
