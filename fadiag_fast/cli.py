@@ -1,10 +1,8 @@
-"""The command line: demo, train, diagnose, audit-cnn, study, watch, doctor.
+"""The command line: demo, train, diagnose, scan, audit-cnn, study, watch, doctor.
 
 Exit codes: 0 trustworthy, 1 needs walk-back, 2 not enough data, above 2 an error.
 """
 
-import ast
-import importlib
 import json
 import platform
 import traceback
@@ -25,7 +23,33 @@ from .capture import choose_output, untouched
 from .checkpoints import load_checkpoint, load_into, save_checkpoint
 from .credit import CreditReport
 from .diagnosis import diagnose as run_diagnosis
-from .libraries import LIBRARIES, build_from
+from .options import (
+    EXPECTED_ERRORS,
+    BatchDimOption,
+    BatchesOption,
+    BatchSizeOption,
+    DataOption,
+    DataOptionsOption,
+    DeviceOption,
+    FlattenOption,
+    MaxGrowthOption,
+    MaxStabilityOption,
+    MinGainOption,
+    MinGradientOption,
+    MinUtilityOption,
+    ModelOption,
+    OptionsOption,
+    OutputOption,
+    ProtocolOption,
+    ReductionOption,
+    TapsOption,
+    UnsafePickleOption,
+    build_network,
+    chosen_device,
+    chosen_output,
+    parse_options,
+    sentence,
+)
 from .packaged import load_packaged, packaging_of
 from .protocol import (
     NOT_ENOUGH_DATA,
@@ -37,18 +61,15 @@ from .protocol import (
 )
 from .report import DiagnosticReport, SummaryRow, summary_table
 from .scanning.cli import register as register_scan_commands
-from .statistics import REDUCTIONS, Reduction, SampleReduction
+from .statistics import Reduction, SampleReduction
 from .study.cli import register as register_study
-from .taps import SELECTOR_HELP
 from .training.cli import register as register_watch
 from .zoo import (
     RULES,
     ImageDataset,
     TrainedNetwork,
     accuracy,
-    build_model,
     load_dataset,
-    model_spec,
     restore_rule,
     rule_credit,
     train,
@@ -79,9 +100,6 @@ def _usage_errors() -> Iterator[None]:
         raise
 
 
-# What says in a sentence what is wrong; any other error is a surprise.
-_EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError)
-
 # Typer has it from click, or of its own, by its version.
 _UsageError: Any = typer.BadParameter.__base__
 
@@ -95,85 +113,6 @@ app = typer.Typer(
 )
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
-DataOption = Annotated[
-    str,
-    typer.Option(
-        help="fashion-mnist-mini (shipped), teacher (synthetic), fashion-mnist:FOLDER, "
-        "cifar10:FOLDER, imagefolder:FOLDER or npz:FILE."
-    ),
-]
-DataOptionsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data-option",
-        help="NAME=VALUE, repeatable: size, limit, normalize of imagefolder; channels=3 repeats "
-        "the channel of grey images.",
-    ),
-]
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        help="resmlp, smallcnn, student, vit-mini, torchvision:NAME, timm:NAME or "
-        "package.module:function."
-    ),
-]
-OptionsOption = Annotated[
-    list[str] | None,
-    typer.Option("--model-option", help="NAME=VALUE for the model's builder; repeatable."),
-]
-ProtocolOption = Annotated[
-    str,
-    typer.Option(
-        help="paper, as published, or calibrated: independent of batch size, loss scale, dtype and "
-        "of how well the task is solved, with causes in words."
-    ),
-]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
-
-
-def _device(name: str) -> torch.device:
-    """Return the device of --device.
-
-    Raises:
-        ValueError: torch has none of this name here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except Exception as error:  # without CUDA an AssertionError
-        why = (str(error) or repr(error)).partition("\n")[0]
-        raise ValueError(
-            f"--device: expected a device that torch has here, got {name!r}: {why}"
-        ) from None
-    return device
-
-
-def _sentence(error: BaseException) -> str:
-    """Return what an error says; with its type, where the type is not made to be read without."""
-    text = str(error).strip()
-    if text and isinstance(error, _EXPECTED):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _first_line(error: BaseException) -> str:
-    return _sentence(error).partition("\n")[0]
-
-
-def _options(pairs: list[str] | None) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for pair in pairs or []:
-        name, sign, text = pair.partition("=")
-        if not sign or not name:
-            raise ValueError(f"option: expected NAME=VALUE, got {pair!r}")
-        try:
-            options[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            options[name] = text
-    return options
-
 
 @contextmanager
 def _reported_errors() -> Iterator[None]:
@@ -186,9 +125,9 @@ def _reported_errors() -> Iterator[None]:
     except (typer.Exit, _UsageError):  # to Python a RuntimeError, to typer the normal way out
         raise
     except Exception as error:
-        if not isinstance(error, _EXPECTED):
+        if not isinstance(error, EXPECTED_ERRORS):
             traceback.print_exc()
-        errors.print(f"fadiag: {_sentence(error)}", style="red", markup=False)
+        errors.print(f"fadiag: {sentence(error)}", style="red", markup=False)
         raise typer.Exit(EXIT_ERROR) from None
 
 
@@ -246,7 +185,7 @@ def train_command(
 ) -> None:
     """Train a zoo network with a credit rule and save it, feedback matrices included."""
     with _reported_errors():
-        dataset = load_dataset(data, **_options(data_option))
+        dataset = load_dataset(data, **parse_options(data_option))
         with _progress(quiet) as progress:
             network = train(
                 model,
@@ -256,54 +195,13 @@ def train_command(
                 batch_size=batch_size,
                 seed=seed,
                 penalty=penalty,
-                model_options=_options(model_option),
-                rule_options=_options(rule_option),
-                device=_device(device),
+                model_options=parse_options(model_option),
+                rule_options=parse_options(rule_option),
+                device=chosen_device(device),
                 progress=progress(rule),
             )
         save_checkpoint(network.checkpoint(), out)
         print(f"{out}: {rule}, seed {seed}, {steps} steps, test accuracy {network.accuracy:.4f}")
-
-
-def _build(
-    name: str, dataset: ImageDataset, config: dict[str, Any], options: dict[str, Any]
-) -> tuple[nn.Module, bool]:
-    """Build the network that a checkpoint is for; return it and whether it takes flat input."""
-    if ":" not in name:
-        saved = config.get("model_options", {}) if config.get("model") == name else {}
-        model = build_model(
-            name,
-            input_shape=dataset.input_shape,
-            num_classes=dataset.num_classes,
-            **{**saved, **options},
-        )
-        return model, model_spec(name).flatten_input
-    module_name, _, function_name = name.partition(":")
-    if module_name in LIBRARIES:
-        shape, classes = dataset.input_shape, dataset.num_classes
-        built = build_from(
-            module_name, function_name, **{"input_shape": shape, "num_classes": classes, **options}
-        )
-        return built, False
-    # What a user's own code may raise has no bounds; a script that parses arguments exits.
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (Exception, SystemExit) as error:
-        raise ValueError(
-            f"--model: expected package.module:function, got {name!r}: {_first_line(error)}"
-        ) from None
-    try:
-        model = function(**options)
-    except (Exception, SystemExit) as error:
-        # The first frame is this one: options that the function does not take.
-        inner = traceback.extract_tb(error.__traceback__)[1:]
-        where = f" ({inner[-1].filename}:{inner[-1].lineno})" if inner else ""
-        raise ValueError(
-            f"--model: expected {name} to return a module, got {_first_line(error)}{where}"
-        ) from None
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"--model: expected {name} to return a module, got {type(model).__name__}")
-    return model, False
 
 
 def _exit_code(verdicts: list[str]) -> int:
@@ -327,21 +225,10 @@ def diagnose_command(
         list[int] | None,
         typer.Option(help="Audit freshly initialised weights of this seed; repeatable."),
     ] = None,
-    taps: Annotated[
-        list[str] | None, typer.Option(help=f"Where to observe: {SELECTOR_HELP}. Repeatable.")
-    ] = None,
-    reduction: Annotated[
-        str,
-        typer.Option(
-            help=f"What one sample's state is where states have positions: {', '.join(REDUCTIONS)}."
-        ),
-    ] = "flatten",
-    batch_dim: Annotated[
-        int, typer.Option(help="Dimension of the states that counts samples.")
-    ] = 0,
-    output: Annotated[
-        str | None, typer.Option(help="Name or index of the logits in a structured output.")
-    ] = None,
+    taps: TapsOption = None,
+    reduction: ReductionOption = "flatten",
+    batch_dim: BatchDimOption = 0,
+    output: OutputOption = None,
     frozen_acc: Annotated[
         float | None, typer.Option(help="Accuracy with frozen blocks, 0 to 1: evaluates (d).")
     ] = None,
@@ -350,14 +237,9 @@ def diagnose_command(
         typer.Option(help="Images behind --frozen-acc, for its interval; default: the test set's."),
     ] = None,
     protocol: ProtocolOption = "paper",
-    batches: Annotated[int, typer.Option(help="Evaluation batches.")] = 10,
-    batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 128,
-    flatten: Annotated[
-        bool | None,
-        typer.Option(
-            "--flatten/--no-flatten", help="Give images as vectors; default: the model's."
-        ),
-    ] = None,
+    batches: BatchesOption = 10,
+    batch_size: BatchSizeOption = 128,
+    flatten: FlattenOption = None,
     credit: Annotated[
         bool,
         typer.Option(
@@ -374,29 +256,27 @@ def diagnose_command(
     markdown_file: Annotated[
         Path | None, typer.Option("--markdown", help="Write the reports here.")
     ] = None,
-    max_growth: Annotated[float, typer.Option(help="(a) fires above.")] = 50.0,
-    min_gradient: Annotated[float, typer.Option(help="(b) fires below, as published.")] = 1e-7,
-    min_gain: Annotated[float, typer.Option(help="(b) fires below, calibrated.")] = 1.28e-5,
-    max_stability: Annotated[float, typer.Option(help="(c) fires above.")] = 0.30,
-    min_utility: Annotated[float, typer.Option(help="(d) fires below, in points.")] = 2.0,
+    max_growth: MaxGrowthOption = 50.0,
+    min_gradient: MinGradientOption = 1e-7,
+    min_gain: MinGainOption = 1.28e-5,
+    max_stability: MaxStabilityOption = 0.30,
+    min_utility: MinUtilityOption = 2.0,
     model_option: OptionsOption = None,
     device: DeviceOption = "auto",
-    unsafe_pickle: Annotated[
-        bool, typer.Option("--unsafe-pickle", help="Run code from files that need it to load.")
-    ] = False,
+    unsafe_pickle: UnsafePickleOption = False,
 ) -> None:
     """Audit checkpoints and print a report for each; one bad file does not stop the others."""
     with _reported_errors():
         if not checkpoints and not init:
             raise ValueError("expected checkpoint files, or --init SEED for untrained weights")
-        dataset = load_dataset(data, **_options(data_option))
-        options = _options(model_option)
-        target = _device(device)
+        dataset = load_dataset(data, **parse_options(data_option))
+        options = parse_options(model_option)
+        target = chosen_device(device)
         observe: dict[str, Any] = {
             "taps": taps or None,
             "reduction": SampleReduction(cast(Reduction, reduction)),
             "batch_dim": batch_dim,
-            "output": int(output) if output and output.isdecimal() else output,
+            "output": chosen_output(output),
             "protocol": protocol,
             "frozen_test_size": frozen_test_size,
         }
@@ -431,7 +311,7 @@ def diagnose_command(
                 )
             except Exception as error:  # a model's forward may raise anything
                 failed += 1
-                what = _sentence(error)
+                what = sentence(error)
                 records.append({"checkpoint": _name_of(path), "error": what})
                 errors.print(f"fadiag: {_name_of(path)}: {what}", style="red", markup=False)
                 continue
@@ -495,13 +375,12 @@ def _diagnose_one(
     if isinstance(subject, int):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(subject)
-            model, flat = _build(model_name, dataset, {}, options)
+            model, flat = build_network(model_name, dataset, options)
         model = model.to(device)
     elif packaging_of(subject) is None:
         checkpoint = load_checkpoint(subject, unsafe_pickle=unsafe_pickle)
         beside = checkpoint.extra
-        saved = checkpoint.extra.get("config")
-        model, flat = _build(model_name, dataset, saved if isinstance(saved, dict) else {}, options)
+        model, flat = build_network(model_name, dataset, options, beside.get("config"))
         for note in load_into(model, checkpoint):
             errors.print(f"fadiag: {subject}: {note}", markup=False)
         model = model.to(device)
@@ -572,9 +451,7 @@ def audit_cnn_command(
     ] = None,
     model_option: OptionsOption = None,
     device: DeviceOption = "auto",
-    unsafe_pickle: Annotated[
-        bool, typer.Option("--unsafe-pickle", help="Run code from files that need it to load.")
-    ] = False,
+    unsafe_pickle: UnsafePickleOption = False,
 ) -> None:
     """Audit SmallCNN checkpoints of several rules and seeds; a missing file is only skipped."""
     with _reported_errors():
@@ -583,8 +460,8 @@ def audit_cnn_command(
             load_dataset(data),
             methods=method or METHODS,
             seeds=seed or SEEDS,
-            model_options=_options(model_option),
-            device=_device(device),
+            model_options=parse_options(model_option),
+            device=chosen_device(device),
             unsafe_pickle=unsafe_pickle,
         )
         print(audit)
@@ -626,7 +503,7 @@ def demo_command(
         out.mkdir(parents=True, exist_ok=True)
         surprises: list[str] = []
         for one_seed in seed or [42]:
-            rows = _demo_seed(dataset, one_seed, steps, out, _device(device), quiet)
+            rows = _demo_seed(dataset, one_seed, steps, out, chosen_device(device), quiet)
             print(f"\nseed {one_seed}, {steps} steps on {dataset.name}")
             print(summary_table(rows))
             surprises += [f"seed {one_seed}: {text}" for text in _unexpected(rows)]

@@ -15,6 +15,31 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from ..options import (
+    BatchDimOption,
+    BatchesOption,
+    BatchSizeOption,
+    DataOption,
+    DataOptionsOption,
+    DeviceOption,
+    FlattenOption,
+    MaxGrowthOption,
+    MaxStabilityOption,
+    MinGainOption,
+    MinGradientOption,
+    MinUtilityOption,
+    ModelOption,
+    OptionsOption,
+    OutputOption,
+    ProtocolOption,
+    ReductionOption,
+    TapsOption,
+    UnsafePickleOption,
+    build_network,
+    chosen_device,
+    chosen_output,
+    parse_options,
+)
 from ..protocol import NOT_ENOUGH_DATA, TRUSTWORTHY, DiagnosticThresholds
 from ..training.watch import scan_result_of
 from ..zoo import load_dataset
@@ -49,8 +74,9 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
         checkpoints: Annotated[
             list[str] | None, typer.Argument(help="Files, folders or globs ('runs/**/*.pt').")
         ] = None,
-        model: Annotated[str, typer.Option(help="As in fadiag diagnose.")] = "resmlp",
-        data: Annotated[str, typer.Option(help="As in fadiag diagnose.")] = "fashion-mnist-mini",
+        model: ModelOption = "resmlp",
+        data: DataOption = "fashion-mnist-mini",
+        data_option: DataOptionsOption = None,
         pattern: Annotated[
             list[str] | None,
             typer.Option(help="Run and step in a path: '{run}/step_{step}.pt'; repeatable."),
@@ -58,45 +84,38 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
         manifest: Annotated[
             Path | None, typer.Option(help="CSV, Parquet or TOML with path, run, step, accuracies.")
         ] = None,
-        taps: Annotated[
-            list[str] | None, typer.Option(help="Where to observe; default: chosen. Repeatable.")
-        ] = None,
-        reduction: Annotated[str, typer.Option(help="flatten, cls, mean or token.")] = "flatten",
-        batches: Annotated[int, typer.Option(help="Evaluation batches.")] = 10,
-        batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 128,
+        taps: TapsOption = None,
+        reduction: ReductionOption = "flatten",
+        batch_dim: BatchDimOption = 0,
+        output: OutputOption = None,
+        batches: BatchesOption = 10,
+        batch_size: BatchSizeOption = 128,
+        flatten: FlattenOption = None,
         stack: Annotated[
             str, typer.Option(help="Checkpoints computed together, or auto.")
         ] = "auto",
         workers: Annotated[int | None, typer.Option(help="Threads that read ahead.")] = None,
-        max_growth: Annotated[float, typer.Option(help="(a) fires above.")] = 50.0,
-        protocol: Annotated[str, typer.Option(help="As in fadiag diagnose.")] = "paper",
-        min_gradient: Annotated[
-            float, typer.Option(help="(b) fires below, paper protocol.")
-        ] = 1e-7,
-        min_gain: Annotated[float, typer.Option(help="(b) fires below, calibrated.")] = 1.28e-5,
-        max_stability: Annotated[float, typer.Option(help="(c) fires above.")] = 0.30,
-        min_utility: Annotated[float, typer.Option(help="(d) fires below, in points.")] = 2.0,
-        model_option: Annotated[
-            list[str] | None,
-            typer.Option(help="NAME=VALUE for the model's builder; repeatable."),
-        ] = None,
-        device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")] = "auto",
-        unsafe_pickle: Annotated[
-            bool, typer.Option("--unsafe-pickle", help="Run code from files that need it to load.")
-        ] = False,
+        protocol: ProtocolOption = "paper",
+        max_growth: MaxGrowthOption = 50.0,
+        min_gradient: MinGradientOption = 1e-7,
+        min_gain: MinGainOption = 1.28e-5,
+        max_stability: MaxStabilityOption = 0.30,
+        min_utility: MinUtilityOption = 2.0,
+        model_option: OptionsOption = None,
+        device: DeviceOption = "auto",
+        unsafe_pickle: UnsafePickleOption = False,
         quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
         json_lines: Annotated[
             bool, typer.Option("--json", help="Progress and outcome as JSON lines.")
         ] = False,
     ) -> None:
         """Audit every checkpoint of a study; kill it and start it again, and nothing is lost."""
-        from .. import cli
-
         with reported_errors():
-            dataset = load_dataset(data)
-            target = cli._device(device)
+            target = chosen_device(device)
+            dataset = load_dataset(data, **parse_options(data_option))
             entries = _found(checkpoints, pattern, manifest)
-            network, flat = cli._build(model, dataset, {}, cli._options(model_option))
+            network, flat = build_network(model, dataset, parse_options(model_option))
+            flat = flat if flatten is None else flatten
             thresholds = DiagnosticThresholds(
                 scale_growth=max_growth,
                 gradient_floor=min_gradient,
@@ -115,6 +134,8 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
                         thresholds=thresholds,
                         taps=taps,
                         reduction=reduction,  # type: ignore[arg-type]  # checked by scan
+                        output=chosen_output(output),
+                        batch_dim=batch_dim,
                         stack=_stack(stack),
                         workers=workers,
                         unsafe_pickle=unsafe_pickle,

@@ -173,7 +173,10 @@ def scan(
         loss = None if loss is nn.functional.cross_entropy else loss
         options = {"select": taps, "loss": loss, "output": output, "batch_dim": batch_dim}
         auditor = Auditor(model, batches, options, how)
-        config = writer.configure(_configuration(model, batches, auditor, loss, how))
+        # Where they are what they mostly are, folders of before these counted stay valid.
+        observed = {} if output is None else {"output": output}
+        observed |= {} if batch_dim == 0 else {"batch_dim": batch_dim}
+        config = writer.configure(_configuration(model, batches, auditor, loss, how) | observed)
         workers = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
         reader = Reader(model, device, writer, config, unsafe_pickle, workers)
         try:

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from ..options import DeviceOption, chosen_device
 from ..report import _strict, text_table
 from ..zoo import load_dataset
 from .running import StudyProgress, run_study
@@ -69,7 +70,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
         checkpoints: Annotated[
             int | None, typer.Option(help="Checkpoints of a run, at log-spaced steps.")
         ] = None,
-        device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")] = "auto",
+        device: DeviceOption = "auto",
         jobs: Annotated[
             int | None, typer.Option(help="Runs at a time; default: 8 on CUDA, else 1.")
         ] = None,
@@ -84,8 +85,6 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
         on from its last checkpoint. Exit codes: 0 all runs are audited, 3 an error, or a run that
         failed; the others are in the tables.
         """
-        from .. import cli
-
         with reported_errors():
             chosen = _narrowed(
                 load_suite(suite), models, rules, seeds, penalties, steps, epochs, checkpoints
@@ -100,7 +99,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
             with _shown(quiet, json_lines) as show:
                 try:
                     result = run_study(
-                        chosen, dataset, out, device=cli._device(device), jobs=jobs, progress=show
+                        chosen, dataset, out, device=chosen_device(device), jobs=jobs, progress=show
                     )
                 except KeyboardInterrupt:
                     _errors.print(

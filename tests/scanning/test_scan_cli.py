@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("pyarrow", reason="needs the extra 'scan'")
 
+import torch
 from studies import CONFIG, figures, record
 from typer.testing import CliRunner
 
@@ -63,6 +64,82 @@ def test_plots_are_pictures_with_names_for_files(folder, tmp_path):
     assert all(b"<svg" in path.read_bytes() for path in written)
     (picture,) = write_plots(result, tmp_path / "few", most_runs=0, formats=("png",))
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+NETWORK = """
+import torch
+from torch import nn
+
+class Network(nn.Module):
+    def __init__(self, inputs):
+        super().__init__()
+        self.embed = nn.Linear(inputs, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.head, self.other = nn.Linear(8, 10), nn.Linear(8, 10)
+
+    def states(self, x):
+        h = self.embed(x)
+        for block in self.blocks:
+            h = h + block(h).relu()
+        return h
+
+class Two(Network):
+    def forward(self, x):
+        h = self.states(x)
+        return {"aux": self.other(h), "logits": self.head(h)}
+
+class Sequence(Network):
+    def forward(self, x):
+        h = self.states(torch.stack([x, -x]))  # [2, B, 8]
+        return self.head(h.mean(0))
+
+def two(inputs=784): return Two(inputs)
+def sequence(): return Sequence(784)
+def colours():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.Flatten(), nn.Linear(196, 8), nn.Linear(8, 10))
+"""
+
+
+@pytest.fixture
+def networks(tmp_path, monkeypatch):
+    (tmp_path / "networks_of_mine.py").write_text(NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "networks_of_mine", raising=False)
+    import networks_of_mine
+
+    return networks_of_mine
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("two", ("--flatten", "--output", "logits")),
+        ("two", ("--flatten", "--output", "aux", "--model-option", "inputs=784")),
+        ("sequence", ("--flatten", "--batch-dim", 1, "--reduction", "mean")),
+        ("colours", ("--data-option", "channels=3", "--taps", "2", "--taps", "3:input")),
+    ],
+)
+def test_a_scan_takes_the_options_of_diagnose(networks, tmp_path, name, options):
+    torch.save(getattr(networks, name)().state_dict(), tmp_path / "x.pt")
+    common = ("--model", f"networks_of_mine:{name}", *options, "--batches", 4, "--batch-size", 16)
+    fadiag("diagnose", tmp_path / "x.pt", *common, "--json", tmp_path / "x.json")
+    (told,) = json.loads((tmp_path / "x.json").read_text())
+    result = fadiag("scan", tmp_path / "x.pt", "--out", tmp_path / "s", *common, "--quiet")
+    assert result.exit_code in (0, 1, 2), result.output
+    (found,) = ScanResult.load(tmp_path / "s").figures()
+    assert list(found.layers) == told["layers"]
+    assert found.residual_norms == pytest.approx(told["residual_norms"], rel=1e-4)
+    assert found.bp_grad_norms == pytest.approx(told["bp_grad_norms"], rel=1e-4)
+
+
+def test_figures_of_another_output_are_not_taken_over(networks, tmp_path):
+    torch.save(networks.two().state_dict(), tmp_path / "x.pt")
+    arguments = ["scan", tmp_path / "x.pt", "--out", tmp_path / "s", "--batches", 4]
+    arguments += ["--model", "networks_of_mine:two", "--flatten", "--json"]
+    for output in ("logits", "aux"):
+        last = fadiag(*arguments, "--output", output).stdout.splitlines()[-1]
+        assert json.loads(last)["audited"] == 1
+    assert json.loads(fadiag(*arguments, "--output", "aux").stdout.splitlines()[-1])["reused"] == 1
 
 
 def test_what_is_no_scan_is_an_error(tmp_path):

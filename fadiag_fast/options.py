@@ -1,0 +1,193 @@
+"""What commands share: options with their help, and what is made of their values."""
+
+import ast
+import importlib
+import traceback
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from .capture import Output
+from .libraries import LIBRARIES, build_from
+from .statistics import REDUCTIONS
+from .taps import SELECTOR_HELP
+from .zoo import ImageDataset, build_model, model_spec
+
+# What says in a sentence what is wrong; any other error is a surprise.
+EXPECTED_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError)
+
+DataOption = Annotated[
+    str,
+    typer.Option(
+        help="fashion-mnist-mini (shipped), teacher (synthetic), fashion-mnist:FOLDER, "
+        "cifar10:FOLDER, imagefolder:FOLDER or npz:FILE."
+    ),
+]
+DataOptionsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data-option",
+        help="NAME=VALUE, repeatable: size, limit, normalize of imagefolder; channels=3 repeats "
+        "the channel of grey images.",
+    ),
+]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        help="resmlp, smallcnn, student, vit-mini, torchvision:NAME, timm:NAME or "
+        "package.module:function."
+    ),
+]
+OptionsOption = Annotated[
+    list[str] | None,
+    typer.Option("--model-option", help="NAME=VALUE for the model's builder; repeatable."),
+]
+ProtocolOption = Annotated[
+    str,
+    typer.Option(
+        help="paper, as published, or calibrated: independent of batch size, loss scale, dtype and "
+        "of how well the task is solved, with causes in words."
+    ),
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
+
+TapsOption = Annotated[
+    list[str] | None,
+    typer.Option("--taps", help=f"Where to observe: {SELECTOR_HELP}. Repeatable."),
+]
+ReductionOption = Annotated[
+    str,
+    typer.Option(
+        help=f"What one sample's state is where states have positions: {', '.join(REDUCTIONS)}."
+    ),
+]
+BatchDimOption = Annotated[int, typer.Option(help="Dimension of the states that counts samples.")]
+OutputOption = Annotated[
+    str | None, typer.Option(help="Name or index of the logits in a structured output.")
+]
+BatchesOption = Annotated[int, typer.Option(help="Evaluation batches.")]
+BatchSizeOption = Annotated[int, typer.Option(help="Samples per batch.")]
+FlattenOption = Annotated[
+    bool | None,
+    typer.Option("--flatten/--no-flatten", help="Give images as vectors; default: the model's."),
+]
+MaxGrowthOption = Annotated[float, typer.Option(help="(a) fires above.")]
+MinGradientOption = Annotated[float, typer.Option(help="(b) fires below, as published.")]
+MinGainOption = Annotated[float, typer.Option(help="(b) fires below, calibrated.")]
+MaxStabilityOption = Annotated[float, typer.Option(help="(c) fires above.")]
+MinUtilityOption = Annotated[float, typer.Option(help="(d) fires below, in points.")]
+UnsafePickleOption = Annotated[
+    bool, typer.Option("--unsafe-pickle", help="Run code from files that need it to load.")
+]
+
+
+def chosen_device(name: str) -> torch.device:
+    """Return the device of --device.
+
+    Raises:
+        ValueError: torch has none of this name here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # without CUDA an AssertionError
+        why = (str(error) or repr(error)).partition("\n")[0]
+        raise ValueError(
+            f"--device: expected a device that torch has here, got {name!r}: {why}"
+        ) from None
+    return device
+
+
+def sentence(error: BaseException) -> str:
+    """Return what an error says; with its type, where the type is not made to be read without."""
+    text = str(error).strip()
+    if text and isinstance(error, EXPECTED_ERRORS):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of :func:`sentence`."""
+    return sentence(error).partition("\n")[0]
+
+
+def parse_options(pairs: list[str] | None) -> dict[str, Any]:
+    """Return the values of NAME=VALUE by name: numbers, tuples and the like, else text.
+
+    Raises:
+        ValueError: one is not of this form.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, sign, text = pair.partition("=")
+        if not sign or not name:
+            raise ValueError(f"option: expected NAME=VALUE, got {pair!r}")
+        try:
+            options[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            options[name] = text
+    return options
+
+
+def chosen_output(text: str | None) -> Output | None:
+    """Return the value of --output: a whole number is an index, all else a name."""
+    return int(text) if text and text.isdecimal() else text
+
+
+def build_network(
+    name: str, dataset: ImageDataset, options: dict[str, Any], config: Any = None
+) -> tuple[nn.Module, bool]:
+    """Build the network that a checkpoint is for; return it and whether it takes flat input.
+
+    Args:
+        name: the value of --model.
+        dataset: gives the shape of the input and the number of classes.
+        options: for the builder.
+        config: what `fadiag train` saved beside the weights, if anything: for a network of the zoo
+            its options count where `options` has none.
+
+    Raises:
+        ValueError: an unknown name, or the builder raises.
+        TypeError: an option that a builder of the zoo or of a library does not have.
+        ImportError: the library is not installed.
+    """
+    if ":" not in name:
+        known = isinstance(config, dict) and config.get("model") == name
+        saved = config.get("model_options", {}) if known else {}
+        model = build_model(
+            name,
+            input_shape=dataset.input_shape,
+            num_classes=dataset.num_classes,
+            **{**saved, **options},
+        )
+        return model, model_spec(name).flatten_input
+    module_name, _, function_name = name.partition(":")
+    if module_name in LIBRARIES:
+        shape, classes = dataset.input_shape, dataset.num_classes
+        built = build_from(
+            module_name, function_name, **{"input_shape": shape, "num_classes": classes, **options}
+        )
+        return built, False
+    # What a user's own code may raise has no bounds; a script that parses arguments exits.
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"--model: expected package.module:function, got {name!r}: {first_line(error)}"
+        ) from None
+    try:
+        model = function(**options)
+    except (Exception, SystemExit) as error:
+        # The first frame is this one: options that the function does not take.
+        inner = traceback.extract_tb(error.__traceback__)[1:]
+        where = f" ({inner[-1].filename}:{inner[-1].lineno})" if inner else ""
+        raise ValueError(
+            f"--model: expected {name} to return a module, got {first_line(error)}{where}"
+        ) from None
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model: expected {name} to return a module, got {type(model).__name__}")
+    return model, False
