@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from ..checkpoints import load_checkpoint
 from ..options import (
     BatchDimOption,
     BatchesOption,
@@ -114,7 +115,10 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
             target = chosen_device(device)
             dataset = load_dataset(data, **parse_options(data_option))
             entries = _found(checkpoints, pattern, manifest)
-            network, flat = build_network(model, dataset, parse_options(model_option))
+            options = parse_options(model_option)
+            # Only of a network of the zoo is it known what its builder was given.
+            saved = None if ":" in model else _saved_config(entries, model, unsafe_pickle)
+            network, flat = build_network(model, dataset, options, saved)
             flat = flat if flatten is None else flatten
             thresholds = DiagnosticThresholds(
                 scale_growth=max_growth,
@@ -261,6 +265,27 @@ def _found(
     for warning in caught:
         _errors.print(f"fadiag: {warning.message}", style="yellow", markup=False)
     return entries
+
+
+def _saved_config(entries: Sequence[Entry], model: str, unsafe_pickle: bool) -> Any:
+    """Return what stands beside the weights of the first checkpoint that can be read, if anything.
+
+    A word is said where it is of another network than --model.
+    """
+    for entry in entries:
+        try:
+            config = load_checkpoint(entry.path, unsafe_pickle=unsafe_pickle).extra.get("config")
+        except Exception:  # whatever it is, the checkpoint's row will say it
+            continue
+        if isinstance(config, dict) and config.get("model", model) != model:
+            _errors.print(
+                f"fadiag: {entry.path}: expected a checkpoint of --model {model}, got one of "
+                f"{config['model']}",
+                style="yellow",
+                markup=False,
+            )
+        return config
+    return None
 
 
 def _exit_code(result: ScanResult) -> int:

@@ -132,6 +132,40 @@ def test_a_scan_takes_the_options_of_diagnose(networks, tmp_path, name, options)
     assert found.bp_grad_norms == pytest.approx(told["bp_grad_norms"], rel=1e-4)
 
 
+def trained(path, blocks=2, width=8):
+    options = ("--model-option", f"num_blocks={blocks}", "--model-option", f"d_hidden={width}")
+    result = fadiag("train", "--steps", 1, "--out", path, *options, "--quiet")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_scan_builds_the_network_that_the_checkpoints_are_of(tmp_path):
+    (tmp_path / "step_0.pt").write_text("no checkpoint")
+    for step in (1, 2):
+        trained(tmp_path / f"step_{step}.pt")
+    trained(tmp_path / "step_3.pt", blocks=3)
+    arguments = ["scan", tmp_path / "*.pt", "--batches", 4, "--batch-size", 16, "--quiet"]
+    assert fadiag(*arguments, "--out", tmp_path / "a").exit_code in (0, 1, 2)
+    result = ScanResult.load(tmp_path / "a")
+    assert {row["step"]: row["error_kind"] for row in result.rows} == {
+        0: "unreadable",
+        1: None,
+        2: None,
+        3: "wrong model",
+    }
+    assert "unexpected in the checkpoint (6): blocks.2." in str(result)
+    # An option that is given goes before the one that was saved.
+    fadiag(*arguments, "--out", tmp_path / "b", "--model-option", "num_blocks=3")
+    kinds = {row["step"]: row["error_kind"] for row in ScanResult.load(tmp_path / "b").rows}
+    assert kinds == {0: "unreadable", 1: "wrong model", 2: "wrong model", 3: None}
+
+
+def test_a_scan_says_that_checkpoints_are_of_another_model(tmp_path):
+    trained(tmp_path / "x.pt")
+    result = fadiag("scan", tmp_path / "x.pt", "--out", tmp_path / "s", "--model", "smallcnn")
+    assert result.exit_code == 3
+    assert "expected a checkpoint of --model smallcnn, got one of resmlp" in result.stderr
+
+
 def test_figures_of_another_output_are_not_taken_over(networks, tmp_path):
     torch.save(networks.two().state_dict(), tmp_path / "x.pt")
     arguments = ["scan", tmp_path / "x.pt", "--out", tmp_path / "s", "--batches", 4]
