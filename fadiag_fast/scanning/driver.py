@@ -174,8 +174,9 @@ def scan(
         options = {"select": taps, "loss": loss, "output": output, "batch_dim": batch_dim}
         auditor = Auditor(model, batches, options, how)
         # Where they are what they mostly are, folders of before these counted stay valid.
-        observed = {} if output is None else {"output": output}
-        observed |= {} if batch_dim == 0 else {"batch_dim": batch_dim}
+        observed: dict[str, Any] = {} if batch_dim == 0 else {"batch_dim": batch_dim}
+        if output is not None:
+            observed["output"] = _function_name(output) if callable(output) else output
         config = writer.configure(_configuration(model, batches, auditor, loss, how) | observed)
         workers = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
         reader = Reader(model, device, writer, config, unsafe_pickle, workers)

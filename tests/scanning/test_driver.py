@@ -309,6 +309,19 @@ def test_another_setting_of_the_network_is_another_configuration(setting, tmp_pa
     assert norms[2] == norms[1] != norms[0]
 
 
+def test_which_part_of_the_output_counts_is_part_of_the_configuration(tmp_path):
+    """By its name, or as a function of the whole output."""
+
+    def factor(by):
+        return lambda result: by * result
+
+    study(tmp_path / "runs", range(2), runs=("a",), build=Scaled)
+    glob, batches, out = str(tmp_path / "runs/*/*.pt"), batches_of(2), tmp_path / "out"
+    outputs = (None, factor(1.0), factor(1.0), factor(3.0))
+    reused = [scan(glob, Scaled(), batches, out, output=o).counts.reused for o in outputs]
+    assert reused == [0, 0, 2, 0]
+
+
 def test_a_step_that_no_table_holds_is_no_step(tmp_path):
     study(tmp_path / "runs", [0], runs=("a",))
     name = tmp_path / f"runs/a/step_{'9' * 23}.pt"
