@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import os
 import pickle
 import warnings
 
@@ -933,7 +934,9 @@ def test_sinks_and_taps_that_cannot_be():
         StepProbe(network(), taps="blokcs", example=batch_of()[0])
 
 
-def test_a_probe_that_is_not_removed_is_flushed_at_exit(tmp_path):
+@pytest.mark.parametrize("forked", [False, True])
+def test_a_probe_that_is_not_removed_is_flushed_at_exit(forked, tmp_path):
+    """Once: a child process that ends before has no part in it."""
     import subprocess
     import sys
 
@@ -948,6 +951,15 @@ from fadiag_fast.training import ring
 ready, ring.Ring.ready = ring.Ring.ready, lambda self: []  # nothing has arrived at the step's end
 probe.step()
 ring.Ring.ready = ready
+"""
+    if forked:
+        if not hasattr(os, "fork"):
+            pytest.skip("needs fork")
+        code += """
+import os
+child = os.fork()
+if child:
+    os.waitpid(child, 0)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert (tmp_path / "log").read_text() == "x"

@@ -13,6 +13,7 @@ import functools
 import inspect
 import itertools
 import math
+import os
 import sys
 import time
 import warnings
@@ -58,6 +59,11 @@ _NOT_COMPILED = (
 )
 
 _alive: weakref.WeakSet[StepProbe] = weakref.WeakSet()
+
+
+if hasattr(os, "register_at_fork"):
+    # What is under way is the training's; a child that ends has nothing to wait for.
+    os.register_at_fork(after_in_child=_alive.clear)
 
 
 @atexit.register

@@ -640,9 +640,12 @@ class GuardedSink(Sink):
                 target=self._queue.work, name="fadiag sink", daemon=True
             )
             self._thread.start()
-        if self._finish is None:
+            if self._finish is not None:
+                self._finish.detach()
             # At the exit of the process daemon threads end where they are: wait before that.
-            self._finish = weakref.finalize(self, _wait, self._queue, self._timeout)
+            self._finish = weakref.finalize(
+                self, _wait_at_exit, os.getpid(), self._queue, self._timeout
+            )
 
     def _warn(self) -> None:
         queue = self._queue
@@ -719,6 +722,11 @@ class GuardedSink(Sink):
 def _wait(queue: _Queue, timeout: float) -> bool:
     with queue.changed:
         return queue.changed.wait_for(lambda: not queue.items and not queue.busy, timeout)
+
+
+def _wait_at_exit(process: int, queue: _Queue, timeout: float) -> None:
+    if os.getpid() == process:  # a fork has the finalizer, but not the thread
+        _wait(queue, timeout)
 
 
 def _warn(text: str) -> None:
