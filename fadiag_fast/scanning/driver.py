@@ -8,10 +8,11 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -176,7 +177,7 @@ def scan(
         # Where they are what they mostly are, folders of before these counted stay valid.
         observed: dict[str, Any] = {} if batch_dim == 0 else {"batch_dim": batch_dim}
         if output is not None:
-            observed["output"] = _function_name(output) if callable(output) else output
+            observed["output"] = _described(output) if callable(output) else output
         config = writer.configure(_configuration(model, batches, auditor, loss, how) | observed)
         workers = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
         reader = Reader(model, device, writer, config, unsafe_pickle, workers)
@@ -282,8 +283,7 @@ def _configuration(
     hasher = ContentHasher()
     for leaf in tree_leaves(batches):
         if isinstance(leaf, Tensor):
-            raw = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            hasher.update(raw.numpy().data)
+            hasher.update(_bytes(leaf))
     weights = (*model.named_parameters(), *model.named_buffers())
     return {
         "model": type(model).__name__,
@@ -291,7 +291,7 @@ def _configuration(
         "batches": hasher.result(),
         "network": _network(model),
         "taps": [tap.where for tap in auditor.taps.points],
-        "loss": "cross-entropy" if loss is None else _function_name(loss),
+        "loss": "cross-entropy" if loss is None else _described(loss),
         "reduction": how.kind,
         "feature_dim": how.feature_dim,
     }
@@ -313,10 +313,9 @@ def _settings(holder: Any) -> list[tuple[str, str]]:
     """Return the plain values and the functions that a module or a class holds."""
     found = []
     for key, value in sorted(vars(holder).items()):
-        if hasattr(value, "__code__") or isinstance(value, BuiltinFunctionType):
-            found.append((key, _function_name(value)))
-        elif not key.startswith("_") and key != "training" and _is_plain(value):
-            found.append((key, repr(value)))
+        plain = not key.startswith("_") and key != "training" and _is_plain(value)
+        if plain or hasattr(value, "__code__") or isinstance(value, BuiltinFunctionType):
+            found.append((key, _described(value)))
     return found
 
 
@@ -327,28 +326,66 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, str | bytes | int | float | bool | None)
 
 
-def _function_name(function: Any) -> str:
-    """Return a function's name, with what it does where the name does not say that."""
-    name = getattr(function, "__qualname__", repr(function))
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return str(name)
-    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    values = (*_values(held), *_values(function.__defaults__ or ()))
+def _described(value: Any, depth: int = 5) -> str:
+    """Return what a value is and does, as text that is the same in every process.
+
+    Of a function these are its code, its defaults and what it closes over, of a tensor its bytes,
+    of an object its class and what it holds; of what is nested deeper it is the type.
+    """
+    kind = type(value)
+    name = str(getattr(value, "__qualname__", kind.__qualname__))
+    if _is_plain(value):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return _hashed(name, (str(value.dtype), [*value.shape], _bytes(value).hex()))
+    if depth == 0 or isinstance(value, type | BuiltinFunctionType):
+        return name
+    if isinstance(value, tuple | list):
+        held = [*value]
+    elif isinstance(value, Mapping):
+        held = [part for item in value.items() for part in item]
+    elif isinstance(value, partial):
+        held = [value.func, value.args, value.keywords]
+    elif (code := getattr(value, "__code__", None)) is not None:
+        cells = getattr(value, "__closure__", None) or ()
+        held = [*map(_content, cells), *(value.__defaults__ or ()), value.__kwdefaults__]
+        held = [_code(code), *held, getattr(value, "__self__", None)]
+    elif isinstance(value, nn.Module):
+        held = [_network(value), {**value.state_dict()}]
+    else:
+        calls = (vars(base).get("__call__") for base in kind.__mro__)
+        held = [next(filter(None, calls), None), getattr(value, "__dict__", None)]
+    return _hashed(name, [_described(part, depth - 1) for part in held])
+
+
+def _hashed(name: str, parts: Any) -> str:
     hasher = ContentHasher()
-    hasher.update(repr((_code(code), values)).encode())
+    hasher.update(repr(parts).encode())
     return f"{name} {hasher.result()}"
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's bytes, in the order of its elements."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty: a name that is bound later
+        return None
 
 
 def _code(code: Any) -> tuple[Any, ...]:
     """Return what a function does, without where it stands."""
-    consts = (_code(c) if hasattr(c, "co_code") else repr(c) for c in code.co_consts)
+    consts = (_code(c) if hasattr(c, "co_code") else _constant(c) for c in code.co_consts)
     return (code.co_code.hex(), code.co_names, *consts)
 
 
-def _values(values: Iterable[Any]) -> tuple[str, ...]:
-    """Return plain values as text, and of others the type: an address says nothing."""
-    return tuple(repr(v) if _is_plain(v) else type(v).__qualname__ for v in values)
+def _constant(value: Any) -> str:
+    # A set of texts has another order in every process.
+    return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
 
 
 class _Scan:

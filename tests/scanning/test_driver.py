@@ -492,15 +492,64 @@ def test_samples_that_see_each_other_do_not_share_passes(tmp_path):
     assert_like_diagnose(result, models, batches, 2e-5)
 
 
-def test_losses_without_a_name_of_their_own_are_told_apart():
-    from fadiag_fast.scanning.driver import _function_name
+LOSSES = """
+from functools import partial
+import torch
+from torch import nn
 
-    def scaled(by):
-        return lambda logits, y: by * nn.functional.cross_entropy(logits, y)
+def scaled(by, weights=None):
+    return lambda logits, y: by * nn.functional.cross_entropy(logits, y, weight=weights)
 
-    assert _function_name(scaled(1.0)) == _function_name(scaled(1.0))
-    assert _function_name(scaled(1.0)) != _function_name(scaled(2.0))
-    assert _function_name(lambda a, b: a.sum()) != _function_name(lambda a, b: a.mean())
+def smoothed(logits, y, by, *, kind="mean"):
+    return nn.functional.cross_entropy(logits, y, label_smoothing=by, reduction=kind)
+
+class Scaled:
+    def __init__(self, by):
+        self.by = by
+    def __call__(self, logits, y):
+        return self.by * nn.functional.cross_entropy(logits, y)
+    def loss(self, logits, y):
+        return self(logits, y) if "a" in {"a", "b", "c", "d"} else None
+
+class Twice(Scaled):
+    def __call__(self, logits, y):
+        return 2 * super().__call__(logits, y)
+
+def unbound():
+    def loss(logits, y):
+        return later(logits, y)
+    return loss
+    later = None
+
+losses = [
+    scaled(1.0), scaled(2.0), scaled(1.0, torch.ones(3)), scaled(1.0, torch.tensor([1.0, 1, 2])),
+    lambda a, b: a.sum(), lambda a, b: a.mean(),
+    partial(smoothed, by=0.1), partial(smoothed, by=0.2), partial(smoothed, by=0.2, kind="sum"),
+    nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1),
+    nn.CrossEntropyLoss(weight=torch.ones(3)), nn.CrossEntropyLoss(weight=torch.zeros(3)),
+    Scaled(1.0), Scaled(2.0), Twice(1.0), Scaled(1.0).loss, Scaled(2.0).loss, unbound(),
+    nn.functional.mse_loss, torch.add,
+]
+"""
+
+
+def test_losses_are_told_apart_by_what_they_do_and_alike_in_every_process():
+    code = LOSSES + (
+        "from fadiag_fast.scanning.driver import _described\n"
+        "print(*map(_described, losses), sep='\\n')"
+    )
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        for seed in "12"
+    ]
+    assert found[0] == found[1]
+    assert len(set(found[0])) == len(found[0]) == 21
 
 
 def test_one_row_that_fails_alone_does_not_fail_its_stack(tmp_path):
