@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import gc
 import math
 import os
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -815,54 +817,56 @@ def test_a_budget_knows_what_a_step_has_cost_before_it_chooses_the_next():
     assert [record.step for record in records] == [0, 2, 4]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_one_sample_that_is_not_finite_is_told_at_its_own_step(bad):
-    """Medians pass over it; the weights are spoiled by it one step later."""
+@pytest.mark.parametrize("removed", [True, False])
+@pytest.mark.parametrize("example", [True, False])
+def test_a_probe_and_its_model_are_let_go_of(example, removed):
+    def train():
+        model, (x, y) = network(), batch_of()
+        probe = StepProbe(model, example=x if example else None)
+        backward(model, x, y)
+        probe.step()
+        if removed:
+            probe.remove()
+        return weakref.ref(probe), weakref.ref(model)
+
+    probe, model = train()
+    gc.collect()
+    assert probe() is None
+    assert model() is None
+
+
+def test_a_micro_batch_without_samples_leaves_the_direction_as_it_is():
+    batches = [batch_of(seed=seed) for seed in range(3)]
+    plain = records_of(network(), batches, directions="all")
     records, model = [], network()
-    with StepProbe(model, sink=records.append, alarms=Alarms(actions=())) as probe:
-        for seed in range(4):
-            x, y = batch_of(seed=seed)
-            if seed == 2:
-                x[3, 0] = bad
+    with StepProbe(model, sink=records.append, directions="all") as probe:
+        for x, y in batches:
             backward(model, x, y)
+            (0.0 * model(x[:0]).sum()).backward()
             probe.step()
-        probe.flush()
-        (alarm,) = probe.alarms.events
-    middle = records[0].layers[1]
-    assert [record.non_finite_means for record in records] == [(), (), (middle,), ()]
-    assert all(map(math.isfinite, records[2].grad_norms))
-    assert (alarm.step, alarm.rule, alarm.figure, alarm.layer) == (
-        2,
-        "non-finite",
-        "grad_mean",
-        middle,
-    )
-    assert f"step 2, {middle}: the batch-mean gradient is nan" in alarm.sentence
-    assert "last step at which all was well is 1" in alarm.sentence
-    again = StepRecord.from_json(records[2].to_json())
-    assert again.non_finite_means == (middle,)
+    assert [r.micro_batches for r in records] == [2] * 3
+    for record, other in zip(records, plain, strict=True):
+        assert record.grad_norms == other.grad_norms
+        assert record.stabilities == pytest.approx(other.stabilities, rel=1e-6, nan_ok=True)
 
 
-def test_directions_that_begin_anew_or_do_not_arrive_are_no_samples_of_nan():
-    records = []
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
-    with StepProbe(model, ["0", "2"], sink=records.append, directions="all") as probe:
+def test_a_probe_that_is_built_during_a_pass_of_another_model_is_no_part_of_it():
+    class Nested(Branching):
+        def forward(self, x):
+            h = self.embed(x)
+            for block in self.blocks:
+                h = h + block(h)
+                StepProbe(other, example=x).remove()
+            return self.out_head(self.out_ln(h))
 
-        def step(*lengths, factor=1.0):
-            for length in lengths:
-                x = torch.randn(5, length, 4, dtype=model[0].weight.dtype)
-                (factor * model(x).square().mean()).backward()
-            probe.step()
-
-        step(3)
-        step(3)
-        step(2)  # states of another shape
-        step(2, 3)  # micro-batches without a common direction
-        step(2)
-        step(2, factor=0.0)
-        model.double().zero_grad()
-        step(2)
-    assert [record.non_finite_means for record in records] == [()] * 7
+    other = network()
+    torch.manual_seed(0)
+    records, model, (x, y) = [], Nested(), batch_of()
+    with StepProbe(model, sink=records.append, example=x) as probe:
+        backward(model, x, y)
+        probe.step()
+    assert records[0].unreached == ()
+    assert records[0].hidden_norms == records_of(network(), [(x, y)])[0].hidden_norms
 
 
 @pytest.mark.parametrize("examples", [(False, False), (True, False), (False, True)])

@@ -2,8 +2,8 @@
 
 Three rules, each with its own memory of what fired:
 
-- *non-finite*: a norm of a hidden state or of a gradient is infinite or NaN, or a batch-mean
-  gradient, as one sample of NaN makes it. At once, also in the warm-up.
+- *non-finite*: a norm of a hidden state or of a gradient is infinite or NaN. At once, also in the
+  warm-up.
 - *protocol*: (a) growth above 50 at a layer; (b) the gradient at the floor, read by the credit gain
   of the deepest state, for ‖g_L‖ itself falls also when the task gets solved. Direction stability
   only says, beside (b), whether the lost gradient drifts or is noise.
@@ -47,13 +47,7 @@ _REFRESH = 30
 # A logarithm of zero; below that of the smallest subnormal double.
 _LOG_ZERO = -750.0
 
-HIDDEN_NORM, GROWTH, CREDIT_GAIN, GRAD_NORM, GRAD_MEAN = (
-    "hidden_norm",
-    "growth",
-    "credit_gain",
-    "grad_norm",
-    "grad_mean",
-)
+HIDDEN_NORM, GROWTH, CREDIT_GAIN, GRAD_NORM = "hidden_norm", "growth", "credit_gain", "grad_norm"
 NON_FINITE, SCALE_GROWTH, GRADIENT_FLOOR, BASELINE = (
     "non-finite",
     "scale growth",
@@ -93,7 +87,7 @@ class Alarm:
         reported_at: the step whose record made it fire.
         layer: name of the hidden state concerned.
         rule: ``non-finite``, ``scale growth``, ``gradient floor`` or ``baseline``.
-        figure: ``hidden_norm``, ``growth``, ``credit_gain``, ``grad_norm`` or ``grad_mean``.
+        figure: ``hidden_norm``, ``growth``, ``credit_gain`` or ``grad_norm``.
         value: the figure at ``step``.
         threshold: the limit that ``value`` passed; the published one, or the baseline's.
         baseline_median: median of the figure over the healthy past; NaN where there is none.
@@ -408,7 +402,7 @@ class Alarms:
         By plain comparisons, which do for nearly every record of a run: a training loop that
         computes for two milliseconds a step would feel the whole judgement.
         """
-        if self._bounds is None or self._troubled or record.unreached or record.non_finite_means:
+        if self._bounds is None or self._troubled or record.unreached:
             return None
         hidden = record.hidden_norms
         if self._episode_start is not None or 0.0 in hidden or 0.0 in record.credit_gains:
@@ -493,13 +487,6 @@ class Alarms:
                 # Data flow down the depth in the forward pass, and up in the backward pass.
                 at = bad[0] if figure == HIDDEN_NORM else bad[-1]
                 return [_Finding(NON_FINITE, figure, record.layers[at], norms[at], math.inf)]
-        if record.non_finite_means:
-            layer = record.non_finite_means[-1]
-            note = (
-                " At least one sample is NaN or infinite, which medians pass over; it need not "
-                "have begun in this state."
-            )
-            return [_Finding(NON_FINITE, GRAD_MEAN, layer, math.nan, math.inf, note=note)]
         return []
 
     def _protocol(self, record: StepRecord, level: float) -> list[_Finding]:
@@ -623,7 +610,6 @@ class Alarms:
             GROWTH: "the growth of the median ‖h‖ into it",
             CREDIT_GAIN: "the median credit gain",
             GRAD_NORM: "the median ‖g‖",
-            GRAD_MEAN: "the batch-mean gradient",
         }[finding.figure]
         side = "above" if finding.value > finding.threshold else "below"
         what = f"step {step}, {finding.layer}: {symbol} is {finding.value:.3g}"

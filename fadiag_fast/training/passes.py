@@ -10,6 +10,7 @@ that is never differentiated is gone with its graph.
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ from ..capture import sample_rows
 from ..reference import sample_norm
 from ..statistics import SampleReduction
 from .sharded import Part, TensorRanks, plain_part
+
+# Micro-batches of one step. Nobody accumulates so many; a loop that forgot to call step() does.
+MOST_PARTS = 10_000
 
 _queue_callback: Callable[[Callable[[], None]], None] = (
     torch.autograd.Variable._execution_engine.queue_callback
@@ -162,6 +166,28 @@ class Figures:
         if self.samples is not None or self.count is None:
             return float(self.samples or 0)
         return self.count
+
+
+class Parts(list[Figures]):
+    """The micro-batches of a step, until it ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._warned = False
+
+    def add(self, figures: Figures) -> None:
+        """Append what a backward pass has brought; forget all before where there are too many."""
+        if len(self) == MOST_PARTS:
+            self.clear()
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"StepProbe: expected step() after each optimiser step, got {MOST_PARTS:,} "
+                    f"backward passes without one: what they said is thrown away",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        self.append(figures)
 
 
 class Observation:
@@ -444,7 +470,12 @@ def merged(parts: list[Figures]) -> Figures:
     total = sum(weights)
     means: list[Tensor | None] = []
     for of_layer in zip(*(part.means for part in parts), strict=True):
-        known = [(m, w) for m, w in zip(of_layer, weights, strict=True) if m is not None]
+        # The mean of no samples is none.
+        known = [
+            (m, w)
+            for part, m, w in zip(parts, of_layer, weights, strict=True)
+            if m is not None and part.samples != 0
+        ]
         # Micro-batches padded to different lengths have no common direction.
         if len({m.shape for m, _ in known}) != 1:
             means.append(None)

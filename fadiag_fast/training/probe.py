@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import functools
 import inspect
-import itertools
 import math
 import os
 import sys
@@ -36,7 +35,7 @@ from .alarms import Alarms, TrainingStopped
 from .directions import Directions
 from .distributed import Exchange, Pending, default_group
 from .hooks import EndHook, Hook, InputHook, OutputHook, PrepareHook, RootHook
-from .passes import Figures, Observation, Pass, Settings, by_sample, merged
+from .passes import Figures, Observation, Parts, Pass, Settings, by_sample, merged
 from .records import StepRecord
 from .replay import STEPS_BEFORE, Replay, like_of
 from .ring import Ring
@@ -49,9 +48,6 @@ Mode = Literal["auto", "passing", "together"]
 
 # All states and gradients of a pass together: small beside any training that has larger ones.
 _KEPT_BYTES = 8 * 2**20
-
-# Micro-batches of one step. Nobody accumulates so many; a loop that forgot to call step() does.
-_MOST_PARTS = 10_000
 
 _NOT_COMPILED = (
     "StepProbe: expected a network under tensor parallelism to run eagerly, got states of compiled "
@@ -87,7 +83,6 @@ class _Meta(NamedTuple):
     autocast: str | None
     missing: tuple[int, ...]
     scaled: bool
-    directions: tuple[Any, ...]  # see StepProbe._directions_of
     world_size: int = 1
 
 
@@ -353,16 +348,14 @@ class StepProbe:
         self._current: Pass | None = None  # under way
         self._backward_of: Pass | None = None  # whose backward pass may run parts of it again
         self._observations: list[Observation] = []
-        self._parts: list[Figures] = []
-        self._slot_parts: list[Figures] = []
+        self._parts = Parts()
+        self._slot_parts = Parts()
         self._seconds = 0.0
         self._autocast: str | None = None
-        self._warned_of_parts = False
         self._slots: Slots | None = None
         self._settings: Settings | None = None
         self._tensor_ranks: TensorRanks | None = None
         self._directions: Directions | None = None
-        self._compared: dict[int, int] = {}  # per state, at which start its direction was a number
         self._ring: Ring | None = None
         self._exchange: Exchange | None = None
         self._pending: tuple[Pending, _Meta, _Scaling | None] | None = None
@@ -409,8 +402,10 @@ class StepProbe:
     def _prepare(self, x: Any) -> None:
         self._preparing_now = True
         # Another probe's pass may be under way, in which this look at the model has no part.
-        under_way = [(probe, probe._current) for probe in _alive]
-        for probe, _ in under_way:
+        mine = set(self.model.modules())
+        others = [p for p in list(_alive) if p._current and not mine.isdisjoint(p.model.modules())]
+        under_way = [(probe, probe._current) for probe in others]
+        for probe in others:
             probe._current = None
         try:
             # Before the model runs: fully_shard then shows its parameters as they are kept.
@@ -436,7 +431,8 @@ class StepProbe:
         finally:
             self._preparing_now = False
             for probe, current in under_way:
-                probe._current = current
+                if probe._current is None:
+                    probe._current = current
         for handle in self._preparing:
             handle.remove()
         self._preparing = []
@@ -656,22 +652,8 @@ class StepProbe:
             next(state.tensor.device for state in states if state is not None),
             refusals,
             self.samples,
-            functools.partial(self._keep, self._slot_parts),
+            self._slot_parts.add,  # not of the probe, which the slots would keep alive
         )
-
-    def _keep(self, parts: list[Figures], figures: Figures) -> None:
-        """Keep the figures of a micro-batch until the step ends."""
-        if len(parts) == _MOST_PARTS:
-            parts.clear()
-            if not self._warned_of_parts:
-                self._warned_of_parts = True
-                warnings.warn(
-                    f"StepProbe: expected step() after each optimiser step, got {_MOST_PARTS:,} "
-                    f"backward passes without one: what they said is thrown away",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-        parts.append(figures)
 
     # ---- in the forward pass
 
@@ -748,7 +730,7 @@ class StepProbe:
             of.seconds = 0.0
             figures = observation.figures()
             if figures is not None:
-                self._keep(self._parts, figures)
+                self._parts.add(figures)
         if self._slots is not None:
             self._slots.forget()
         self._backward_of = None
@@ -791,7 +773,8 @@ class StepProbe:
             self._reduce_finished()
             parts = self._take_parts()
         finally:
-            self._observations, self._parts = [], []
+            self._observations = []
+            self._parts.clear()
             self._slot_parts.clear()
             if not captured:
                 self._advance()
@@ -850,8 +833,7 @@ class StepProbe:
         self._backward_of = None
         self._replay(tensors)
         observation.forget()
-        known = self._directions_of(None)
-        meta = _Meta(step, self._sizes, tensors[-1].shape[0], 1, of.autocast, (), False, known)
+        meta = _Meta(step, self._sizes, tensors[-1].shape[0], 1, of.autocast, (), False)
         self._emit(self._ring.written(meta))
         return True
 
@@ -925,10 +907,10 @@ class StepProbe:
         device = figures.norms.device
         self._make_ring(device)
         found_group = self._exchange_group()
+        meta = self._meta(figures, step)
         scaling = self._scaling(figures)
         if found_group is None:
             self._write_row(figures, scaling)
-            meta = self._meta(figures, step)
             if scaling is None:
                 self._send(meta)
             else:
@@ -945,9 +927,14 @@ class StepProbe:
             # Every rank must decide alike: by the parameters, not by what a step happened to see.
             wide = any(p.dtype == torch.float64 for p in self.model.parameters())
             self._exchange = Exchange(found_group, self.max_samples, wide, self._tensor_ranks)
-        sums = [None if mean is None else mean * figures.weight for mean in figures.means]
+        # The mean of no samples is NaN, and their sum zero.
+        empty = figures.samples == 0
+        sums = [
+            mean if mean is None else torch.zeros_like(mean) if empty else mean * figures.weight
+            for mean in figures.means
+        ]
         pending = self._exchange.start(figures.norms.flatten(0, 1), sums)
-        self._pending = (pending, self._meta(figures, step), scaling)
+        self._pending = (pending, meta, scaling)
 
     def _settle(self) -> None:
         """Finish the step whose collective is under way."""
@@ -967,14 +954,9 @@ class StepProbe:
         if scaling is not None:
             scaling.overflowed(self._overflowed(figures))
         assert self._exchange is not None
+        meta = meta._replace(samples=None, world_size=self._exchange.world)
         self._write_row(figures, scaling)
-        self._send(
-            meta._replace(
-                samples=None,
-                world_size=self._exchange.world,
-                directions=self._directions_of(figures),
-            )
-        )
+        self._send(meta)
 
     def _meta(self, figures: Figures, step: int) -> _Meta:
         ranks = self._tensor_ranks
@@ -989,15 +971,7 @@ class StepProbe:
             self._autocast,
             tuple(sorted(figures.missing)),
             self.scaler is not None,
-            self._directions_of(figures),
         )
-
-    def _directions_of(self, figures: Figures | None) -> tuple[Any, ...]:
-        """Return which directions a row holds, and how often they were begun anew until then."""
-        if self._directions is None:
-            return ()
-        there = (m is not None for m in figures.means) if figures else itertools.repeat(True)
-        return self._directions.starts, *itertools.islice(there, self._directions.num_layers)
 
     def _scaling(self, figures: Figures) -> _Scaling | None:
         """Return what is known of the gradient scaler so far."""
@@ -1101,18 +1075,11 @@ class StepProbe:
         at = 3 * n + 2
         stabilities, averages = [math.nan] * n, [math.nan] * n
         num_directions = 0
-        non_finite: tuple[str, ...] = ()
         directions, settings = self._directions, self._settings
         assert settings is not None
         if directions is not None:
-            starts = meta.directions[0]
-            for i, layer in enumerate(settings.direction_layers, 1):
-                averages[layer] = average = row[at + directions.window]
-                if average == average:
-                    self._compared[layer] = starts
-                elif meta.directions[i] and self._compared.get(layer) == starts and grad[layer]:
-                    # There is an average to be compared with, and the direction is not zero.
-                    non_finite += (settings.labels[layer],)
+            for layer in settings.direction_layers:
+                averages[layer] = row[at + directions.window]
                 known = row[at : at + directions.window]
                 at += directions.width
                 total = math.fsum(known)
@@ -1147,7 +1114,6 @@ class StepProbe:
             unreached=tuple([labels[l] for l in meta.missing]) if meta.missing else (),
             loss_reduction=self.loss_reduction,
             world_size=meta.world_size,
-            non_finite_means=non_finite,
         )
 
     def _emit(self, rows: Sequence[tuple[_Meta, list[float]]]) -> None:
@@ -1187,7 +1153,8 @@ class StepProbe:
         self._current = None
         for observation in self._observations:
             observation.forget()
-        self._observations, self._parts = [], []
+        self._observations = []
+        self._parts.clear()
         self._slot_parts.clear()
 
     def remove(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..protocol import growth_ratios
 
-_TEXTS = ("layers", "unreached", "non_finite_means", "autocast", "loss_reduction")
+_TEXTS = ("layers", "unreached", "autocast", "loss_reduction")
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,6 @@ class StepRecord:
             not arrive is NaN.
         loss_reduction: how the user says that the loss is reduced: it scales ``grad_norms``.
         world_size: ranks that the figures are over, those of tensor parallelism included.
-        non_finite_means: states whose batch-mean gradient is not a number in this step, though it
-            was in one before: a sample of NaN does that, which medians leave out. Known of states
-            whose directions are kept.
     """
 
     step: int
@@ -62,7 +59,6 @@ class StepRecord:
     unreached: tuple[str, ...] = ()
     loss_reduction: str = "mean"
     world_size: int = 1
-    non_finite_means: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, **values: Any) -> StepRecord:
