@@ -6,6 +6,7 @@ import gc
 import math
 import os
 import pickle
+import threading
 import warnings
 import weakref
 
@@ -850,20 +851,28 @@ def test_a_micro_batch_without_samples_leaves_the_direction_as_it_is():
         assert record.stabilities == pytest.approx(other.stabilities, rel=1e-6, nan_ok=True)
 
 
-def test_a_probe_that_is_built_during_a_pass_of_another_model_is_no_part_of_it():
-    class Nested(Branching):
-        def forward(self, x):
-            h = self.embed(x)
-            for block in self.blocks:
-                h = h + block(h)
-                StepProbe(other, example=x).remove()
-            return self.out_head(self.out_ln(h))
+def test_a_probe_that_is_built_on_another_model_meanwhile_is_no_part_of_a_pass():
+    building, done = threading.Event(), threading.Event()
 
-    other = network()
-    torch.manual_seed(0)
-    records, model, (x, y) = [], Nested(), batch_of()
+    class Slow(Branching):
+        def forward(self, x):
+            building.set()
+            done.wait(60)
+            return super().forward(x)
+
+    (x, y), records, model = batch_of(), [], network()
+    other = threading.Thread(target=lambda: StepProbe(Slow(), example=x))
+
+    def begin(*_):
+        other.start()
+        building.wait(60)
+
     with StepProbe(model, sink=records.append, example=x) as probe:
+        handle = model.blocks[0].register_forward_pre_hook(begin)
         backward(model, x, y)
+        handle.remove()
+        done.set()
+        other.join()
         probe.step()
     assert records[0].unreached == ()
     assert records[0].hidden_norms == records_of(network(), [(x, y)])[0].hidden_norms

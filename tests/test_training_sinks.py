@@ -13,7 +13,7 @@ import types
 
 import pytest
 
-from fadiag_fast.training.alarms import AllClear, TrainingStopped, judge_series
+from fadiag_fast.training.alarms import Alarm, AllClear, TrainingStopped, judge_series
 from fadiag_fast.training.records import StepRecord
 from fadiag_fast.training.sinks import (
     JsonLines,
@@ -125,6 +125,22 @@ def test_a_session_that_goes_on_from_a_checkpoint_replaces_what_came_after_it(tm
     with JsonLines(path, append=False) as sink:
         sink(record(4))
     assert [one.step for one in read_jsonlines(path).records] == [4]
+
+
+def test_an_alarm_behind_a_replaced_record_does_not_keep_it(tmp_path):
+    """It is of an earlier step than the record that made it fire."""
+    path = tmp_path / "steps.jsonl"
+    alarm = Alarm(103, 104, "a", "baseline", "growth", 9.0, 1.0, 1.0, 1.0, 102, "a rule was met")
+    with JsonLines(path) as sink:
+        for step in range(100, 105):
+            sink(record(step))
+        sink.event(alarm)
+    with JsonLines(path) as sink:
+        for step in range(104, 107):
+            sink(record(step))
+    log = read_jsonlines(path)
+    assert [one.step for one in log.records] == [*range(100, 107)]
+    assert (log.superseded, log.events) == (1, (alarm,))
 
 
 def test_other_files_and_later_versions_are_refused(tmp_path):

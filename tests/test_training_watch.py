@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import re
 
 import pytest
@@ -10,8 +11,8 @@ from test_training_alarms import healthy, record
 from typer.testing import CliRunner
 
 from fadiag_fast import cli
-from fadiag_fast.training.alarms import Alarms
-from fadiag_fast.training.sinks import JsonLines
+from fadiag_fast.training.alarms import Alarm, Alarms
+from fadiag_fast.training.sinks import JsonLines, read_jsonlines
 from fadiag_fast.training.watch import Tail, find_log, scan_result_of, sparkline, view
 
 runner = CliRunner()
@@ -149,6 +150,40 @@ def test_a_growing_file_is_read_line_by_line_and_as_if_at_once(tmp_path):
     tail.read()
     assert [one.step for one in tail.records] == [0, 1]
     assert tail.exit_code == 2
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_file_that_is_followed_and_one_that_is_read_at_once_say_the_same(seed, tmp_path):
+    """Sessions from checkpoints, alarms of earlier steps than their record's, damage, cut reads."""
+    chosen = random.Random(seed)
+    lines, step = [], 0
+    for _ in range(chosen.randint(1, 4)):
+        lines.append(json.dumps({"fadiag_steps": 1, "layers": ["a"]}))
+        for _ in range(chosen.randint(0, 8)):
+            lines.append(record(step).to_json())
+            if chosen.random() < 0.3:
+                first = max(0, step - chosen.randint(0, 2))
+                alarm = (first, step, "a", "baseline", "growth", 9.0, 1.0, 1.0, 1.0, None)
+                lines.append(json.dumps(Alarm(*alarm, f"alarm {len(lines)}").to_dict()))
+            if chosen.random() < 0.05:
+                lines.append("garbage{")
+            step += chosen.choice([1, 1, 2])
+        step = max(0, step - chosen.randint(0, 8))
+    text = "".join(f"{line}\n" for line in lines).encode()
+    path = tmp_path / "steps.jsonl"
+    path.touch()
+    tail = Tail(path, last=1000)
+    cuts = sorted(chosen.randrange(len(text)) for _ in range(4))
+    for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        with open(path, "ab") as file:
+            file.write(text[begin:end])
+        tail.read()
+    log = read_jsonlines(path)
+    assert [r.to_json() for r in tail.records] == [r.to_json() for r in log.records]
+    assert [r.step for r in log.records] == sorted({r.step for r in log.records})
+    assert tail.damaged == len(log.damaged)
+    if tail.own:
+        assert tail.events == list(log.events)
 
 
 def test_sparklines():

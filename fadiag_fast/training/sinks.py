@@ -208,11 +208,11 @@ def read_jsonlines(path: str | os.PathLike[str]) -> StepLog:
             entries.append((sessions, entry))
     if not understood and damaged:
         raise ValueError(f"{path}: expected JSON lines of step records, got none among its lines")
-    kept, superseded = _latest_sessions(entries)
+    records, events, superseded = _latest_sessions(entries)
     return StepLog(
         path,
-        tuple(entry for entry in kept if isinstance(entry, StepRecord)),
-        tuple(entry for entry in kept if not isinstance(entry, StepRecord)),
+        tuple(records),
+        tuple(events),
         max(sessions, 1),
         superseded,
         cut,
@@ -247,16 +247,25 @@ def entry_of(path: Path, line: bytes) -> StepRecord | Event | dict[str, Any] | N
 
 def _latest_sessions(
     entries: Sequence[tuple[int, StepRecord | Event]],
-) -> tuple[list[StepRecord | Event], int]:
-    """Return the entries without those that a later session has replaced, and how many records."""
-    kept: list[tuple[int, StepRecord | Event]] = []
+) -> tuple[list[StepRecord], list[Event], int]:
+    """Return records and events without those that a later session has replaced, and how many.
+
+    Each by its own step: an alarm is of an earlier one than the record behind which it stands.
+    """
+    records: list[tuple[int, StepRecord]] = []
+    events: list[tuple[int, Event]] = []
     superseded = 0
     for session, entry in entries:
-        if kept and isinstance(entry, StepRecord):
-            while kept and kept[-1][0] < session and kept[-1][1].step >= entry.step:
-                superseded += isinstance(kept.pop()[1], StepRecord)
-        kept.append((session, entry))
-    return [entry for _, entry in kept], superseded
+        if not isinstance(entry, StepRecord):
+            events.append((session, entry))
+            continue
+        while records and records[-1][0] < session and records[-1][1].step >= entry.step:
+            records.pop()
+            superseded += 1
+        while events and events[-1][0] < session and events[-1][1].step >= entry.step:
+            events.pop()
+        records.append((session, entry))
+    return [record for _, record in records], [event for _, event in events], superseded
 
 
 class LogSink(Sink):

@@ -119,7 +119,8 @@ class Tail:
                 self._earlier += self._current
                 self._begin_session()
             else:
-                self.own = True
+                if not self.own:  # what was judged here before is not the run's word
+                    self.own, self._earlier = True, []
                 self._own.append(entry)
                 found.append(entry)
         return found
