@@ -263,7 +263,12 @@ def _found(
         warnings.simplefilter("always")
         entries = find_entries(checkpoints or [], pattern, manifest)
     for warning in caught:
-        _errors.print(f"fadiag: {warning.message}", style="yellow", markup=False)
+        if str(warning.message).startswith("scan: "):
+            _errors.print(f"fadiag: {warning.message}", style="yellow", markup=False)
+        else:  # of a library
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
     return entries
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import csv
 import os
+import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..checkpoints.remote import is_url
 from .extras import parquet, require
 
 # Tried in this order where no pattern is given: a step says more than an iteration or an epoch, and
@@ -43,13 +45,6 @@ DEFAULT_PATTERNS = (
     "{run}/*_epoch{step}.*",
     "{run}/*epoch={step}*.*",
     "{run}/epoch_{step}",
-    # Words that other numbers follow too: of model_0.5.pt the ending would be .5.pt.
-    *(
-        f"{{run}}/{word}{separator}{{step}}.{ending}"
-        for word in ("model", "ckpt")
-        for separator in "_-"
-        for ending in ("p*", "ckpt", "safetensors", "bin")
-    ),
     "{run}/step_{step}/*",
     "{run}/step-{step}/*",
     "{run}/global_step{step}/*",
@@ -58,6 +53,11 @@ DEFAULT_PATTERNS = (
     "{run}/checkpoint_{step}/*",
     "{run}/iter_{step}/*",
     "{run}/epoch_{step}/*",
+    # Words that other numbers follow too: in such a folder a shard's, or a rank's.
+    "{run}/model_{step}.*",
+    "{run}/model-{step}.*",
+    "{run}/ckpt_{step}.*",
+    "{run}/ckpt-{step}.*",
 )
 
 _KNOWN = (
@@ -129,12 +129,16 @@ class Pattern:
     piece of one folder's or file's name; ``*`` for any such piece that nobody needs. A pattern is
     matched against the end of a path, at the start of a name.
 
+    Args:
+        text: the pattern.
+        decimals: whether ``{step}`` may be the whole part of a number: 3 of ``epoch_3.5.pt``.
+
     Raises:
         SeriesError: the pattern has no ``{run}`` or ``{step}``, a field twice, two fields with
             nothing between them, or unbalanced braces.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, decimals: bool = True) -> None:
         self.text = text
         pieces = _FIELD.split(text)
         literals, names = pieces[::2], pieces[1::2]
@@ -156,7 +160,8 @@ class Pattern:
         self.names = tuple(names)
         expression = self._literal(literals[0])
         for name, literal in zip(names, literals[1:], strict=True):
-            kind = {"step": r"\d+", "run": r".+"}.get(name, r"[^/]+?")
+            digits = r"\d+" if decimals else r"\d+(?!\.\d+(?:\.|$))"
+            kind = {"step": digits, "run": r".+"}.get(name, r"[^/]+?")
             expression += f"(?P<{name}>{kind}){self._literal(literal)}"
         # {run} in front takes all folders there are: where it begins need not be looked for.
         before = "" if text.startswith("{run}") else "(?:^|.*?/)"
@@ -177,6 +182,14 @@ class Pattern:
 
 def _slashes(path: str) -> str:
     return path.replace(os.sep, "/") if os.sep != "/" else path
+
+
+def _plain(path: str) -> str:
+    """Return a path without ``.``, ``..`` and slashes that say nothing; nothing for here."""
+    if is_url(path):
+        return path.rstrip("/")
+    plain = posixpath.normpath(_slashes(path))
+    return "" if plain == "." else plain
 
 
 def _folder_of(path: str) -> str:
@@ -229,20 +242,25 @@ def series(
     Raises:
         SeriesError: the pattern is none.
     """
-    given = [pattern] if isinstance(pattern, str) else list(pattern or DEFAULT_PATTERNS)
-    patterns = [Pattern(text) for text in given]
-    above = "" if root is None else _slashes(os.fspath(root))
+    if pattern:
+        given = [pattern] if isinstance(pattern, str) else list(pattern)
+        patterns = [Pattern(text) for text in given]
+    else:
+        # Behind other words than step a number may be a figure: checkpoint_0.91.pt.
+        patterns = [
+            Pattern(text, "step" in text.replace("{step}", "")) for text in DEFAULT_PATTERNS
+        ]
+    above = "" if root is None else _plain(os.fspath(root))
     start = above and above.rstrip("/") + "/"
     found: list[tuple[Entry, bool]] = []
     names = list(dict.fromkeys(os.fspath(path) for path in paths))
     # A root above where we are, or one folder by two names.
     absolute = start.startswith("/") or (not start and any(map(os.path.isabs, names)))
     for path in names:
-        seen = _slashes(path)
+        seen = _plain(path)
         if absolute and not seen.startswith("/") and "://" not in seen:
             seen = _slashes(os.path.abspath(path))
         seen = seen[len(start) :] if start and seen.startswith(start) else seen
-        seen = seen.rstrip("/") or seen
         fields = _fields(seen, patterns)
         if fields is None and not seen.startswith("/") and "://" not in seen:
             # {run} is a folder: the one where we are, where a path names no other.

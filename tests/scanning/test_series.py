@@ -59,6 +59,38 @@ def test_runs_are_named_from_what_tells_them_apart():
     assert placed(paths[:2], root="/d/runs") == [("dfa/s42", 9), ("dfa/s42", 10)]
 
 
+def test_one_folder_by_two_names_is_one_run():
+    assert placed(["a/step_1.pt", "./a/step_2.pt", "b/../a//step_3.pt", "c/step_1.pt"]) == [
+        ("a", 1),
+        ("a", 2),
+        ("a", 3),
+        ("c", 1),
+    ]
+    assert placed(["./runs/a/step_1.pt", "runs/b/step_1.pt"], root="./runs/") == [
+        ("a", 1),
+        ("b", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "step"),
+    [
+        ("a/checkpoint-0.91.pt", None),
+        ("a/checkpoint_0.95.pt", None),
+        ("a/epoch_3.5.pt", None),
+        ("a/model_0.5.pt", None),
+        ("a/model_1.2.3.pt", None),
+        ("a/checkpoint_12.pth.tar", 12),
+        ("a/model_7.safetensors", 7),
+        ("a/step_100/model_2.pt", 100),
+        ("a/step_100/ckpt_0.pt", 100),
+        ("a/checkpoint-300/model-3.bin", 300),
+    ],
+)
+def test_numbers_that_are_no_steps(path, step):
+    assert [e.step for e in series([path])] == [step]
+
+
 def test_fields_make_the_run_where_the_pattern_names_none():
     (entry,) = series(["x/dfa_s42/7.pt"], "{rule}_s{seed}/{step}.pt")
     assert (entry.run, entry.step, entry.fields) == ("dfa/42", 7, {"rule": "dfa", "seed": "42"})
