@@ -186,6 +186,7 @@ def train_command(
     """Train a zoo network with a credit rule and save it, feedback matrices included."""
     with _reported_errors():
         dataset = load_dataset(data, **parse_options(data_option))
+        out.parent.mkdir(parents=True, exist_ok=True)  # before the work that it is to hold
         with _progress(quiet) as progress:
             network = train(
                 model,

@@ -40,6 +40,17 @@ def test_train_saves_what_an_audit_needs(trained):
     assert saved["config"]["rule"] == "dfa"
 
 
+def test_train_makes_the_folder_of_its_checkpoint_before_it_trains(tmp_path, monkeypatch):
+    out = tmp_path / "runs/a/step_1.pt"
+    result = fadiag("train", "--steps", 1, "--batch-size", 8, "--out", out, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert out.is_file()
+    monkeypatch.setattr(cli, "train", lambda *_, **__: pytest.fail("it trained"))
+    result = fadiag("train", "--out", out / "below/a/file.pt", "--quiet")
+    assert result.exit_code == 3, result.output
+    assert "step_1.pt" in result.output
+
+
 def test_diagnose_prints_reports_a_summary_and_files(trained, tmp_path):
     out, markdown = tmp_path / "reports.json", tmp_path / "reports.md"
     arguments = ["diagnose", trained / "bp.pt", trained / "dfa.pt", "--max-stability", 1]

@@ -220,7 +220,9 @@ def find_entries(
         found = _once(given, lambda entry: entry.path)
     else:
         matches = {item: _matches(item) for item in map(os.fspath, given)}
-        paths = [path for matched in matches.values() for path in matched]
+        found_paths = (path for matched in matches.values() for path in matched)
+        # ./a.pt is a.pt, also for a later scan into the same folder.
+        paths = [path if is_url(path) else str(Path(path)) for path in found_paths]
         empty = [item for item, matched in matches.items() if not matched]
         if empty and not paths:
             raise ValueError(f"scan: expected files that match {', '.join(empty)}, got none")

@@ -442,11 +442,7 @@ class ScanResult:
         for run, rows in list(runs.items())[:_MOST_RUNS]:
             steps = [row["step"] for row in rows if row["step"] is not None]
             # The last one says how the run ended, also where its weights are no numbers any more.
-            ends = [
-                row
-                for row in _in_time(rows)
-                if row["status"] == AUDITED or row["error_kind"] == NON_FINITE_WEIGHTS
-            ]
+            ends = [row for row in _in_time(rows) if _is_known(row)]
             table.append(
                 [
                     _shorten(run, _LONGEST_NAME),
@@ -495,9 +491,16 @@ def _shorten(text: str, length: int) -> str:
 
 
 def _in_time(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows that have a place in time: those with steps, or all if none has."""
+    """Return the rows that have a place in time: those with steps, or all if none has.
+
+    A step of a checkpoint that could not be read places no verdict.
+    """
     stepped = [row for row in rows if row["step"] is not None]
-    return stepped or list(rows)
+    return stepped if any(map(_is_known, stepped)) else list(rows)
+
+
+def _is_known(row: Row) -> bool:
+    return bool(row["status"] == AUDITED or row["error_kind"] == NON_FINITE_WEIGHTS)
 
 
 def _first_fired(rows: Sequence[Row], key: str) -> FirstFired:

@@ -309,6 +309,33 @@ def test_another_setting_of_the_network_is_another_configuration(setting, tmp_pa
     assert norms[2] == norms[1] != norms[0]
 
 
+def test_a_dot_in_front_of_a_path_makes_no_other_row(tmp_path, monkeypatch):
+    study(tmp_path / "runs", range(2), runs=("a",))
+    monkeypatch.chdir(tmp_path)
+    batches = batches_of(2)
+    scan(["./runs/a/step_0.pt", "runs//a/step_9.pt"], Branching(), batches, "out")
+    scan("./runs/*/*.pt", Branching(), batches, "out")
+    result = scan("runs/*/*.pt", Branching(), batches, "out")
+    found = {row["path"]: (row["run"], row["step"]) for row in result.rows}
+    assert found == {
+        "runs/a/step_0.pt": ("a", 0),
+        "runs/a/step_1.pt": ("a", 1),
+        "runs/a/step_9.pt": ("a", 9),
+    }
+
+
+def test_a_run_whose_only_step_could_not_be_read_has_the_verdicts_of_the_others(tmp_path):
+    folder = tmp_path / "runs/a"
+    study(tmp_path / "runs", [7], runs=("a",))
+    (folder / "step_7.pt").rename(folder / "last.pt")
+    (folder / "step_5.pt").write_bytes(b"cut off")
+    result = scan(str(folder / "*.pt"), Branching(), batches_of(8), tmp_path / "out")
+    assert [row["status"] for row in result.rows] == ["failed", "audited"]
+    verdict = result.verdicts()[str(folder / "last.pt")]
+    (line,) = [line for line in str(result).splitlines() if line.startswith("a  ")]
+    assert f"5-5    {verdict}" in line
+
+
 def test_which_part_of_the_output_counts_is_part_of_the_configuration(tmp_path):
     """By its name, or as a function of the whole output."""
 

@@ -116,9 +116,12 @@ def test_first_fired_against_an_oracle(statuses):
 
 
 def test_checkpoints_without_a_step_are_no_moment_in_a_run_with_steps():
-    rows = [{"step": 1}, {"step": 2}, {"step": None}]
+    rows = [{"step": step, "status": "audited"} for step in (1, 2, None)]
+    failed = {"step": 3, "status": "failed", "error_kind": "unreadable"}
     assert _in_time(rows) == rows[:2]
     assert _in_time(rows[2:]) == rows[2:]
+    assert _in_time([*rows, failed]) == [*rows[:2], failed]
+    assert _in_time([failed, rows[2]]) == [failed, rows[2]]
 
 
 @pytest.mark.parametrize(
