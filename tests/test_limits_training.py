@@ -101,6 +101,10 @@ def test_no_backward():
     model, probe, records = probed()
     with pytest.raises(RuntimeError, match="expected a backward pass through the model"):
         probe.step()
+    loss_of(model.eval()).backward()
+    with pytest.raises(RuntimeError, match=r"the model is in eval mode.* call model.train\(\)$"):
+        probe.step()
+    model.train()
     batch = batch_of()
     loss_of(model, batch).backward()
     probe.step()

@@ -818,6 +818,62 @@ def test_a_budget_knows_what_a_step_has_cost_before_it_chooses_the_next():
     assert [record.step for record in records] == [0, 2, 4]
 
 
+class Halves(nn.Module):
+    """An encoder that returns a mean and a spread, as parts of one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(3)])
+        self.head = nn.Linear(5, 8)
+
+    def forward(self, x):
+        return self.head(self.layers(x)).chunk(2, 1)
+
+
+@pytest.mark.parametrize("mode", ["auto", "passing", "together"])
+def test_logits_of_which_the_loss_uses_another_part_are_not_reached(mode):
+    torch.manual_seed(0)
+    records, model, x = [], Halves(), batch_of()[0]
+    with StepProbe(model, sink=records.append, mode=mode) as probe:
+        for _ in range(3):
+            model(x)[1].square().mean().backward()  # the first part's gradient is None
+            probe.step()
+        model(x)[0].square().mean().backward()
+        probe.step()
+    assert [r.output_grad_norm > 0 for r in records] == [False] * 3 + [True]
+    assert all(math.isnan(r.output_grad_norm) for r in records[:3])
+    assert all(norm > 0 for r in records for norm in r.grad_norms)
+
+
+@pytest.mark.parametrize("mode", ["auto", "passing", "together"])
+def test_a_part_of_a_state_that_nobody_uses_is_not_reached(mode):
+    class Queries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = nn.Linear(5, 12)
+
+        def forward(self, x):
+            return self.project(x).chunk(3, 1)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.attention, self.head = nn.Linear(5, 5), Queries(), nn.Linear(4, 4)
+
+        def forward(self, x):
+            _, k, v = self.attention(self.stem(x))
+            return self.head(k * v)
+
+    records, model, (x, y) = [], Net(), batch_of()
+    taps = ["stem", "attention"]
+    with StepProbe(model, taps, sink=records.append, mode=mode) as probe:
+        backward(model, x, y)
+        probe.step()
+    assert records[0].unreached == ("attention",)
+    assert math.isnan(records[0].grad_norms[1])
+    assert records[0].grad_norms[0] > 0
+
+
 @pytest.mark.parametrize("removed", [True, False])
 @pytest.mark.parametrize("example", [True, False])
 def test_a_probe_and_its_model_are_let_go_of(example, removed):

@@ -181,6 +181,7 @@ def test_a_file_that_is_followed_and_one_that_is_read_at_once_say_the_same(seed,
     log = read_jsonlines(path)
     assert [r.to_json() for r in tail.records] == [r.to_json() for r in log.records]
     assert [r.step for r in log.records] == sorted({r.step for r in log.records})
+    assert (tail.count, tail.superseded) == (len(log.records), log.superseded)
     assert tail.damaged == len(log.damaged)
     if tail.own:
         assert tail.events == list(log.events)

@@ -120,7 +120,7 @@ def norms_and_mean(samples: Tensor) -> tuple[Tensor, Tensor]:
     return found.grad_norm[0].clone(), found.grad_mean[0]
 
 
-def _on_gradient(state: Tensor, hook: Callable[[Tensor], None]) -> None:
+def _on_gradient(state: Tensor, hook: Callable[[Tensor | None], None]) -> None:
     """Do what ``state.register_hook(hook)`` does, at a third of its time where that is plain.
 
     There is no handle: nobody takes such a hook away.
@@ -414,7 +414,9 @@ class Pass:
             self._hooked[l] = True
         self.seconds += perf_counter() - started
 
-    def _arrived(self, l: int, grad: Tensor) -> None:
+    def _arrived(self, l: int, grad: Tensor | None) -> None:
+        if grad is None:  # an output of several, of which the loss uses others: it is not reached
+            return
         started = perf_counter()
         last = self._last
         if last is None or last.has(l):

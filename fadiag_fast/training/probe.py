@@ -889,13 +889,13 @@ class StepProbe:
             hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
             for module in self.model.modules()
         )
-        more = (
-            ""
-            if self._prepared
-            else "; the model was not called in training mode with gradients enabled"
-        )
-        if compiled or "torch._dynamo" in sys.modules:
-            more += (
+        more = ""
+        if not self.model.training:
+            more = "; the model is in eval mode, whose passes are not looked at: call model.train()"
+        elif not self._prepared:
+            more = "; the model was not called in training mode with gradients enabled"
+        elif compiled or "torch._dynamo" in sys.modules:
+            more = (
                 "; if the model is compiled, the probe must be built before its first compiled call"
             )
         return (

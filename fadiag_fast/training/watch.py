@@ -6,6 +6,7 @@ import json
 import math
 import os
 import statistics
+from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ class Tail:
 
     Attributes:
         records: the last records, in order of step.
-        count: records read so far.
+        count: records read so far, without those that a later session has replaced.
+        superseded: those.
         damaged: lines that could not be read.
         own: whether the run has written alarms itself.
     """
@@ -81,7 +83,8 @@ class Tail:
 
     def _begin(self) -> None:
         self.records = deque[StepRecord](maxlen=self._last)
-        self.count = self.damaged = 0
+        self._steps = array("q")  # of all records that count
+        self.superseded = self.damaged = 0
         self._offset = 0
         self.own = False
         self._earlier: list[Event] = []
@@ -126,15 +129,22 @@ class Tail:
         return found
 
     def _take(self, record: StepRecord) -> None:
+        # A session that went on from a checkpoint.
         while self.records and self.records[-1].step >= record.step:
-            # A session that went on from a checkpoint.
             self.records.pop()
+        while self._steps and self._steps[-1] >= record.step:
+            self._steps.pop()
+            self.superseded += 1
         while self._earlier and self._earlier[-1].step >= record.step:
             self._earlier.pop()
         self.records.append(record)
-        self.count += 1
+        self._steps.append(record.step)
         self._of_session += 1
         self._judge(record)
+
+    @property
+    def count(self) -> int:
+        return len(self._steps)
 
     @property
     def _current(self) -> list[Event]:
@@ -226,6 +236,9 @@ def view(tail: Tail, others: Iterable[Path] = ()) -> list[Line]:
     skipped = sum(record.skipped for record in records)
     remarks = [
         f"{tail.damaged} lines could not be read" if tail.damaged else "",
+        f"{tail.superseded} records of earlier sessions are replaced by later ones"
+        if tail.superseded
+        else "",
         f"{skipped} of these steps were skipped by the gradient scaler" if skipped else "",
         f"not reached in the last step: {', '.join(last.unreached)}" if last.unreached else "",
         "" if tail.own or not tail.events else "judged here, by the default limits",
