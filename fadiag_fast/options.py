@@ -190,4 +190,5 @@ def build_network(
         ) from None
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model: expected {name} to return a module, got {type(model).__name__}")
-    return model, False
+    # Vectors of a dataset are images of one row; a network of one's own takes them as they were.
+    return model, tuple(dataset.input_shape[:2]) == (1, 1)

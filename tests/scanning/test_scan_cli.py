@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("pyarrow", reason="needs the extra 'scan'")
 
+import numpy as np
 import torch
 from studies import CONFIG, figures, record
 from typer.testing import CliRunner
@@ -157,6 +158,33 @@ def test_a_scan_builds_the_network_that_the_checkpoints_are_of(tmp_path):
     fadiag(*arguments, "--out", tmp_path / "b", "--model-option", "num_blocks=3")
     kinds = {row["step"]: row["error_kind"] for row in ScanResult.load(tmp_path / "b").rows}
     assert kinds == {0: "unreadable", 1: "wrong model", 2: "wrong model", 3: None}
+
+
+@pytest.mark.parametrize("command", ["diagnose", "scan"])
+def test_a_network_of_ones_own_gets_the_vectors_of_an_archive_as_they_are(
+    tmp_path, monkeypatch, command
+):
+    (tmp_path / "mynets.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(),\n"
+        "                         nn.Linear(6, 4))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    chosen = np.random.default_rng(0)
+    images = chosen.standard_normal((80, 8)).astype(np.float32)
+    labels = chosen.integers(0, 4, 80)
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    np.savez(tmp_path / "eval.npz", **dict(zip(names, (images, labels) * 2, strict=True)))
+    import mynets
+
+    torch.save(mynets.build().state_dict(), tmp_path / "step_1.pt")
+    options = ["--model", "mynets:build", "--data", f"npz:{tmp_path / 'eval.npz'}"]
+    options += ["--batches", 10, "--batch-size", 8, "--taps", "0", "--taps", "2"]
+    out = ["--out", tmp_path / "out"] if command == "scan" else []
+    result = fadiag(command, tmp_path / "step_1.pt", *options, *out)
+    assert result.exit_code in (0, 1), result.output
+    sys.modules.pop("mynets")
 
 
 def test_a_scan_says_that_checkpoints_are_of_another_model(tmp_path):
