@@ -194,7 +194,7 @@ def scan(
             reader.close()
     unmatched = [entry.path for entry in entries if not entry.matched]
     audited = run.done - run.reused - run.failed
-    counts = ScanCounts(run.done, audited, run.reused, run.failed, unmatched)
+    counts = ScanCounts(run.done, audited, run.reused, run.failed, unmatched, writer.rejudged)
     return ScanResult.of(out, counts)
 
 

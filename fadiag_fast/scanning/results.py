@@ -142,6 +142,8 @@ class ScanCounts:
         reused: taken over from an earlier one.
         failed: with a row that says why.
         unmatched: paths that no pattern matched, and that have no step therefore.
+        rejudged: rows of earlier scans, also of other checkpoints, that were judged by other limits
+            or another protocol, and are judged by this scan's now, from their figures.
     """
 
     total: int
@@ -149,6 +151,7 @@ class ScanCounts:
     reused: int
     failed: int
     unmatched: Sequence[str] = ()
+    rejudged: int = 0
 
 
 class ScanResult:
@@ -408,6 +411,11 @@ class ScanResult:
             lines.append(
                 f"this scan: {counts.reused:,} of {counts.total:,} checkpoints taken over from "
                 f"before, {counts.audited:,} audited, {counts.failed:,} failed"
+            )
+        if counts is not None and counts.rejudged:
+            lines.append(
+                f"{counts.rejudged:,} stored rows, judged otherwise before, are judged by this "
+                f"scan's protocol and limits now"
             )
         if self.protocol != "paper":
             lines.append(f"judged by the {self.protocol} protocol")

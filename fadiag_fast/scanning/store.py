@@ -452,6 +452,9 @@ class ScanWriter:
         flush_seconds: how long they may wait, looked at when the next one comes.
         disk: the file operations, for tests.
 
+    Attributes:
+        rejudged: stored rows that were judged again.
+
     Raises:
         LockedResults: another scan is writing here; the message says which.
         NewerResults: a later version wrote here.
@@ -490,6 +493,7 @@ class ScanWriter:
         self._tables: Tables | None = None
         self._stored_at: dict[int, tuple[int, int, int]] | None = None
         self._dirty = False
+        self.rejudged = 0
         # The first rows make arrow import pandas, where there is one: 0.2 seconds alone, and
         # many times that while readers compete for the interpreter.
         _table_of([])
@@ -831,6 +835,7 @@ class ScanWriter:
 
     def _judged(self, tables: Tables) -> Tables:
         others = self._judged_by_others(tables.checkpoints)
+        self.rejudged += len(others)
         return judge(tables, self.thresholds, others, self.protocol) if others else tables
 
     def __enter__(self) -> ScanWriter:

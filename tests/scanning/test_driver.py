@@ -309,6 +309,20 @@ def test_another_setting_of_the_network_is_another_configuration(setting, tmp_pa
     assert norms[2] == norms[1] != norms[0]
 
 
+def test_a_scan_by_other_limits_says_that_it_judges_all_rows_anew(tmp_path):
+    study(tmp_path / "runs", range(3))
+    batches, out = batches_of(8), tmp_path / "out"
+    first = scan(str(tmp_path / "runs/*/*.pt"), Branching(), batches, out)
+    assert first.counts.rejudged == 0
+    strict = DiagnosticThresholds(scale_growth=0.5)
+    second = scan(str(tmp_path / "runs/a/step_0.pt"), Branching(), batches, out, thresholds=strict)
+    assert second.counts.rejudged == 6
+    assert "6 stored rows, judged otherwise before, are judged by this scan's" in str(second)
+    assert {row["a_threshold"] for row in second.rows} == {0.5}
+    third = scan(str(tmp_path / "runs/*/*.pt"), Branching(), batches, out, thresholds=strict)
+    assert third.counts.rejudged == 0
+
+
 def test_a_dot_in_front_of_a_path_makes_no_other_row(tmp_path, monkeypatch):
     study(tmp_path / "runs", range(2), runs=("a",))
     monkeypatch.chdir(tmp_path)
