@@ -301,6 +301,9 @@ def test_copies(copied):
     probe.step()
     probe.flush()
     assert records[0].micro_batches == 1
+    assert b"fadiag_fast" in pickle.dumps(model)
+    probe.remove()
+    assert b"fadiag_fast" not in pickle.dumps(model)
 
 
 @row("a sink that raises or blocks")
