@@ -106,7 +106,7 @@ def read_head(
         if stat.S_ISDIR(status.st_mode):
             raise UnreadableCheckpoint(got("a directory"))
         if not stat.S_ISREG(status.st_mode):
-            special = special_file(status.st_mode)
+            special = _special_file(status.st_mode)
             raise UnreadableCheckpoint(
                 at(path, f"expected a regular file or folder, got {special}", caller)
             )
@@ -123,7 +123,7 @@ def read_head(
     return head, status.st_size
 
 
-def special_file(mode: int) -> str:
+def _special_file(mode: int) -> str:
     """Return what a file is that is neither a regular one nor a folder."""
     if stat.S_ISFIFO(mode):
         return "a FIFO"

@@ -576,8 +576,8 @@ losses = [
 
 def test_losses_are_told_apart_by_what_they_do_and_alike_in_every_process():
     code = LOSSES + (
-        "from fadiag_fast.scanning.driver import _described\n"
-        "print(*map(_described, losses), sep='\\n')"
+        "from fadiag_fast.scanning.configuration import described\n"
+        "print(*map(described, losses), sep='\\n')"
     )
     found = [
         subprocess.run(
