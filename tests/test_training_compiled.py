@@ -134,7 +134,7 @@ def test_a_state_of_a_sequence_adds_three_kernels_at_most():
 
     probed, records = kernels(example=x, directions="none")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StepProbe, "_compiled_observes", lambda self: False)
+        patch.setattr(StepProbe, "_observes", lambda self: False)
         patch.setattr(StepProbe, "step", lambda self: None)
         bare, _ = kernels(example=x, directions="none")
     states = len(records[0].layers)

@@ -109,8 +109,8 @@ CHECKPOINT_COLUMNS: tuple[Column, ...] = (
     Column(
         "config_hash",
         "text",
-        "of the probe's configuration: batches, taps, loss, reduction, and the network's code and "
-        "settings",
+        "of the probe's configuration: batches, taps, loss, reduction, output, batch dimension, "
+        "and the network's code and settings",
     ),
     Column("config", "text", "the probe's configuration, a JSON object"),
     Column("bytes", "integer", "size of the checkpoint; null where unknown"),

@@ -87,7 +87,7 @@ class OutputHook(Hook):
     def __call__(self, module: nn.Module, args: Any, result: Any) -> Any:
         probe = self.probe
         if torch.compiler.is_compiling():
-            if not self.jobs or not probe._compiled_observes():
+            if not self.jobs or not probe._observes():
                 return None
             state = self._logits(result) if self.jobs[0].slot == probe._n else state_in(result)
             if state is None:
@@ -119,7 +119,7 @@ class InputHook(Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         probe = self.probe
         if torch.compiler.is_compiling():
-            if not self.jobs or not probe._compiled_observes():
+            if not self.jobs or not probe._observes():
                 return None
             state = argument_state(args, kwargs)
             if state is None:

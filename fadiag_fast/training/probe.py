@@ -393,7 +393,7 @@ class StepProbe:
         return self._taps
 
     def _awaits_first_pass(self) -> bool:
-        return not self._prepared and self._compiled_observes()
+        return not self._prepared and self._observes()
 
     def _prepare_from_call(self, args: Any, kwargs: Any) -> None:
         if self._awaits_first_pass() and not self._preparing_now:
@@ -657,8 +657,8 @@ class StepProbe:
 
     # ---- in the forward pass
 
-    def _compiled_observes(self) -> bool:
-        """Say whether compiled code observes; the answer is compiled in, with guards."""
+    def _observes(self) -> bool:
+        """Say whether passes are observed now; compiled code has the answer in it, with guards."""
         return self._active and self.model.training and torch.is_grad_enabled()
 
     def _through(self, jobs: tuple[Job, ...], state: Tensor) -> Tensor:
