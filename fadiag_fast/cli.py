@@ -43,6 +43,7 @@ from .options import (
     ProtocolOption,
     ReductionOption,
     TapsOption,
+    TrustCodeOption,
     UnsafePickleOption,
     build_network,
     chosen_device,
@@ -50,7 +51,7 @@ from .options import (
     parse_options,
     sentence,
 )
-from .packaged import load_packaged, packaging_of
+from .packaged import is_program, load_packaged
 from .protocol import (
     NOT_ENOUGH_DATA,
     TRUSTWORTHY,
@@ -216,7 +217,7 @@ def diagnose_command(
     checkpoints: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Checkpoint files; TorchScript files and exported programs need no --model."
+            help="Checkpoint files. TorchScript and .pt2 files need no --model, but --trust-code."
         ),
     ] = None,
     model: ModelOption = "resmlp",
@@ -265,6 +266,7 @@ def diagnose_command(
     model_option: OptionsOption = None,
     device: DeviceOption = "auto",
     unsafe_pickle: UnsafePickleOption = False,
+    trust_code: TrustCodeOption = False,
 ) -> None:
     """Audit checkpoints and print a report for each; one bad file does not stop the others."""
     with _reported_errors():
@@ -306,6 +308,7 @@ def diagnose_command(
                     options=options,
                     device=target,
                     unsafe_pickle=unsafe_pickle,
+                    trust_code=trust_code,
                     observe=observe,
                     credit=credit,
                     rule=rule,
@@ -362,6 +365,7 @@ def _diagnose_one(
     options: dict[str, Any],
     device: torch.device,
     unsafe_pickle: bool,
+    trust_code: bool,
     observe: dict[str, Any],
     credit: bool,
     rule: str | None,
@@ -378,7 +382,7 @@ def _diagnose_one(
             torch.manual_seed(subject)
             model, flat = build_network(model_name, dataset, options)
         model = model.to(device)
-    elif packaging_of(subject) is None:
+    elif not is_program(subject):
         checkpoint = load_checkpoint(subject, unsafe_pickle=unsafe_pickle)
         beside = checkpoint.extra
         model, flat = build_network(model_name, dataset, options, beside.get("config"))
@@ -386,7 +390,7 @@ def _diagnose_one(
             errors.print(f"fadiag: {subject}: {note}", markup=False)
         model = model.to(device)
     else:
-        model = load_packaged(subject, map_location=device, unsafe_pickle=unsafe_pickle)
+        model = load_packaged(subject, map_location=device, trust_code=trust_code)
         what = type(model).__name__
         fixed = getattr(model, "batch_size", None)
         flat = _takes_vectors(model, images[: fixed or batch_size].to(device))

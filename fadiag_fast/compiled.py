@@ -7,7 +7,6 @@ That graph is compiled as a whole, captured as one CUDA graph, or exported and r
 
 import json
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,11 +17,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from .capture import Captured, Loss, Output, Probe, untouched
+from .checkpoints.lookalikes import PROBE_METADATA
+from .checkpoints.programs import program_kind, untrusted
 from .statistics import Reduced, Reduction, SampleReduction, reduce_captured
 from .taps import Select, TapError, Taps, unwrap
 from .tracing import as_plain, signature
 
-PROBE_METADATA = "fadiag_probe.json"
 _SCALARS = 6  # tensors of Reduced besides grad_mean
 
 
@@ -320,22 +320,26 @@ class LoadedProbe:
             return _unpacked(self._program(*tensors))
 
 
-def load_probe(path: str | os.PathLike[str]) -> LoadedProbe:
+def load_probe(path: str | os.PathLike[str], *, trust_code: bool = False) -> LoadedProbe:
     """Read what :meth:`CompiledProbe.save` wrote, in either form.
 
-    A compiled file is machine code, which runs with your rights: load only what you trust.
+    Args:
+        path: the file; its content decides which form it is.
+        trust_code: open it. A probe is a program, or machine code: opening and calling it CAN RUN
+            ANY CODE FROM THE FILE, with all your rights.
 
     Raises:
         FileNotFoundError: there is no file.
         ValueError: the file holds no probe.
+        UntrustedProgram: ``trust_code`` is not given. Nothing was run.
     """
     wrong = f"load_probe: {path}: expected a file of CompiledProbe.save"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            compiled = any("/aotinductor/" in name for name in archive.namelist())
-    except zipfile.BadZipFile:
-        raise ValueError(f"{wrong}, got no zip archive") from None
-    if compiled:
+    kind = program_kind(path, "a file of CompiledProbe.save", "load_probe")
+    if kind not in ("probe", "compiled"):
+        raise ValueError(f"{wrong}, got {'weights' if kind is None else 'another program'}")
+    if not trust_code:
+        raise untrusted(path, kind, "load_probe")
+    if kind == "compiled":
         package = torch._inductor.aoti_load_package(os.fspath(path))
         metadata = package.get_metadata().get(PROBE_METADATA, "")
         program: Any = package

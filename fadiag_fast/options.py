@@ -79,7 +79,20 @@ MinGainOption = Annotated[float, typer.Option(help="(b) fires below, calibrated.
 MaxStabilityOption = Annotated[float, typer.Option(help="(c) fires above.")]
 MinUtilityOption = Annotated[float, typer.Option(help="(d) fires below, in points.")]
 UnsafePickleOption = Annotated[
-    bool, typer.Option("--unsafe-pickle", help="Run code from files that need it to load.")
+    bool,
+    typer.Option(
+        "--unsafe-pickle",
+        help="Unpickle checkpoints that hold more than tensors and plain values, which RUNS CODE "
+        "from them. Opens no TorchScript or .pt2 file.",
+    ),
+]
+TrustCodeOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code",
+        help="Open TorchScript and .pt2 files. They are programs: opening and calling one can RUN "
+        "ANY CODE, with all your rights.",
+    ),
 ]
 
 

@@ -1,24 +1,17 @@
 """Load networks that come without their source: TorchScript files and exported programs.
 
-What kind of file it is is decided from its bytes: a TorchScript file and a ``.pt2`` archive are zip
-files with known members. Both become ordinary modules whose submodules have their original names,
-so that taps, capture and diagnosis work on them as on any network.
-
-A program is code. A TorchScript file holds TorchScript code, which torch runs in an interpreter of
-its own; no pickle of Python objects is in it. A ``.pt2`` archive names the functions that it calls,
-holds expressions that torch evaluates, and may hold pickles: an archive that asks for more than
-torch's operators, arithmetic and tensors is refused unless the caller says so.
+A program is code, and opening it can run code: only what the caller trusts is opened, by torch's
+own loaders. Both kinds become ordinary modules whose submodules have their original names, so that
+taps, capture and diagnosis work on them as on any network.
 """
 
-import json
 import os
 import re
 import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,115 +19,68 @@ from torch.export import ExportedProgram, UnflattenedModule, unflatten
 from torch.export.passes import move_to_device_pass
 from torch.utils._pytree import tree_leaves
 
-from .checkpoints import UnreadableCheckpoint, UnsafeCheckpoint
-from .checkpoints.errors import at, brief, damaged, listed
-from .checkpoints.files import FORCE_SAFE, read_head
-from .compiled import PROBE_METADATA
+from .checkpoints import UnreadableCheckpoint
+from .checkpoints.errors import at, brief, damaged
+from .checkpoints.lookalikes import PROGRAMS
+from .checkpoints.programs import program_kind, untrusted
 from .taps import TapError
 from .torchscript import TRAINING_ARGUMENTS, from_torchscript, is_numbered, named_class
-
-Packaging = Literal["torchscript", "exported", "compiled", "probe"]
 
 _EXPECTED = "a TorchScript file or an exported program"
 _CALLER = "load_packaged"
 
-# What a program may call without being trusted: torch's operators, and arithmetic on sizes.
-_CALLABLE = re.compile(
-    r"torch\.ops\.\w+\.\w+(\.\w+)?|torch\.(_sym_|sym_)\w+|math\.\w+|_operator\.(abs|add|and_|eq|floordiv|ge|"
-    r"getitem|gt|index|invert|le|lshift|lt|mod|mul|ne|neg|not_|or_|pos|pow|rshift|sub|truediv|xor)"
-)
+# Programs in which there is no network to be observed, trusted or not, and what to do instead.
+_NO_NETWORK = {
+    "compiled": "which computes outputs and no gradients; give the file of torch.export.save from "
+    "which it was compiled, or compile the probe along with the network (CompiledProbe)",
+    "probe": "which holds the audit of one network already; run it with load_probe",
+    "package": "which is not opened; save the network with torch.export.save, or its state_dict()",
+}
 
 
 class NoGraph(UnreadableCheckpoint):
     """Report a file whose program is finished: there is no network in it to be observed."""
 
 
-def packaging_of(path: str | os.PathLike[str]) -> Packaging | None:
-    """Say which kind of program a file holds, judged by its content.
+def is_program(path: str | os.PathLike[str]) -> bool:
+    """Say whether a file holds a program, by its first bytes and the names in it.
 
-    Returns:
-        ``"torchscript"``, ``"exported"``, ``"compiled"`` for AOTInductor's output, ``"probe"`` for
-        what :meth:`fadiag_fast.CompiledProbe.save` exports, or None for everything else: weights,
-        and whatever cannot be read.
+    What cannot be read is none: whoever reads weights will say what is wrong with it.
     """
     try:
-        return _packaging(Path(path))
+        return program_kind(path) is not None
     except UnreadableCheckpoint:
-        return None
-
-
-def _packaging(path: Path) -> Packaging | None:
-    head, _ = read_head(path, _EXPECTED, _CALLER)
-    if head.startswith((b"\x7fELF", b"\xcf\xfa\xed\xfe")):  # a shared library of Linux, of macOS
-        return "compiled"
-    if not head.startswith(b"PK\x03\x04"):
-        return None
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except Exception as error:
-        raise damaged(path, error, _CALLER) from error
-    # All lies in one folder, named after the file or 'archive'.
-    inside = {name.partition("/")[2] for name in names}
-    if any(name.startswith("data/aotinductor/") for name in inside):
-        return "compiled"
-    if any(name.endswith(f"/{PROBE_METADATA}") for name in inside):
-        return "probe"
-    if any(re.fullmatch(r"models/[^/]+\.json", name) for name in inside):
-        return "exported"
-    if "serialized_exported_program.json" in names:  # torch up to 2.7
-        return "exported"
-    return "torchscript" if "constants.pkl" in inside else None
+        return False
 
 
 def load_packaged(
     path: str | os.PathLike[str],
     *,
     map_location: str | torch.device = "cpu",
-    unsafe_pickle: bool = False,
+    trust_code: bool = False,
 ) -> nn.Module:
     """Load a network from a file that holds the program itself, so that it can be diagnosed.
 
     Args:
         path: from ``torch.jit.save`` or ``torch.export.save``; its content decides, not its name.
         map_location: the device on which the network ends up.
-        unsafe_pickle: load exported programs that hold pickled objects, or that name other
-            functions than torch's operators. WHICH RUNS CODE FROM THE FILE.
+        trust_code: open it. Such a file is a program: opening and calling it CAN RUN ANY CODE FROM
+            THE FILE, with all your rights. Without this, torch reads nothing of it.
 
     Returns:
         A module with the original's submodules under their names, to be given to
         :func:`~fadiag_fast.diagnose`. For exported programs see :func:`from_exported`, for
-        TorchScript :func:`~fadiag_fast.torchscript.from_torchscript`; ``torch.jit.load`` reads the
-        latter, and running the network runs the TorchScript code in the file.
+        TorchScript :func:`~fadiag_fast.torchscript.from_torchscript`.
 
     Raises:
+        UntrustedProgram: the file holds a program, and ``trust_code`` is not given.
         UnreadableCheckpoint: the file is missing, damaged, or holds no program.
         NoGraph: the file was compiled by AOTInductor, so that there is nothing to differentiate;
-            or it holds a probe.
-        UnsafeCheckpoint: the file asks for more than torch's operators and tensors.
+            or it holds a probe, or a torch.package.
         TapError: the program has no modules that could be observed.
     """
     path = Path(path)
-    kind = _packaging(path)
-    if kind == "compiled":
-        raise NoGraph(
-            at(
-                path,
-                "expected a program with a graph, got one compiled by AOTInductor, which computes "
-                "outputs and no gradients; give the file of torch.export.save from which it was "
-                "compiled, or compile the probe along with the network (CompiledProbe)",
-                _CALLER,
-            )
-        )
-    if kind == "probe":
-        raise NoGraph(
-            at(
-                path,
-                "expected a network, got a probe of CompiledProbe.save, which holds the audit of "
-                "one already; run it with load_probe",
-                _CALLER,
-            )
-        )
+    kind = program_kind(path, _EXPECTED, _CALLER)
     if kind is None:
         raise UnreadableCheckpoint(
             at(
@@ -144,10 +90,16 @@ def load_packaged(
                 _CALLER,
             )
         )
+    if kind in _NO_NETWORK:
+        raise NoGraph(
+            at(path, f"expected {_EXPECTED}, got {PROGRAMS[kind]}, {_NO_NETWORK[kind]}", _CALLER)
+        )
+    if not trust_code:
+        raise untrusted(path, kind, _CALLER)
     device = torch.device(map_location)
     if kind == "torchscript":
         return from_torchscript(_load_torchscript(path, device))
-    program = _load_exported(path, unsafe_pickle)
+    program = _load_exported(path)
     if device.type != "cpu" or any(t.device != device for t in program.state_dict.values()):
         with _quiet():
             program = move_to_device_pass(program, device)
@@ -203,92 +155,13 @@ def _unknown_operator(path: Path, error: Exception) -> UnreadableCheckpoint | No
 # ---- exported programs
 
 
-def _load_exported(path: Path, unsafe_pickle: bool) -> ExportedProgram:
-    if not unsafe_pickle:
-        try:
-            asked = sorted(set(_asked_for(path)))
-        except Exception as error:
-            raise damaged(path, error, _CALLER) from error
-        if asked:
-            raise _unsafe(path, f"asks for {listed(asked)}")
+def _load_exported(path: Path) -> ExportedProgram:
     try:
         # By the open file: torch warns about any name that does not end in .pt2.
-        with _only_weights(not unsafe_pickle), path.open("rb") as file, _quiet():
+        with path.open("rb") as file, _quiet():
             return torch.export.load(file)
     except Exception as error:
-        if not unsafe_pickle and "weights_only" in f"{error} {error.__cause__}".lower():
-            raise _unsafe(path, "holds pickled objects") from error
         raise damaged(path, error, _CALLER) from error
-
-
-def _unsafe(path: Path, what: str) -> UnsafeCheckpoint:
-    return UnsafeCheckpoint(
-        at(
-            path,
-            f"expected a program of torch's operators and tensors, got one that {what}. Nothing "
-            "was run. If you trust where it came from, pass unsafe_pickle=True (command line: "
-            "--unsafe-pickle). Warning: that runs code from the file, with all your rights.",
-            _CALLER,
-        )
-    )
-
-
-def _asked_for(path: Path) -> Iterator[str]:
-    """List what a program names beyond torch's operators, arithmetic and tensors."""
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            name, inside = member.filename, member.filename.partition("/")[2]
-            if re.search(r"(^|/)(opaque|custom)_obj_[^/]*$", name):
-                yield f"the pickled object {inside}"
-            if not name.endswith(".json"):
-                continue
-            stored = json.loads(archive.read(member))
-            for key, text in _texts(stored):
-                if key == "target" and ("__" in text or not _CALLABLE.fullmatch(text)):
-                    yield text
-                if key == "expr_str" and not _is_plain(text):
-                    yield f"the expression {text!r}"
-                if key == "path_name" and text.startswith(("opaque_obj_", "custom_obj_")):
-                    yield f"the pickled object {text}"
-
-
-def _texts(stored: Any) -> Iterator[tuple[str, str]]:
-    """Walk through JSON and yield every key whose value is a string."""
-    if isinstance(stored, Mapping):
-        for key, value in stored.items():
-            if isinstance(value, str):
-                yield key, value
-            else:
-                yield from _texts(value)
-    elif isinstance(stored, list):
-        for value in stored:
-            yield from _texts(value)
-
-
-def _is_plain(expression: str) -> bool:
-    """Say whether an expression for a size calls sympy's classes and does nothing else.
-
-    It has no attribute, and no text but numbers and the names of symbols.
-    """
-    rest = re.sub(r"'[\w.+-]*'|\d+\.\d+", "", expression)
-    if "__" in expression or re.search(r"[^\w\s(),=+*/<>-]", rest):
-        return False
-    return all(name[0].isupper() for name in re.findall(r"(\w+)\s*\(", rest))
-
-
-@contextmanager
-def _only_weights(forced: bool) -> Iterator[None]:
-    """Make every torch.load refuse pickles; torch.export.load leaves no other way to say so."""
-    before = os.environ.get(FORCE_SAFE)
-    if forced:
-        os.environ[FORCE_SAFE] = "1"
-    try:
-        yield
-    finally:
-        if forced:
-            os.environ.pop(FORCE_SAFE)
-            if before is not None:
-                os.environ[FORCE_SAFE] = before
 
 
 @contextmanager

@@ -8,7 +8,7 @@ bytes, because extensions lie (and torch.load itself dispatches on ".safetensors
 Every failure is a CheckpointError, grouped by what the user can do about it:
 
     UnreadableCheckpoint   get the file again, or another file (MissingCheckpoint: fix the path)
-    UnsafeCheckpoint       decide whether to trust the file
+    UnsafeCheckpoint       decide whether to trust the file (UntrustedProgram: a program)
     NoStateDict            point at the file that holds the weights, or save them differently
     StateDictMismatch      build the model that belongs to the weights
     MissingSafetensors     install the extra (MissingFsspec: or what fsspec asks for)
@@ -31,6 +31,7 @@ from .errors import (
     UnreadableCheckpoint,
     UnsafeCheckpoint,
     UnsavableCheckpoint,
+    UntrustedProgram,
     UnwritableCheckpoint,
 )
 from .layouts import TensorPlace
@@ -52,6 +53,7 @@ __all__ = [
     "UnreadableCheckpoint",
     "UnsafeCheckpoint",
     "UnsavableCheckpoint",
+    "UntrustedProgram",
     "UnwritableCheckpoint",
     "load_checkpoint",
     "load_into",

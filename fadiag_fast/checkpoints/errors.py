@@ -49,6 +49,10 @@ class UnsafeCheckpoint(CheckpointError):
     globals_needed: tuple[str, ...] = ()
 
 
+class UntrustedProgram(UnsafeCheckpoint):
+    """Report a program, TorchScript or ``.pt2``, that was to be opened without ``trust_code``."""
+
+
 class NoStateDict(CheckpointError):
     """Report a file that loads but holds no state dict where one is looked for."""
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .errors import EXPECTED, UnreadableCheckpoint, at, damaged, listed, printable
+from .lookalikes import PROGRAMS, SAVE_WEIGHTS, program_in_zip
 
 
 @dataclass
@@ -97,11 +98,9 @@ def pickles_in_zip(path: Path) -> list[str]:
             entries = archive.namelist()
     except Exception as error:
         raise damaged(path, error) from error
-    if any(_is_record(entry, "constants.pkl") for entry in entries):
-        what = (
-            "a TorchScript archive (fadiag_fast.load_packaged reads it as a model; for its weights "
-            "alone save the model's state_dict())"
-        )
+    program = program_in_zip(entries)
+    if program is not None:
+        what = f"{PROGRAMS[program]}, which is a program and is not opened; {SAVE_WEIGHTS}"
     else:
         pickles = [entry for entry in entries if _is_record(entry, "data.pkl")]
         if pickles:
