@@ -336,7 +336,7 @@ def load_probe(path: str | os.PathLike[str], *, trust_code: bool = False) -> Loa
     wrong = f"load_probe: {path}: expected a file of CompiledProbe.save"
     kind = program_kind(path, "a file of CompiledProbe.save", "load_probe")
     if kind not in ("probe", "compiled"):
-        raise ValueError(f"{wrong}, got {'weights' if kind is None else 'another program'}")
+        raise ValueError(f"{wrong}, got {'no program' if kind is None else 'another program'}")
     if not trust_code:
         raise untrusted(path, kind, "load_probe")
     if kind == "compiled":

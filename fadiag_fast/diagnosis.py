@@ -58,10 +58,10 @@ def diagnose(
 
     Args:
         model: any module, scripted and traced ones included, or an exported program; files of
-            them are read by :func:`fadiag_fast.load_packaged`. Wrappers (``torch.compile``,
-            DataParallel) are looked through, and compiled parts run eagerly while it is probed. It
-            is probed in eval mode and left as it was: modes, gradients, buffers, hooks, random
-            state.
+            them are opened by :func:`fadiag_fast.load_packaged`, where they are trusted. Wrappers
+            (``torch.compile``, DataParallel) are looked through, and compiled parts run eagerly
+            while it is probed. It is probed in eval mode and left as it was: modes, gradients,
+            buffers, hooks, random state.
         eval_batches: (x, y) pairs, moved to the model's device. x is a tensor, a tuple of arguments
             or a dict of keywords; y is what the loss takes. A dict in place of a pair is the
             model's whole input, labels included, and the loss is the one that the model returns.

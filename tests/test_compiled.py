@@ -9,6 +9,7 @@ from networks import Branching, audit_by_hand, branch_states
 from torch import nn
 
 from fadiag_fast import CompiledProbe, TapError, diagnose, load_probe
+from fadiag_fast.checkpoints import UntrustedProgram
 
 
 def convolutional():
@@ -228,9 +229,9 @@ import sys, torch
 from fadiag_fast import load_probe
 assert "networks" not in sys.modules
 x, y, expected = torch.load({data!r})
-found = load_probe({path!r})(x, y)
+found = load_probe({path!r}, trust_code=True)(x, y)
 torch.testing.assert_close(found.hidden_norm, expected, rtol=2e-5, atol=0)
-print(load_probe({path!r}).labels)
+print(load_probe({path!r}, trust_code=True).labels)
 """
 
 
@@ -256,19 +257,27 @@ def test_a_saved_probe_names_what_it_was_saved_for(batch, tmp_path):
     path = tmp_path / "probe.pt2"
     CompiledProbe(Branching(), backend=None).save(path, x, y)
     with pytest.raises(ValueError, match=r"expected inputs .*\[12, 5\].*got .*\[3, 5\]"):
-        load_probe(path)(x[:3], y[:3])
+        load_probe(path, trust_code=True)(x[:3], y[:3])
+
+
+def test_a_saved_probe_is_a_program_and_needs_trust(batch, tmp_path, monkeypatch):
+    path = tmp_path / "probe.pt2"
+    CompiledProbe(Branching(), backend=None).save(path, *batch)
+    monkeypatch.setattr(torch.export, "load", lambda *_, **__: pytest.fail("it was opened"))
+    with pytest.raises(UntrustedProgram, match=r"load_probe: .*probe\.pt2.*trust_code=True"):
+        load_probe(path)
 
 
 def test_a_file_that_is_no_probe(tmp_path):
     path = tmp_path / "probe.pt2"
     path.write_bytes(b"text")
-    with pytest.raises(ValueError, match=r"expected a file of CompiledProbe\.save, got no zip"):
+    with pytest.raises(ValueError, match=r"expected a file of CompiledProbe\.save, got no"):
         load_probe(path)
     torch.save({"a": 1}, path)
     with pytest.raises(ValueError, match=r"expected a file of CompiledProbe\.save"):
         load_probe(path)
     torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.randn(1, 2),)), path)
     with pytest.raises(ValueError, match="got another program"):
-        load_probe(path)
+        load_probe(path, trust_code=True)
     with pytest.raises(FileNotFoundError):
         load_probe(tmp_path / "none.pt2")

@@ -135,11 +135,11 @@ def a_pickle_of_inputs(good, mark, folder):
     )
 
 
-def two_directories(hostile):
+def two_directories(hostile, weights=None):
     """Show weights to Python's zipfile, which allows for bytes before the archive, and a program
     to torch's reader, which does not."""
     stream = io.BytesIO()
-    torch.save({"weight": torch.zeros(2)}, stream)
+    torch.save({"weight": torch.zeros(2)} if weights is None else weights, stream)
     archives = hostile, stream.getvalue()
     hidden, shown = (zipfile.ZipFile(io.BytesIO(archive)).infolist() for archive in archives)
     starts = [_directory_start(archive) for archive in archives]
@@ -272,8 +272,18 @@ REFUSED_ALL_THE_SAME = {
     "two directories, TorchScript": lambda good, mark, folder: two_directories(
         scripted(SavesWhenLoaded)(good, mark, folder)
     ),
+    # With --unsafe-pickle this is a file for the full unpickler, which would run TorchScript too.
+    "two directories, TorchScript and a pickle": lambda good, mark, folder: two_directories(
+        scripted(SavesWhenLoaded)(good, mark, folder), {"weight": _MakesAFolder(mark)}
+    ),
     "two directories, exported": lambda good, mark, folder: two_directories(
         code_in_an_expression(good, mark, folder)
+    ),
+    "TorchScript, names in capitals": lambda good, mark, folder: rewritten(
+        scripted(SavesWhenLoaded)(good, mark, folder), lambda name, data: {name.upper(): data}
+    ),
+    "TorchScript, behind other bytes": lambda good, mark, folder: (
+        b"#!/bin/sh\n" + scripted(SavesWhenLoaded)(good, mark, folder)
     ),
     "weights with code": weights_with_code,
     "torch.package": a_torch_package,

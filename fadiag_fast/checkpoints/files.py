@@ -160,6 +160,9 @@ def _load_zip(path: Path, device: torch.device, unsafe_pickle: bool) -> Any:
     try:
         return torch_load_zip(path, device, weights_only=True)
     except Exception as error:
+        if "TorchScript archives" in str(error):
+            # zipfile has not seen the program, and torch.load without weights_only would run it.
+            raise damaged(path, error) from error
         scan = scan_zip(path, pickles)
         unsafe = unsafe_globals(scan.names) | unsafe_globals_by_torch(path)
         if not refused_as_unsafe(scan, unsafe, error):

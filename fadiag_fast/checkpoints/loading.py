@@ -49,8 +49,8 @@ def load_checkpoint(
 
     Raises:
         UnreadableCheckpoint: the file is missing (MissingCheckpoint, also a FileNotFoundError),
-            empty, truncated, not readable, or not a checkpoint; a shard is missing, or the index
-            and the shards do not agree.
+            empty, truncated, not readable, or not a checkpoint, as a TorchScript or ``.pt2`` file
+            is not; a shard is missing, or the index and the shards do not agree.
         UnsafeCheckpoint: the file needs the full unpickler; the message lists what it asks for.
         NoStateDict: the file holds no state dict; the message lists what it does hold.
         MissingSafetensors: the safetensors package is needed and not installed.
