@@ -1,9 +1,14 @@
 """Read, apply and write model checkpoints without running code from them.
 
-A checkpoint is untrusted input: a pickle can run any program. Everything here therefore goes
-through torch's weights-only reader; the full unpickler is used only when the caller says so, and
-only for a file the weights-only reader has refused. What kind of file it is is decided from its
-bytes, because extensions lie (and torch.load itself dispatches on ".safetensors").
+A checkpoint is untrusted input: a pickle can run any program. Pickles are therefore read by a
+reader of our own (restricted_pickle), which knows plain containers and the few functions that make
+up tensors. What it understands and does not know is left to torch's weights-only reader if that
+allows its names; the full unpickler is used only when the caller says so, and only for a file that
+both refuse. What kind of file it is is decided from its bytes, because extensions lie (and
+torch.load itself dispatches on ".safetensors").
+
+What a scan reads into rows of memory and what `load_checkpoint` returns is found by the same code
+(finding), so that both agree on what is a valid file and on every byte of it.
 
 Every failure is a CheckpointError, grouped by what the user can do about it:
 
@@ -11,7 +16,7 @@ Every failure is a CheckpointError, grouped by what the user can do about it:
     UnsafeCheckpoint       decide whether to trust the file (UntrustedProgram: a program)
     NoStateDict            point at the file that holds the weights, or save them differently
     StateDictMismatch      build the model that belongs to the weights
-    MissingSafetensors     install the extra (MissingFsspec: or what fsspec asks for)
+    MissingFsspec          install the extra, or what fsspec asks for
     UnsavableCheckpoint    change what is saved
     UnwritableCheckpoint   change where it is saved
     SlabTooSmall           give read_into more memory
@@ -25,7 +30,6 @@ from .errors import (
     CheckpointError,
     MissingCheckpoint,
     MissingFsspec,
-    MissingSafetensors,
     NoStateDict,
     StateDictMismatch,
     UnreadableCheckpoint,
@@ -34,8 +38,8 @@ from .errors import (
     UntrustedProgram,
     UnwritableCheckpoint,
 )
-from .layouts import TensorPlace
 from .loading import load_checkpoint
+from .places import TensorPlace
 from .saving import save_checkpoint
 from .slabs import SlabCheckpoint, SlabTooSmall, read_into
 
@@ -44,7 +48,6 @@ __all__ = [
     "CheckpointError",
     "MissingCheckpoint",
     "MissingFsspec",
-    "MissingSafetensors",
     "NoStateDict",
     "SlabCheckpoint",
     "SlabTooSmall",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import NoStateDict, UnreadableCheckpoint, at, brief, listed, printable
+from .places import TensorPlace
 
 # Where training scripts put the state dict, in the order in which we look.
 CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model")
@@ -48,7 +50,7 @@ class Checkpoint:
 
 
 def find_state_dict(
-    content: Any, path: Path, unsafe_pickle: bool
+    content: Any, path: str | os.PathLike[str], unsafe_pickle: bool
 ) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
     state = as_state_dict(content, path)
     if state is not None:
@@ -69,7 +71,7 @@ def find_state_dict(
     )
 
 
-def as_state_dict(content: Any, path: Path) -> dict[str, Tensor] | None:
+def as_state_dict(content: Any, path: str | os.PathLike[str]) -> dict[str, Tensor] | None:
     if isinstance(content, nn.Module):
         try:
             content = content.state_dict()
@@ -84,11 +86,13 @@ def as_state_dict(content: Any, path: Path) -> dict[str, Tensor] | None:
         return None
     if not all(isinstance(key, str) for key in content):
         return None
-    if not all(isinstance(value, Tensor) for value in content.values()):
+    # A reader that finds tensors where they lie gives their places.
+    if not all(isinstance(value, Tensor | TensorPlace) for value in content.values()):
         return None
     # A dict that can carry load_state_dict's per-module versions, which state dicts come with.
     state: OrderedDict[str, Tensor] = OrderedDict(
-        (key, value.detach()) for key, value in content.items()
+        (key, value.detach() if isinstance(value, Tensor) else value)
+        for key, value in content.items()
     )
     versions = getattr(content, "_metadata", None)
     if isinstance(versions, Mapping) and all(isinstance(key, str) for key in versions):
@@ -99,21 +103,29 @@ def as_state_dict(content: Any, path: Path) -> dict[str, Tensor] | None:
 def _outline(content: Any) -> str:
     """Describe what a file holds: its type, and for a dict its keys with their types."""
     if not isinstance(content, Mapping):
-        return f"a {printable(type(content).__name__)}"
+        return f"a {_type_name(content)}"
     if not content:
         return "an empty dict"
     entries = []
     for key, value in content.items():
-        text = f"{printable(repr(key))}: {printable(type(value).__name__)}"
+        text = f"{_named(key)}: {_type_name(value)}"
         if key in CONTAINERS and isinstance(value, Mapping):
             strays = [
-                f"{printable(repr(name))}: {printable(type(entry).__name__)}"
+                f"{_named(name)}: {_type_name(entry)}"
                 for name, entry in value.items()
-                if not (isinstance(name, str) and isinstance(entry, Tensor))
+                if not (isinstance(name, str) and isinstance(entry, Tensor | TensorPlace))
             ]
             text += f" with {listed(strays)}" if strays else " (empty)"
         entries.append(text)
     return f"a dict with {listed(entries)}"
+
+
+def _named(key: Any) -> str:
+    return printable(repr(key[:200] if isinstance(key, str) else key))
+
+
+def _type_name(value: Any) -> str:
+    return "Tensor" if isinstance(value, TensorPlace) else printable(type(value).__name__)
 
 
 def without_wrapper_prefixes(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:

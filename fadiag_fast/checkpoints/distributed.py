@@ -4,16 +4,15 @@ Such a folder has a pickle, `.metadata`, that says which tensors there are and w
 lie, and files in which each piece is a small torch.save file of its own. torch's own reader
 unpickles `.metadata` without restraint. Here every class it may name becomes an empty shell that
 keeps what it is given, every other name is refused before anything is unpickled, and each value is
-checked before it is used; the pieces go through torch's weights-only reader.
+checked before it is used; the pieces are read as any torch.save file.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,22 @@ from torch import Tensor
 from .content import CONTAINERS
 from .errors import (
     CheckpointError,
+    MissingCheckpoint,
     NoStateDict,
     UnreadableCheckpoint,
+    UnsafeCheckpoint,
     at,
     damaged,
     listed,
     needs_full_unpickler,
     printable,
 )
-from .files import Loaded, is_plain_name
-from .pickles import scan_pickle_file
+from .files import Loaded, is_plain_name, read_file
+from .gathering import Gathered
+from .opening import Files, MemorySource
+from .pickles import scan_pickles
+from .places import TensorPlace
+from .restricted_pickle import MOST_BYTES, PickleError, Shell, read_pickle
 
 METADATA = ".metadata"
 
@@ -67,46 +72,17 @@ _SHELLS = frozenset(
     }
 )
 
+# Pieces that no cut parts are compared in pairs, up to so many.
+_MOST_COMPARED = 500
+
 # Top-level entries whose tensors are the optimizer's: 'optim', 'optimizer', 'optimizer_states', …
-_OPTIMIZER = "optim"
+OPTIMIZER = "optim"
 
 
-class _Shell:
-    """Keep what a pickle builds an object from."""
-
-    arguments: tuple[Any, ...]
-    state: Any
-
-    def __new__(cls, *arguments: Any) -> _Shell:
-        made = object.__new__(cls)
-        made.arguments, made.state = arguments, None
-        return made
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def get(self, name: str) -> Any:
-        return self.state.get(name) if isinstance(self.state, dict) else None
-
-
-class _ShellUnpickler(pickle.Unpickler):
-    def __init__(self, stream: io.BufferedIOBase) -> None:
-        super().__init__(stream)
-        # Made anew for each file: what a pickle might do to a class ends with it.
-        self._shells: dict[str, type[_Shell]] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
-        if full in _SHELLS:
-            return self._shells.setdefault(full, type(name, (_Shell,), {}))
-        if _is_dtype(full):
-            return getattr(torch, name)
-        raise pickle.UnpicklingError(f"{full} is not allowed")
-
-
-def _is_dtype(name: str) -> bool:
-    module, _, attribute = name.rpartition(".")
-    return module == "torch" and isinstance(getattr(torch, attribute, None), torch.dtype)
+def _dtype_names() -> list[str]:
+    return [
+        f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)
+    ]
 
 
 @dataclass(frozen=True)
@@ -130,13 +106,13 @@ class _Entry:
     pieces: tuple[_Piece, ...]
 
 
-def load_distributed(folder: Path, device: torch.device) -> Loaded:
+def load_distributed(folder: Path, files: Files) -> Loaded:
     """Read the model's tensors of a torch.distributed.checkpoint folder.
 
     Where the saved dict had the weights under one of the usual names, also one level down as an
     application's state has, those are read; else all tensors that are not the optimizer's.
     """
-    entries = _read_entries(folder)
+    entries = _read_entries(folder, files)
     container, chosen = _select(entries)
     if not chosen:
         tops = sorted({printable(entry.path[0]) for entry in entries})
@@ -147,8 +123,17 @@ def load_distributed(folder: Path, device: torch.device) -> Loaded:
                 + (f"tensors only under {listed(tops)}" if tops else "no tensor at all"),
             )
         )
-    state = {name: _read_tensor(folder, name, entry, device) for name, entry in chosen.items()}
+    for name, entry in chosen.items():
+        _check_chunks(folder, name, entry)
+    _check_places(folder, files, chosen)
+    state = {name: _read_tensor(folder, files, name, entry) for name, entry in chosen.items()}
     return Loaded("distributed", state, {}, container)
+
+
+def files_of(folder: Path, files: Files) -> set[str]:
+    """Return the names of the files that hold the model's tensors."""
+    _, chosen = _select(_read_entries(folder, files))
+    return {piece.file for entry in chosen.values() for piece in entry.pieces}
 
 
 def _select(entries: list[_Entry]) -> tuple[str, dict[str, _Entry]]:
@@ -165,37 +150,39 @@ def _select(entries: list[_Entry]) -> tuple[str, dict[str, _Entry]]:
         if len({entry.path[depth] for entry in entries}) > 1:
             break
     return "bare", {
-        ".".join(entry.path): entry for entry in entries if not entry.path[0].startswith(_OPTIMIZER)
+        ".".join(entry.path): entry for entry in entries if not entry.path[0].startswith(OPTIMIZER)
     }
 
 
-def _read_entries(folder: Path) -> list[_Entry]:
+def _read_entries(folder: Path, files: Files) -> list[_Entry]:
     path = folder / METADATA
-    metadata = _unpickle(path)
     try:
+        metadata = _unpickle(path, files.read_text(path, "a metadata file", MOST_BYTES))
         return _entries(metadata)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise UnreadableCheckpoint(
             at(path, f"expected a distributed checkpoint's metadata, got one in which {error}")
         ) from error
 
 
-def _unpickle(path: Path) -> Any:
-    scan = scan_pickle_file(path, pickles=1)
-    if not scan.complete:
-        raise damaged(path, EOFError("it is no whole pickle"))
-    unknown = {name for name in scan.names if name not in _SHELLS and not _is_dtype(name)}
-    if unknown:
-        raise needs_full_unpickler(path, "metadata file", unknown, way_out=False)
+def _unpickle(path: Path, data: bytes) -> Any:
+    offered = {name: getattr(torch, name.removeprefix("torch.")) for name in _dtype_names()}
     try:
-        with path.open("rb") as file:
-            return _ShellUnpickler(file).load()
-    except Exception as error:
-        raise damaged(path, error) from error
+        metadata, _, names = read_pickle(data, offered, modern=True)
+    except PickleError as error:
+        scan = scan_pickles(MemorySource(memoryview(data)), 1)
+        names, metadata = scan.names, None
+        if not scan.complete or not (names - _SHELLS - offered.keys()):
+            raise damaged(path, error) from error
+    if unknown := names - _SHELLS - offered.keys():
+        raise needs_full_unpickler(path, "metadata file", unknown, way_out=False)
+    return metadata
 
 
 def _entries(metadata: Any) -> list[_Entry]:
-    if not isinstance(metadata, _Shell) or type(metadata).__name__ != "Metadata":
+    if not _is_a(metadata, "Metadata"):
         raise TypeError("there is no Metadata")
     described = _expect("state_dict_metadata", metadata.get("state_dict_metadata"), dict)
     paths = metadata.get("planner_data")
@@ -203,7 +190,7 @@ def _entries(metadata: Any) -> list[_Entry]:
     found = []
     for name, value in described.items():
         _expect("a tensor's name", name, str)
-        if isinstance(value, _Shell) and type(value).__name__ == "TensorStorageMetadata":
+        if _is_a(value, "TensorStorageMetadata"):
             path = paths.get(name) if isinstance(paths, Mapping) else None
             whole = isinstance(path, tuple) and path
             keys = tuple(map(str, path)) if isinstance(path, tuple) and whole else (name,)
@@ -214,16 +201,16 @@ def _entries(metadata: Any) -> list[_Entry]:
 def _entry(
     name: str,
     path: tuple[str, ...],
-    value: _Shell,
+    value: Shell,
     places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]],
 ) -> _Entry:
-    properties = _expect(f"{name}'s properties", value.get("properties"), _Shell)
+    properties = _expect(f"{name}'s properties", value.get("properties"), Shell)
     # A tuple with the dtype first, in every version so far.
     state = properties.state
     dtype = state[0] if isinstance(state, tuple) and state else properties.get("dtype")
     pieces = []
     for chunk in _expect(f"{name}'s chunks", value.get("chunks"), list):
-        chunk = _expect(f"a chunk of {name}", chunk, _Shell)
+        chunk = _expect(f"a chunk of {name}", chunk, Shell)
         offsets, sizes = _size(chunk.get("offsets")), _size(chunk.get("sizes"))
         if (name, offsets) not in places:
             raise KeyError(f"no place is given for a chunk of {printable(name)}")
@@ -245,10 +232,10 @@ def _places(
     """Return the file, start and length of each piece of a tensor."""
     found = {}
     for index, info in storage_data.items():
-        index = _expect("an index", index, _Shell)
+        index = _expect("an index", index, Shell)
         if index.get("offset") is None:
             continue  # no tensor
-        info = _expect("a place", info, _Shell)
+        info = _expect("a place", info, Shell)
         if info.get("transform_descriptors"):
             raise ValueError("the tensors are stored compressed, which is not supported")
         file = _expect("a file's name", info.get("relative_path"), str)
@@ -263,9 +250,13 @@ def _places(
     return found
 
 
+def _is_a(value: Any, name: str) -> bool:
+    return isinstance(value, Shell) and value.name.endswith(f".{name}")
+
+
 def _size(value: Any) -> tuple[int, ...]:
     """Return a torch.Size that was pickled as its class and one tuple."""
-    arguments = value.arguments if isinstance(value, _Shell) else (value,)
+    arguments = value.arguments if isinstance(value, Shell) else (value,)
     (numbers,) = arguments or ((),)
     return tuple(map(_count, _expect("a size", numbers, tuple)))
 
@@ -282,11 +273,95 @@ def _expect(what: str, value: Any, kind: type[Any]) -> Any:
     return value
 
 
-def _read_tensor(folder: Path, name: str, entry: _Entry, device: torch.device) -> Tensor:
+def _check_chunks(folder: Path, name: str, entry: _Entry) -> None:
+    """Check before any memory is taken that chunks make up a tensor, without gap or overlap."""
     whole, covered = math.prod(entry.shape), sum(math.prod(p.sizes) for p in entry.pieces)
+    if covered == whole and not _overlap([piece for piece in entry.pieces if 0 not in piece.sizes]):
+        return
+    raise UnreadableCheckpoint(
+        at(
+            folder,
+            f"expected chunks that make up the {whole} elements of {printable(name)}, got "
+            f"chunks of {covered} that {'overlap' if covered >= whole else 'leave gaps'}",
+        )
+    )
+
+
+def _overlap(pieces: list[_Piece]) -> bool:
+    """Say if two pieces have an element in common."""
+    # Cut along one dimension after the other as long as that parts them: what a program wrote
+    # falls into single pieces so.
+    groups, before = [pieces] if pieces else [], -1
+    while groups and before != len(groups):
+        before = len(groups)
+        for axis in range(len(pieces[0].sizes)):
+            groups = [part for group in groups for part in _cut(group, axis) if len(part) > 1]
+    return any(
+        len(group) > _MOST_COMPARED or any(_meet(*pair) for pair in combinations(group, 2))
+        for group in groups
+    )
+
+
+def _cut(pieces: list[_Piece], axis: int) -> list[list[_Piece]]:
+    """Group pieces by what overlaps along a dimension."""
+    groups: list[list[_Piece]] = []
+    reach = -1
+    for piece in sorted(pieces, key=lambda piece: piece.offsets[axis]):
+        start = piece.offsets[axis]
+        if start >= reach:
+            groups.append([])
+        groups[-1].append(piece)
+        reach = max(reach, start + piece.sizes[axis])
+    return groups
+
+
+def _meet(one: _Piece, other: _Piece) -> bool:
+    return all(
+        a < b + length_b and b < a + length_a
+        for a, length_a, b, length_b in zip(
+            one.offsets, one.sizes, other.offsets, other.sizes, strict=True
+        )
+    )
+
+
+def _check_places(folder: Path, files: Files, entries: Mapping[str, _Entry]) -> None:
+    """Check before any memory is taken that the files hold what the metadata says they do."""
+    claimed: dict[str, list[tuple[int, int]]] = {}
+    for name, entry in entries.items():
+        for piece in entry.pieces:
+            nbytes = math.prod(piece.sizes) * entry.dtype.itemsize
+            if nbytes > piece.length:
+                raise UnreadableCheckpoint(
+                    at(
+                        folder,
+                        f"expected {nbytes} bytes of a chunk of {printable(name)}, got a place "
+                        f"of {piece.length} in {piece.file[:200]!r}",
+                    )
+                )
+            claimed.setdefault(piece.file, []).append((piece.start, piece.start + piece.length))
+    for file_name, spans in claimed.items():
+        path = folder / file_name
+        try:
+            with files.open(path) as file:
+                size = file.size
+        except MissingCheckpoint as error:
+            raise UnreadableCheckpoint(
+                at(folder, f"expected the file {file_name[:200]!r}, got no such file")
+            ) from error
+        end = 0
+        for start, stop in sorted(spans):
+            if start < end:
+                raise UnreadableCheckpoint(
+                    at(folder, f"expected chunks apart from each other in {file_name[:200]!r}")
+                )
+            end = stop
+        if end > size:
+            raise damaged(path, EOFError(f"it ends {end - size} bytes too early"))
+
+
+def _read_tensor(folder: Path, files: Files, name: str, entry: _Entry) -> Tensor:
     try:
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        written = torch.zeros(entry.shape, dtype=torch.bool)
     except (RuntimeError, MemoryError) as error:
         raise damaged(folder, error) from error
     for piece in entry.pieces:
@@ -294,39 +369,22 @@ def _read_tensor(folder: Path, name: str, entry: _Entry, device: torch.device) -
             slice(start, start + size)
             for start, size in zip(piece.offsets, piece.sizes, strict=True)
         )
-        tensor[where] = _read_piece(folder, name, entry, piece)
-        written[where] = True
-    # As many elements as there are, and each of them: no gap, and no chunk over another.
-    if covered != whole or not written.all():
-        raise UnreadableCheckpoint(
-            at(
-                folder,
-                f"expected chunks that make up the {whole} elements of {printable(name)}, got "
-                f"chunks of {covered} that {'overlap' if covered >= whole else 'leave gaps'}",
-            )
-        )
-    return tensor.to(device)
+        tensor[where] = _read_piece(folder, files, name, entry, piece)
+    return tensor
 
 
-def _read_piece(folder: Path, name: str, entry: _Entry, piece: _Piece) -> Tensor:
+def _read_piece(folder: Path, files: Files, name: str, entry: _Entry, piece: _Piece) -> Tensor:
     path = folder / piece.file
+    with files.open(path) as file:
+        stored = file.read(piece.start, piece.length)
     try:
-        with path.open("rb") as file:
-            file.seek(piece.start)
-            stored = file.read(min(piece.length, path.stat().st_size))
-        if len(stored) < piece.length:
-            raise EOFError(f"it ends {piece.length - len(stored)} bytes too early")
-        found = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UnreadableCheckpoint(
-            at(folder, f"expected the file {piece.file!r}, got no such file")
+        found = read_file(MemorySource(memoryview(stored)), path).content
+    except UnsafeCheckpoint as error:
+        raise needs_full_unpickler(
+            path, "piece of a tensor", error.globals_needed, way_out=False
         ) from error
-    except pickle.UnpicklingError as error:
-        raise needs_full_unpickler(path, "piece of a tensor", (), way_out=False) from error
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise damaged(path, error) from error
+    if isinstance(found, TensorPlace):
+        found = Gathered([found], _filler(stored), torch.device("cpu"))(found)
     if not isinstance(found, Tensor):
         raise UnreadableCheckpoint(
             at(path, f"expected a piece of {printable(name)}, got a {type(found).__name__}")
@@ -340,3 +398,10 @@ def _read_piece(folder: Path, name: str, entry: _Entry, piece: _Piece) -> Tensor
             )
         )
     return found.detach()
+
+
+def _filler(stored: bytes) -> Callable[[int, memoryview], None]:
+    def fill(start: int, view: memoryview) -> None:
+        view[:] = stored[start : start + len(view)]
+
+    return fill

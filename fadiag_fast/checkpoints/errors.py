@@ -10,6 +10,8 @@ import torch
 
 # A message that lists a thousand keys is not read; ten show the pattern.
 _MOST_LISTED = 10
+_MOST_OF_A_TEXT = 120
+_MOST_OF_A_NAME = 1000
 
 EXPECTED = "a torch.save or safetensors file"
 
@@ -29,10 +31,6 @@ class UnreadableCheckpoint(CheckpointError):
 
 class MissingCheckpoint(UnreadableCheckpoint, FileNotFoundError):
     """Report a path at which there is no file."""
-
-
-class MissingSafetensors(CheckpointError, ImportError):
-    """Report a safetensors file where the safetensors package is not installed."""
 
 
 class MissingFsspec(CheckpointError, ImportError):
@@ -119,10 +117,14 @@ def at(path: str | os.PathLike[str], text: str, caller: str = "load_checkpoint")
 
 
 def listed(entries: Iterable[str]) -> str:
-    entries = list(entries)
-    more = len(entries) - _MOST_LISTED
-    shown = ", ".join(map(escaped, entries[:_MOST_LISTED]))
-    return shown + (f" (+{more} more)" if more > 0 else "")
+    shown: list[str] = []
+    more = 0
+    for entry in entries:
+        if len(shown) < _MOST_LISTED:
+            shown.append(escaped(entry[:_MOST_OF_A_NAME]))
+        else:
+            more += 1
+    return ", ".join(shown) + (f" (+{more} more)" if more > 0 else "")
 
 
 def escaped(text: str) -> str:
@@ -132,11 +134,14 @@ def escaped(text: str) -> str:
 
 def printable(text: str) -> str:
     """Make text from a file fit for a message: no control characters and not endless."""
-    safe = escaped(text)
-    return safe if len(safe) <= 120 else safe[:117] + "..."
+    # Cut first: what a file says may be as long as the file.
+    safe = escaped(text[:_MOST_OF_A_TEXT])
+    return safe if len(text) <= len(safe) <= 120 else safe[:117] + "..."
 
 
 def brief(error: BaseException) -> str:
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-    first = text.splitlines()[0] if text else ""
+    """Return an error's type and the first line of what it says."""
+    text = str(error)[: 8 * _MOST_OF_A_TEXT]
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", text).strip().splitlines()
+    first = lines[0] if lines else ""
     return f"{type(error).__name__}: {printable(first)}" if first else type(error).__name__

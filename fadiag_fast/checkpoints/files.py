@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import torch_legacy
 from .errors import (
     EXPECTED,
-    CheckpointError,
-    MissingCheckpoint,
-    MissingSafetensors,
     UnreadableCheckpoint,
     UnsafeCheckpoint,
     at,
@@ -27,23 +24,19 @@ from .errors import (
     needs_full_unpickler,
 )
 from .lookalikes import HEAD_BYTES, what_it_is
-from .pickles import (
-    pickles_in_zip,
-    refused_as_unsafe,
-    scan_pickle_file,
-    scan_zip,
-    unsafe_globals,
-    unsafe_globals_by_torch,
+from .opening import Source, SourceStream, open_regular
+from .pickles import scan_pickles, scan_zip, unsafe_globals
+from .restricted_pickle import PickleError, UnknownInstruction
+from .safetensors_layouts import SafetensorsError, looks_like_safetensors, read_header
+from .torch_zip import (
+    Archive,
+    Content,
+    ZipError,
+    check_torch_archive,
+    pickle_of,
+    read_archive,
+    read_content,
 )
-
-# The number that opens every file torch.save wrote before the zip format (torch.serialization).
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-
-# A legacy file holds five pickles (magic, protocol, system, object, storage keys), then raw bytes.
-_LEGACY_PICKLES = 5
-
-# The format's own limit on its JSON header, which keeps random bytes from looking like a header.
-SAFETENSORS_MAX_HEADER = 100_000_000
 
 # With this variable set, torch.load ignores weights_only=False.
 FORCE_SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -55,7 +48,8 @@ class Loaded:
 
     Attributes:
         format: as in Checkpoint.
-        content: the object that was in the file, or the weights of a folder's files.
+        content: the object that was in the file, tensors in it being the places of their bytes
+            where the file's own were found; or the weights of a folder's files.
         extra: what is to be told beside the content's other entries.
         container: where the reader found the weights, if it looked for them itself.
     """
@@ -66,14 +60,16 @@ class Loaded:
     container: str = ""
 
 
-def load_file(path: Path, device: torch.device, unsafe_pickle: bool) -> Loaded:
-    """Read a file; its content decides the format."""
-    head, size = read_head(path)
-    if head.startswith(b"PK\x03\x04"):
-        return Loaded("torch-zip", _load_zip(path, device, unsafe_pickle))
-    if looks_like_safetensors(head):
-        return Loaded("safetensors", *load_safetensors(path, device))
-    return Loaded(*_load_pickle(path, device, unsafe_pickle, head, size))
+def read_head(
+    path: Path, expected: str = EXPECTED, caller: str = "load_checkpoint"
+) -> tuple[bytes, int]:
+    """Return a regular file's first bytes and its size.
+
+    Raises:
+        UnreadableCheckpoint: it cannot be opened, is empty, or is no regular file.
+    """
+    with open_regular(path, expected, caller) as file:
+        return file.read(0, HEAD_BYTES), file.size
 
 
 def usable_device(map_location: str | torch.device) -> torch.device:
@@ -89,151 +85,146 @@ def usable_device(map_location: str | torch.device) -> torch.device:
     return device
 
 
-def read_head(
-    path: Path, expected: str = EXPECTED, caller: str = "load_checkpoint"
-) -> tuple[bytes, int]:
-    """Return a regular file's first bytes and its size.
+def read_file(
+    source: Source, path: str | os.PathLike[str], base: int = 0, unsafe_pickle: bool = False
+) -> Loaded:
+    """Return what a file holds; its content decides the format.
 
-    Raises:
-        UnreadableCheckpoint: it cannot be opened, is empty, or is no regular file.
+    Args:
+        source: the file's bytes. The same ones are given to torch where a file needs it.
+        path: for messages.
+        base: is added to the places of tensors.
+        unsafe_pickle: run code from the file if it needs that.
     """
-
-    def got(what: str) -> str:
-        return at(path, f"expected {expected}, got {what}", caller)
-
-    try:
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise UnreadableCheckpoint(got("a directory"))
-        if not stat.S_ISREG(status.st_mode):
-            special = _special_file(status.st_mode)
-            raise UnreadableCheckpoint(
-                at(path, f"expected a regular file or folder, got {special}", caller)
-            )
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
-    except FileNotFoundError as error:
-        raise MissingCheckpoint(got("no such file")) from error
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte
-        if isinstance(error, CheckpointError):
-            raise
-        raise UnreadableCheckpoint(got(f"a file that cannot be opened ({brief(error)})")) from error
-    if status.st_size == 0:
-        raise UnreadableCheckpoint(got("an empty file"))
-    return head, status.st_size
-
-
-def _special_file(mode: int) -> str:
-    """Return what a file is that is neither a regular one nor a folder."""
-    if stat.S_ISFIFO(mode):
-        return "a FIFO"
-    return "a socket" if stat.S_ISSOCK(mode) else "a device"
-
-
-def looks_like_safetensors(head: bytes) -> bool:
-    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= SAFETENSORS_MAX_HEADER
-
-
-def load_safetensors(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise MissingSafetensors(
-            at(
-                path,
-                "expected the safetensors package to read this safetensors file, got no such "
-                "package; install it with: pip install 'fadiag-fast[checkpoints]'",
-            )
-        ) from error
-    try:
-        with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
-            metadata = dict(file.metadata() or {})
-            # One tensor at a time, so that a copy for another device never doubles the memory.
-            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise damaged(path, error) from error
-    return tensors, metadata
-
-
-def _load_zip(path: Path, device: torch.device, unsafe_pickle: bool) -> Any:
-    pickles = pickles_in_zip(path)
-    try:
-        return torch_load_zip(path, device, weights_only=True)
-    except Exception as error:
-        if "TorchScript archives" in str(error):
-            # zipfile has not seen the program, and torch.load without weights_only would run it.
-            raise damaged(path, error) from error
-        scan = scan_zip(path, pickles)
-        unsafe = unsafe_globals(scan.names) | unsafe_globals_by_torch(path)
-        if not refused_as_unsafe(scan, unsafe, error):
-            raise damaged(path, error) from error
-        if not unsafe_pickle:
-            raise needs_full_unpickler(path, "torch.save file", unsafe) from error
-    with _full_unpickler_errors(path):
-        return torch_load_zip(path, device, weights_only=False)
-
-
-def torch_load_zip(path: Path, device: torch.device, *, weights_only: bool) -> Any:
-    # On Windows a mapped file cannot be replaced, so a training run could no longer save over the
-    # checkpoint under study. A name in ".safetensors" would send torch.load to another reader, and
-    # torch.load maps only what it is given by name.
-    if os.name != "nt" and path.suffix != ".safetensors":
+    head = source.read(0, HEAD_BYTES)
+    if head.startswith(b"PK\x03\x04"):
+        return Loaded("torch-zip", _read_zip(source, path, base, unsafe_pickle))
+    if looks_like_safetensors(head):
         try:
-            return torch.load(
-                os.fspath(path), map_location=device, weights_only=weights_only, mmap=True
-            )
-        except RuntimeError as error:
-            # Some network and FUSE file systems cannot map files; they can still be read.
-            if "unable to mmap" not in str(error):
-                raise
-    with path.open("rb") as file:
-        return torch.load(file, map_location=device, weights_only=weights_only, mmap=False)
+            places, metadata = read_header(source, base)
+        except SafetensorsError as error:
+            raise damaged(path, error) from error
+        return Loaded("safetensors", places, metadata)
+    return Loaded(*_read_pickle(source, path, base, unsafe_pickle, head))
 
 
-def _load_pickle(
-    path: Path, device: torch.device, unsafe_pickle: bool, head: bytes, size: int
+def _read_zip(source: Source, path: str | os.PathLike[str], base: int, unsafe_pickle: bool) -> Any:
+    try:
+        archive = read_archive(source.read, source.size)
+    except ZipError as error:
+        raise damaged(path, error) from error
+    if what := check_torch_archive(archive):
+        raise UnreadableCheckpoint(at(path, f"expected {EXPECTED}, got {what}"))
+    content: Content | None = None
+    if archive.plain:
+        try:
+            content = read_content(source.read, archive, pickle_of(source.read, archive), base)
+        except PickleError as error:
+            return _refused_zip(source, path, archive, unsafe_pickle, error)
+        if content is not None and not content.unknown:
+            return content.value
+    # Nothing that the weights-only reader allows by its names is known to run code or to take more
+    # memory than the file; and what does is not given to it.
+    if content is not None and (unsafe := unsafe_globals(content.unknown)):
+        return _with_full_unpickler(source, path, "torch.save file", unsafe, unsafe_pickle)
+    try:
+        return _load(source, weights_only=True)
+    except Exception as error:
+        return _refused_zip(source, path, archive, unsafe_pickle, error)
+
+
+def _load(source: Source, *, weights_only: bool) -> Any:
+    stream: Any = SourceStream(source)
+    return torch.load(stream, map_location="cpu", weights_only=weights_only, mmap=False)
+
+
+def _refused_zip(
+    source: Source,
+    path: str | os.PathLike[str],
+    archive: Archive,
+    unsafe_pickle: bool,
+    error: Exception,
+) -> Any:
+    """Tell a whole file that needs the full unpickler from a damaged one."""
+    scan = scan_zip(source, archive)
+    unsafe = unsafe_globals(scan.names)
+    if not scan.complete or not (unsafe or _by_instruction(error)):
+        raise damaged(path, error) from error
+    return _with_full_unpickler(source, path, "torch.save file", unsafe, unsafe_pickle, error)
+
+
+def _by_instruction(error: Exception) -> bool:
+    # Where warnings are errors, torch's remark on an unusual pickle protocol is the refusal.
+    return isinstance(error, UnknownInstruction | pickle.UnpicklingError | UserWarning)
+
+
+def _with_full_unpickler(
+    source: Source,
+    path: str | os.PathLike[str],
+    kind: str,
+    unsafe: set[str],
+    unsafe_pickle: bool,
+    error: Exception | None = None,
+) -> Any:
+    if not unsafe_pickle:
+        raise needs_full_unpickler(path, kind, unsafe) from error
+    with _full_unpickler_errors(path):
+        return _load(source, weights_only=False)
+
+
+def _read_pickle(
+    source: Source,
+    path: str | os.PathLike[str],
+    base: int,
+    unsafe_pickle: bool,
+    head: bytes,
 ) -> tuple[str, Any]:
     """Read torch's older format or, if allowed, a plain pickle."""
-    scan = scan_pickle_file(path, pickles=1)
-    if not scan.complete:
-        raise UnreadableCheckpoint(at(path, f"expected {EXPECTED}, got {what_it_is(head, size)}"))
-    if scan.integer != _LEGACY_MAGIC:
+    if not torch_legacy.looks_like(head):
+        scan = scan_pickles(source, 1)
+        if not scan.complete:
+            what = what_it_is(head, source.size)
+            raise UnreadableCheckpoint(at(path, f"expected {EXPECTED}, got {what}"))
         # torch.load would first unpickle such a file and then object to it, so it never sees one.
         if not unsafe_pickle:
             raise needs_full_unpickler(
                 path, "plain pickle (not written by torch.save)", unsafe_globals(scan.names)
             )
-        with _full_unpickler_errors(path), path.open("rb") as file:
-            return "pickle", _moved(pickle.load(file), device)
+        with _full_unpickler_errors(path):
+            return "pickle", pickle.loads(source.read(0, source.size))
+    kind = "legacy torch.save file"
     try:
-        with path.open("rb") as file:
-            return "torch-legacy", torch.load(
-                file, map_location=device, weights_only=True, mmap=False
-            )
+        value, unknown = torch_legacy.read_content(source, base)
+        if not unknown:
+            return "torch-legacy", value
+        if unsafe := unsafe_globals(unknown):
+            return "torch-legacy", _with_full_unpickler(source, path, kind, unsafe, unsafe_pickle)
+        return "torch-legacy", _load(source, weights_only=True)
+    except UnsafeCheckpoint:
+        raise
     except Exception as error:
-        scan = scan_pickle_file(path, _LEGACY_PICKLES)
+        scan = scan_pickles(source, torch_legacy.PICKLES)
         unsafe = unsafe_globals(scan.names)
-        if not refused_as_unsafe(scan, unsafe, error):
+        if not scan.complete or not (unsafe or _by_instruction(error)):
             raise damaged(path, error) from error
-        if not unsafe_pickle:
-            raise needs_full_unpickler(path, "legacy torch.save file", unsafe) from error
-    with _full_unpickler_errors(path), path.open("rb") as file:
-        return "torch-legacy", torch.load(file, map_location=device, weights_only=False, mmap=False)
+        return "torch-legacy", _with_full_unpickler(
+            source, path, kind, unsafe, unsafe_pickle, error
+        )
 
 
-def _moved(content: Any, device: torch.device) -> Any:
-    """Move what a plain pickle held, for which torch.load's map_location does not exist."""
+def moved(content: Any, device: torch.device) -> Any:
+    """Move tensors and modules of a dict, or the one that it is, to a device."""
     if isinstance(content, Tensor | nn.Module):
         return content.to(device)
     if isinstance(content, dict):
         # In place: the dict's own type and attributes (a state dict's versions) are kept.
         for key, value in content.items():
-            content[key] = _moved(value, device)
+            content[key] = moved(value, device)
     return content
 
 
 @contextmanager
-def _full_unpickler_errors(path: Path) -> Iterator[None]:
+def _full_unpickler_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (ImportError, AttributeError) as error:

@@ -12,13 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .content import as_state_dict
-from .distributed import METADATA, load_distributed
-from .errors import MissingCheckpoint, UnreadableCheckpoint, at, brief, damaged, listed, printable
-from .files import Loaded, is_plain_name, load_file
+from .distributed import METADATA
+from .errors import UnreadableCheckpoint, at, brief, damaged, listed, printable
+from .files import is_plain_name
+from .opening import Files
 
 INDEX_SUFFIX = ".index.json"
 
@@ -26,6 +24,9 @@ INDEX_SUFFIX = ".index.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 TRAINER_STATE = "trainer_state.json"
+
+# Thrice the index of the largest models; parsed, a hostile one takes twenty times its bytes.
+MOST_JSON = 1 << 25
 
 # What of the trainer's state belongs to the checkpoint; its log is as long as the training.
 _TRAINER_KEYS = ("global_step", "epoch")
@@ -37,21 +38,6 @@ _EXPECTED_FOLDER = (
 )
 
 
-def load_folder(folder: Path, device: torch.device, unsafe_pickle: bool) -> Loaded:
-    """Read a folder's weights and, from a Hugging Face Trainer's, the step and epoch."""
-    weights = find_weights(folder)
-    if weights.name == METADATA:
-        found = load_distributed(folder, device)
-    elif weights.name.endswith(INDEX_SUFFIX):
-        found = load_sharded(weights, device, unsafe_pickle)
-    else:
-        found = load_file(weights, device, unsafe_pickle)
-    trainer = trainer_state(folder)
-    if not trainer:
-        return found
-    return Loaded(found.format, found.content, {**(found.extra or {}), **trainer}, found.container)
-
-
 def find_weights(folder: Path) -> Path:
     """Return the file of a folder with which reading begins."""
     try:
@@ -60,25 +46,28 @@ def find_weights(folder: Path) -> Path:
         raise UnreadableCheckpoint(
             at(folder, f"expected a folder that can be listed, got {brief(error)}")
         ) from error
-    if METADATA in names:
-        return folder / METADATA
-    for name in WEIGHTS:
-        # The index first: a stale single file may lie beside the shards of a larger model.
-        for candidate in (name + INDEX_SUFFIX, name):
-            if candidate in names:
-                return folder / candidate
+    return folder / choose_weights(folder, names)
+
+
+def choose_weights(folder: str | os.PathLike[str], names: set[str]) -> str:
+    """Return which of a folder's files to begin with."""
+    # The index first: a stale single file may lie beside the shards of a larger model.
+    usual = (end for name in WEIGHTS for end in (name + INDEX_SUFFIX, name))
+    for candidate in (METADATA, *usual):
+        if candidate in names:
+            return candidate
     held = listed(sorted(printable(name) for name in names))
     raise UnreadableCheckpoint(
         at(folder, f"expected {_EXPECTED_FOLDER}, got a directory with {held or 'nothing in it'}")
     )
 
 
-def trainer_state(folder: Path) -> dict[str, int | float]:
+def trainer_state(folder: Path, files: Files) -> dict[str, int | float]:
     """Return the step and epoch that a Trainer wrote beside the weights, if it did."""
     path = folder / TRAINER_STATE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
-    state = _read_json(path)
+    state = _read_json(path, files)
     return {
         key: state[key]
         for key in _TRAINER_KEYS
@@ -86,25 +75,14 @@ def trainer_state(folder: Path) -> dict[str, int | float]:
     }
 
 
-def load_sharded(index: Path, device: torch.device, unsafe_pickle: bool) -> Loaded:
-    """Read the shards that an index names and put them together in the index's order."""
-    weight_map = read_index(index)
-    held: dict[str, Tensor] = {}
-    formats = set()
-    for shard, names in by_shard(weight_map).items():
-        path = index.parent / shard
-        found = load_file(path, device, unsafe_pickle)
-        state = as_state_dict(found.content, path)
-        if state is None:
-            raise UnreadableCheckpoint(
-                at(path, "expected a shard that holds names and tensors, got other content")
-            )
-        check_shard(index, shard, names, state)
-        held.update(state)
-        formats.add(found.format)
-    form = "safetensors-sharded" if formats == {"safetensors"} else "torch-sharded"
-    # The index's own metadata is the total size, which says nothing more.
-    return Loaded(form, {name: held[name] for name in weight_map}, {})
+def shard_of(content: Any, path: Path) -> dict[str, Any]:
+    """Return the names and tensors that a shard's content is."""
+    state = as_state_dict(content, path)
+    if state is None:
+        raise UnreadableCheckpoint(
+            at(path, "expected a shard that holds names and tensors, got other content")
+        )
+    return state
 
 
 def by_shard(weight_map: dict[str, str]) -> dict[str, list[str]]:
@@ -134,37 +112,43 @@ def check_shard(index: Path, shard: str, names: list[str], held: Mapping[str, An
         )
 
 
-def read_index(index: Path) -> dict[str, str]:
+def read_index(index: Path, files: Files) -> dict[str, str]:
     """Return which shard holds each tensor, having checked that the shards are there."""
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = weight_map_of(files, index)
+    for shard in dict.fromkeys(weight_map.values()):
+        if not os.path.exists(index.parent / shard):
+            # Not MissingCheckpoint: the checkpoint is there, and it is not whole.
+            raise UnreadableCheckpoint(
+                at(index, f"expected the shard {printable(repr(shard[:200]))}, got no such file")
+            )
+    return weight_map
+
+
+def weight_map_of(files: Files, index: Path) -> dict[str, str]:
+    """Return which file of the same folder an index says each tensor to be in."""
+    weight_map = _read_json(index, files).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UnreadableCheckpoint(
             at(index, "expected a 'weight_map' of tensors to files, got an index without")
         )
     for shard in weight_map.values():
         if not isinstance(shard, str) or not is_plain_name(shard):
+            shown = shard[:200] if isinstance(shard, str) else shard
             raise UnreadableCheckpoint(
                 at(
                     index,
                     "expected names of files in the same folder, got "
-                    f"{printable(repr(shard))}, which is not followed",
+                    f"{printable(repr(shown))}, which is not followed",
                 )
-            )
-    for shard in dict.fromkeys(weight_map.values()):
-        if not (index.parent / shard).is_file():
-            # Not MissingCheckpoint: the checkpoint is there, and it is not whole.
-            raise UnreadableCheckpoint(
-                at(index, f"expected the shard {printable(repr(shard))}, got no such file")
             )
     return weight_map
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, files: Files) -> dict[str, Any]:
+    text = files.read_text(path, "a JSON file", MOST_JSON)
     try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise MissingCheckpoint(at(path, "expected a JSON file, got no such file")) from error
-    except (OSError, ValueError, RecursionError) as error:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise damaged(path, error) from error
     if not isinstance(found, dict):
         raise UnreadableCheckpoint(

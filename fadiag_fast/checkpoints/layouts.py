@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import torch
+from typing import NamedTuple
 
 from .content import state_signature
+from .places import TensorPlace, last_byte
 
 # The boundary at which slabs begin and parts of them are put: a cache line, and what torch.save
 # aligns storages to. No dtype and no vector instruction wants more.
 ALIGNMENT = 64
 
-
-class TensorPlace(NamedTuple):
-    """Say where a tensor lies in a slab: `offset` in bytes, `stride` in elements."""
-
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def view(self, buffer: torch.Tensor, base: int = 0) -> torch.Tensor:
-        """Return the tensor as a view of a buffer whose first byte is the slab's byte `base`."""
-        whole = buffer[self.offset - base :]
-        whole = whole[: len(whole) // self.dtype.itemsize * self.dtype.itemsize]
-        return whole.view(self.dtype).as_strided(self.shape, self.stride)
+# Layouts kept: a study has one, or a few if what lies before the weights differs in length.
+_MOST_KEPT = 64
 
 
 class Move(NamedTuple):
@@ -59,45 +48,37 @@ class Layout:
     signature: str
 
 
-class Found(NamedTuple):
-    """Hold what a file is, as Checkpoint and SlabCheckpoint say it, and where its tensors are."""
-
-    format: str
-    layout: Layout
-    container: str
-    removed_prefix: str
-    extra: dict[str, Any]
-
-
-def last_byte(offset: int, dtype: torch.dtype, shape: Iterable[int], stride: Iterable[int]) -> int:
-    """Return the byte after the last one that a tensor reaches; its offset if it is empty."""
-    reach = 1
-    for size, step in zip(shape, stride, strict=True):
-        if size == 0:
-            return offset
-        reach += (size - 1) * step
-    return offset + reach * dtype.itemsize
-
-
 def aligned(offset: int) -> int:
     """Return the next multiple of the alignment."""
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
+_known: OrderedDict[tuple[object, ...], Layout] = OrderedDict()
+_lock = threading.Lock()
+
+
+def layout_of(places: Mapping[str, TensorPlace], file_stop: int) -> Layout:
+    """Return the layout of these places, the same object for the same ones."""
+    key = (file_stop, tuple(places), tuple(places.values()))
+    found = _known.get(key)
+    if found is None:
+        found = make_layout(places, file_stop)
+        with _lock:
+            found = _known.setdefault(key, found)
+            while len(_known) > _MOST_KEPT:
+                _known.popitem(last=False)
+    return found
+
+
 def make_layout(places: Mapping[str, TensorPlace], file_stop: int) -> Layout:
     """Put what is misaligned behind the file, and sum up."""
-    moved: dict[tuple[int, int], Move] = {}
+    moves, end = _moves(places, file_stop)
     final: dict[str, TensorPlace] = {}
-    end = file_stop
     for name, place in places.items():
         stop = last_byte(*place)
-        if place.offset % place.dtype.itemsize and stop > place.offset:
-            span = (place.offset, stop)
-            if span not in moved:
-                target = aligned(end)
-                moved[span] = Move(place.offset, target, stop - place.offset)
-                end = target + stop - place.offset
-            place = place._replace(offset=moved[span].target)
+        if stop > place.offset and place.offset % place.dtype.itemsize:
+            move = next(move for move in moves if _serves(move, place))
+            place = place._replace(offset=place.offset - move.source + move.target)
         elif stop == place.offset:
             place = place._replace(offset=0)  # no bytes, so that any place will do
         final[name] = place
@@ -105,15 +86,35 @@ def make_layout(places: Mapping[str, TensorPlace], file_stop: int) -> Layout:
     # On the alignment, so that a copy from there on keeps every tensor's.
     start = min((first for first, _ in spans), default=0) // ALIGNMENT * ALIGNMENT
     stop = max((last for _, last in spans), default=0)
-    return Layout(final, tuple(moved.values()), start, stop, end, state_signature(final))
+    return Layout(final, moves, start, stop, end, state_signature(final))
 
 
-def without_data(value: Any) -> Any:
-    """Replace the tensors in nested containers by tensors on the meta device."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("meta") if value.layout == torch.strided else None
-    if isinstance(value, dict):
-        return {key: without_data(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(without_data(item) for item in value)
-    return value
+def _moves(places: Mapping[str, TensorPlace], end: int) -> tuple[tuple[Move, ...], int]:
+    """Return moves after which every tensor lies where its dtype can be read, and their end.
+
+    What overlaps is moved together, so that what is shared stays shared.
+    """
+    spans = {
+        (place.offset, last_byte(*place), place.dtype.itemsize)
+        for place in places.values()
+        if place.offset % place.dtype.itemsize and last_byte(*place) > place.offset
+    }
+    moves: list[Move] = []
+    for first, last, itemsize in sorted(spans):
+        before = moves[-1] if moves else None
+        if (
+            before
+            and first < before.source + before.length
+            and not ((first - before.source) % itemsize)
+        ):
+            length = max(before.length, last - before.source)
+            moves[-1] = before._replace(length=length)
+        else:
+            moves.append(Move(first, aligned(end), last - first))
+        end = moves[-1].target + moves[-1].length
+    return tuple(moves), end
+
+
+def _serves(move: Move, place: TensorPlace) -> bool:
+    inside = move.source <= place.offset and last_byte(*place) <= move.source + move.length
+    return inside and (place.offset - move.source) % place.dtype.itemsize == 0

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from .content import Checkpoint, find_state_dict, without_wrapper_prefixes
-from .files import load_file, usable_device
-from .folders import INDEX_SUFFIX, load_folder, load_sharded
-from .remote import is_url, local_copy
+from .content import Checkpoint
+from .contents import copied, without_data
+from .distributed import OPTIMIZER
+from .errors import damaged
+from .files import read_file, usable_device
+from .finding import Found, find_checkpoint, found_in
+from .gathering import Gathered
+from .opening import Files, MemorySource, OpenFile, Source, read_steadily
+from .places import TensorPlace
+from .remote import fetch_file, is_url, local_copy
 
 
 def load_checkpoint(
@@ -34,8 +46,10 @@ def load_checkpoint(
     its folder. A 'module.' or '_orig_mod.' that every key carries is removed, however they are
     nested.
 
-    Zip files are memory-mapped, privately: writing to a tensor does not change the file. Replace
-    such a file (as `save_checkpoint` does) rather than overwrite it while its weights are in use.
+    The tensors have memory of their own: what happens to the file afterwards does not matter. Only
+    the bytes of tensors are read that are returned; those in entries of `extra` with 'optim' in
+    their names have no data (they are on the meta device), as an optimizer's state is twice the
+    weights. A file that is written to while it is read is read again, a few times.
 
     Args:
         path: the file or folder; a file's content decides its format, not its extension. Text with
@@ -53,41 +67,95 @@ def load_checkpoint(
             is not; a shard is missing, or the index and the shards do not agree.
         UnsafeCheckpoint: the file needs the full unpickler; the message lists what it asks for.
         NoStateDict: the file holds no state dict; the message lists what it does hold.
-        MissingSafetensors: the safetensors package is needed and not installed.
         MissingFsspec: a URL, and fsspec or what it needs for the protocol is not installed.
         ValueError: map_location names no device of this machine.
     """
     device = usable_device(map_location)
     if isinstance(path, str) and is_url(path):
-        with local_copy(path) as copy:
-            loaded = load_local(copy, device, unsafe_pickle)
-        return Checkpoint(
-            path,
-            loaded.state_dict,
-            loaded.format,
-            loaded.container,
-            loaded.removed_prefix,
-            loaded.extra,
-        )
-    return load_local(Path(path), device, unsafe_pickle)
+        return _load_url(path, device, unsafe_pickle)
+    return _load_local(Path(path), device, unsafe_pickle)
 
 
-def load_local(path: Path, device: torch.device, unsafe_pickle: bool) -> Checkpoint:
-    """Read a file or folder of this machine."""
-    # os.path.isdir is False, not an error, for a path with a NUL byte.
-    if os.path.isdir(path):
-        found = load_folder(path, device, unsafe_pickle)
-    elif path.name.endswith(INDEX_SUFFIX):
-        found = load_sharded(path, device, unsafe_pickle)
-    else:
-        found = load_file(path, device, unsafe_pickle)
-    state, container, extra = find_state_dict(found.content, path, unsafe_pickle)
-    state, removed_prefix = without_wrapper_prefixes(state)
-    return Checkpoint(
-        path,
-        state,
-        found.format,
-        found.container or container,
-        removed_prefix,
-        extra if found.extra is None else {**extra, **found.extra},
-    )
+def _load_local(path: Path, device: torch.device, unsafe_pickle: bool) -> Checkpoint:
+    def read(files: Files) -> Checkpoint:
+        space = _FileSpace(files)
+        found = find_checkpoint(path, files, space, unsafe_pickle)
+        return _checkpoint(path, found, space.fill, device)
+
+    return read_steadily(path, read)
+
+
+def _load_url(url: str, device: torch.device, unsafe_pickle: bool) -> Checkpoint:
+    fetched = fetch_file(url)
+    if fetched is None:
+        with local_copy(url) as copy:
+            return replace(_load_local(copy, device, unsafe_pickle), path=url)
+    view = fetched.numpy().data
+    found = found_in(read_file(MemorySource(view), url, 0, unsafe_pickle), url, unsafe_pickle)
+
+    def fill(start: int, target: memoryview) -> None:
+        target[:] = view[start : start + len(target)]
+
+    return _checkpoint(url, found, fill, device)
+
+
+class _FileSpace:
+    """Number the bytes of files one behind the other, and read those that are asked for."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._starts: list[int] = []
+        self._paths: list[Path] = []
+        self._end = 0
+
+    def reserve(self, sizes: Sequence[int], /) -> None:
+        """Need nothing: no byte is read before it is asked for."""
+
+    def add(self, file: OpenFile, /) -> tuple[Source, int]:
+        base = self._end
+        self._starts.append(base)
+        self._paths.append(file.path)
+        self._end = base + file.size
+        return file, base
+
+    def fill(self, start: int, target: memoryview) -> None:
+        index = bisect_right(self._starts, start) - 1
+        with self._files.open(self._paths[index]) as file:
+            # What is too short has changed, and is read again.
+            file.read_into(target, start - self._starts[index])
+
+
+def _checkpoint(
+    path: Path | str,
+    found: Found,
+    fill: Callable[[int, memoryview], None],
+    device: torch.device,
+) -> Checkpoint:
+    """Read the tensors of which the places are known."""
+    # An optimizer's state is twice the size of the weights, and nobody asks for it.
+    left_out = {key: value for key, value in found.extra.items() if OPTIMIZER in key.lower()}
+    kept = {key: value for key, value in found.extra.items() if key not in left_out}
+    places = [place for place in found.state.values() if isinstance(place, TensorPlace)]
+
+    def note(value: Any) -> Any:
+        if isinstance(value, TensorPlace):
+            places.append(value)
+        return value
+
+    copied(kept, note)
+    try:
+        tensor_of = Gathered(places, fill, device)
+    except (RuntimeError, MemoryError) as error:
+        raise damaged(path, error) from error
+
+    def made(value: Any) -> Any:
+        if isinstance(value, TensorPlace):
+            return tensor_of(value)
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    state = OrderedDict((name, made(value)) for name, value in found.state.items())
+    if (versions := getattr(found.state, "_metadata", None)) is not None:
+        state._metadata = versions  # type: ignore[attr-defined]
+    kept, left_out = copied(kept, made), without_data(left_out)
+    extra = {key: (kept if key in kept else left_out)[key] for key in found.extra}
+    return Checkpoint(path, state, found.format, found.container, found.removed_prefix, extra)

@@ -1,7 +1,7 @@
-"""Find a safetensors file's tensors by its header, and know the header again.
+"""Find a safetensors file's tensors by its header.
 
-The header is JSON with every tensor's dtype, shape and place. What does not pass the checks here is
-left to the safetensors package, which says what is wrong with it.
+The header is JSON with every tensor's dtype, shape and place. What the safetensors package refuses
+is refused here: gaps, overlaps, and sizes that do not agree.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import json
 import math
 import threading
 from collections import OrderedDict
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from .content import wrapper_prefix
-from .files import SAFETENSORS_MAX_HEADER
-from .layouts import ALIGNMENT, Found, TensorPlace, make_layout
+from .errors import printable
+from .opening import Source
+from .places import TensorPlace
 
 _DTYPES = {
     "F64": torch.float64,
@@ -26,6 +25,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -38,64 +38,100 @@ _DTYPES = {
     "C64": torch.complex64,
 }
 
+# The format's own limit on its JSON header, which keeps random bytes from looking like a header.
+_MOST_HEADER = 100_000_000
+_LIMIT = 1 << 63
+
 # Headers kept: a study has one per architecture, or one per file if the metadata differ.
 _MOST_KEPT = 64
 
-_known: OrderedDict[tuple[bytes, int, int], Found] = OrderedDict()
+_Header = tuple[dict[str, TensorPlace], dict[str, str]]
+
+_known: OrderedDict[tuple[bytes, int, int], _Header] = OrderedDict()
 _lock = threading.Lock()
 
 
-def start_in_slab(head: bytes) -> int:
-    """Return where to put a file so that its tensors, and not its header, lie on the alignment."""
-    return -(8 + int.from_bytes(head[:8], "little")) % ALIGNMENT
+class SafetensorsError(Exception):
+    """Say what is wrong with a safetensors file."""
 
 
-def find_layout(data: NDArray[np.uint8], start: int, size: int) -> Found | None:
-    """Return what the file at data[start : start + size] holds, None if odd."""
-    length = int.from_bytes(data[start : start + 8].tobytes(), "little")
-    if length > min(size - 8, SAFETENSORS_MAX_HEADER):
-        return None
-    header = data[start + 8 : start + 8 + length].tobytes()
-    key = (header, start, size)
+def looks_like_safetensors(head: bytes) -> bool:
+    """Say whether a file of these first bytes has this format."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MOST_HEADER
+
+
+def bytes_before_tensors(head: bytes) -> int:
+    """Return how many bytes come before the first tensor."""
+    return 8 + int.from_bytes(head[:8], "little")
+
+
+def read_header(source: Source, base: int) -> tuple[dict[str, TensorPlace], dict[str, str]]:
+    """Return where a file's tensors lie, by name, and its metadata.
+
+    Args:
+        source: the file's bytes.
+        base: is added to the places.
+
+    Raises:
+        SafetensorsError: the file is damaged.
+    """
+    first = bytes_before_tensors(source.read(0, 8))
+    if first > source.size:
+        raise SafetensorsError("its header is longer than the file")
+    header = source.read(8, first - 8)
+    key = (header, source.size, base)
     found = _known.get(key)
     if found is None:
         try:
-            found = _parse(header, start + 8 + length, start + size)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return None
+            found = _parse(header, base + first, base + source.size)
+        except SafetensorsError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise SafetensorsError("its header does not describe tensors") from error
         with _lock:
             _known[key] = found
             while len(_known) > _MOST_KEPT:
                 _known.popitem(last=False)
+    places, metadata = found
+    return dict(places), dict(metadata)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise SafetensorsError("its header has a name twice")
     return found
 
 
-def _parse(header: bytes, first: int, stop: int) -> Found:
-    entries = json.loads(header)
-    metadata = entries.pop("__metadata__", {})
+def _parse(header: bytes, first: int, stop: int) -> _Header:
+    entries = json.loads(header.decode(), object_pairs_hook=_once)
+    metadata = entries.pop("__metadata__", None) or {}
     places = {}
     spans = []
     for name, entry in sorted(entries.items()):
         begin, end = entry["data_offsets"]
-        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        kind, shape = entry["dtype"], tuple(entry["shape"])
+        if kind not in _DTYPES:
+            raise SafetensorsError(f"it has tensors of {printable(repr(kind[:100]))}")
+        dtype = _DTYPES[kind]
         for number in (begin, end, *shape):
-            if type(number) is not int or number < 0:
-                raise ValueError("no count")
+            if type(number) is not int or not 0 <= number < _LIMIT:
+                raise SafetensorsError("its header has sizes that are no counts")
         if end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError("another size")
+            raise SafetensorsError(f"{printable(repr(name[:100]))} has two sizes")
         stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        if len(shape) > 64 or math.prod(size or 1 for size in shape) >= _LIMIT:
+            raise SafetensorsError("it has a tensor of more elements than there can be")
         places[name] = TensorPlace(first + begin, dtype, shape, stride)
         spans.append((begin, end))
     # The format allows neither gaps nor overlaps, and ends with the file.
     at = 0
     for begin, end in sorted(spans):
         if begin != at:
-            raise ValueError("a gap")
+            raise SafetensorsError("its tensors overlap, or there are bytes that belong to none")
         at = end
-    if first + at != stop or not places:
-        raise ValueError("another length")
+    if first + at != stop:
+        raise SafetensorsError(f"its tensors have {at} bytes, and there are {stop - first}")
     if not all(isinstance(word, str) for pair in metadata.items() for word in pair):
-        raise ValueError("metadata that is no text")
-    removed = wrapper_prefix(places)
-    layout = make_layout({name[len(removed) :]: places[name] for name in places}, stop)
-    return Found("safetensors", layout, "bare", removed, metadata)
+        raise SafetensorsError("its metadata is no text")
+    return places, metadata

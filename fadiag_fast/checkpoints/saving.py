@@ -21,8 +21,9 @@ from .errors import (
     listed,
     printable,
 )
-from .files import torch_load_zip
-from .pickles import unsafe_globals_by_torch
+from .opening import open_regular
+from .pickles import scan_zip, unsafe_globals
+from .torch_zip import read_archive
 
 
 def save_checkpoint(obj: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -98,9 +99,12 @@ def _write(obj: dict[str, Any], file: io.BufferedWriter, path: Path) -> None:
 
 def _check_read_back(temporary: Path, path: Path) -> None:
     try:
-        torch_load_zip(temporary, torch.device("cpu"), weights_only=True)
+        with temporary.open("rb") as file:
+            torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:
-        unsafe = sorted(printable(name) for name in unsafe_globals_by_torch(temporary))
+        with open_regular(temporary) as source:
+            archive = read_archive(source.read, source.size)
+            unsafe = sorted(map(printable, unsafe_globals(scan_zip(source, archive).names)))
         what = listed(unsafe) or brief(error)
         raise UnsavableCheckpoint(
             at(

@@ -1,7 +1,7 @@
 """Read checkpoints into memory that is already there: what a scan's reader threads do.
 
 Reading is one system call for the whole file, into its place; tensors are views of the bytes where
-they lie. Interpreted code then only looks at some kilobytes (see zip_layouts and
+they lie. Interpreted code then only looks at some kilobytes (see torch_zip and
 safetensors_layouts), so that threads do not wait for each other's interpreter lock: it is left
 while a file is read and hashed.
 """
@@ -9,48 +9,34 @@ while a file is read and hashed.
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import safetensors_layouts, zip_layouts
-from .content import Checkpoint, wrapper_prefix
+from . import torch_legacy
+from .contents import without_data
 from .distributed import METADATA
-from .errors import CheckpointError, UnreadableCheckpoint, at, brief, printable
-from .files import looks_like_safetensors, read_head
-from .folders import (
-    INDEX_SUFFIX,
-    TRAINER_STATE,
-    by_shard,
-    check_shard,
-    find_weights,
-    read_index,
-    trainer_state,
-)
-from .layouts import (
-    ALIGNMENT,
-    Found,
-    Layout,
-    TensorPlace,
-    aligned,
-    make_layout,
-    without_data,
-)
-from .loading import load_local
-from .remote import is_local, is_url, local_copy, open_filesystem, unreachable
+from .errors import CheckpointError, UnreadableCheckpoint, at
+from .files import read_file
+from .finding import Found, find_checkpoint, found_in
+from .layouts import ALIGNMENT, aligned, layout_of
+from .opening import Files, MemorySource, OpenFile, Source, read_steadily
+from .places import TensorPlace
+from .remote import fetch_file, is_url, local_copy
+from .safetensors_layouts import bytes_before_tensors, looks_like_safetensors
 
 _Bytes = NDArray[np.uint8]
 
-# Bytes that tell the formats apart: a safetensors header's length and its first character.
-_HEAD = 9
+# Bytes that tell the formats apart.
+_HEAD = 512
 
 # For files that are hashed without being kept: larger than a disk's read-ahead, small in the cache.
 _CHUNK = 1 << 20
@@ -80,8 +66,9 @@ class SlabCheckpoint:
         start: the first byte of the slab that any tensor uses, and
         stop: the one after the last: what to copy to a device.
         format, container, removed_prefix: as in Checkpoint.
-        extra: as in Checkpoint, but tensors in it have no data (they are on the meta device), and
-            it is shared between checkpoints where it is the same: not to be written to.
+        beside: what `extra` is made of when it is asked for.
+        versions: what `load_state_dict` is told of the modules' versions; None if the file says
+            nothing of them.
         nbytes: size of a file that was read as it is; None of folders and of what was loaded.
     """
 
@@ -93,8 +80,15 @@ class SlabCheckpoint:
     format: str
     container: str
     removed_prefix: str
-    extra: Mapping[str, Any] = field(repr=False)
+    beside: Mapping[str, Any] = field(repr=False)
+    versions: Mapping[str, Any] | None = field(default=None, repr=False)
     nbytes: int | None = None
+
+    @cached_property
+    def extra(self) -> Mapping[str, Any]:
+        """As in Checkpoint, but tensors in it have no data (they are on the meta device)."""
+        found: Mapping[str, Any] = without_data(self.beside)
+        return found
 
     def tensors(self, buffer: Tensor, base: int = 0) -> dict[str, Tensor]:
         """Return the state dict as views of the slab, or of a copy of it on any device.
@@ -105,7 +99,10 @@ class SlabCheckpoint:
             base: which byte of the slab the buffer's first one is: `start` for a copy of
                 ``slab[start:stop]``.
         """
-        return {name: place.view(buffer, base) for name, place in self.layout.items()}
+        state = OrderedDict((name, place.view(buffer, base)) for name, place in self.layout.items())
+        if self.versions is not None:
+            state._metadata = self.versions  # type: ignore[attr-defined]
+        return state
 
 
 def read_into(
@@ -117,18 +114,19 @@ def read_into(
 ) -> SlabCheckpoint:
     """Read a checkpoint's bytes into a slab, and say where its tensors are.
 
-    Reads what `load_checkpoint` reads, with the same checks and errors. torch.save zip files and
-    safetensors files (also in shards) are read as they are, in one piece; tensors that lie where
-    their dtype cannot be read are copied behind it. Other formats are loaded and then copied.
+    Reads what `load_checkpoint` reads, with the same checks and errors: it is the same reader.
+    Files of torch.save and safetensors files (also in shards) are read as they are, in one piece;
+    tensors that lie where their dtype cannot be read are copied behind it. What only torch can read
+    (members that are compressed or of the other byte order, sparse tensors beside the weights), and
+    distributed checkpoints, are loaded and then copied.
 
-    Several threads may read at the same time, into a slab each. Python takes 0.05 ms of a file like
-    one that was read before (40 tensors), and some 10 ms of the first of its kind. Of one kind are
-    torch.save files that differ in weights, in numbers and truth values beside the weights, and in
-    texts of the same length; safetensors files with the same header.
+    Several threads may read at the same time, into a slab each.
 
     Whether the bytes are hashed is the caller's choice. A scan wants it: a file that was replaced
     under its name must be audited again. Checksums in a zip file would be free, but they are what
-    the file says of itself, and may be switched off where it is written.
+    the file says of itself, and may be switched off where it is written. What is hashed is what was
+    read into the slab; of a distributed checkpoint, whose files are not read whole, it is what they
+    hold, and they have not changed since.
 
     Args:
         path: file, folder or URL, as for `load_checkpoint`.
@@ -168,171 +166,116 @@ def _bytes_of(slab: Tensor) -> _Bytes:
 def _read_local(
     path: Path, data: _Bytes, hasher: Hasher | None, unsafe_pickle: bool
 ) -> SlabCheckpoint:
-    if path.name.endswith(INDEX_SUFFIX) and not path.is_dir():
-        return _read_sharded(path, path, data, hasher, unsafe_pickle)
-    read = loaded = None
-    with _opened(path) as file:
-        # Without a descriptor it is a folder that the system or its permissions don't let open.
-        folder = file is None or stat.S_ISDIR(file.status.st_mode)
-        if file is not None and stat.S_ISREG(file.status.st_mode):
-            # Where a safetensors file belongs in the slab stands in its head. All others are read
-            # at once, and looked at in the slab.
-            at_once = not path.name.endswith(".safetensors")
-            read = _read_stream(path, file, file.status.st_size, data, 0, at_once=at_once)
-    if folder:
-        return _read_folder(path, data, hasher, unsafe_pickle)
-    found = None if read is None else _find(read, data)
-    if found is None:
-        # Loaded before it is hashed: what is no checkpoint need not be.
-        loaded = load_local(path, torch.device("cpu"), unsafe_pickle)
-        if read is not None and read.zipped:
-            found = zip_layouts.learn(data[: read.size])
-    if read is not None and found is not None:
-        return _finished(path, read, found, data, hasher)
-    assert loaded is not None  # found is None
-    copied = _copied(loaded, data)
+    def read(files: Files) -> tuple[Found, _SlabSpace, Files]:
+        space = _SlabSpace(data)
+        return find_checkpoint(path, files, space, unsafe_pickle), space, files
+
+    found, space, files = read_steadily(path, read)
+    if path in space.regions:
+        start, size = space.regions[path]
+        return _finished(path, found, data, start, size, hasher)
     if hasher is not None:
-        _hash_file(hasher, path)
-    return copied
+        _hash_files(hasher, path, files, space)
+    return _placed(path, found, data, space.end)
 
 
-# Without waiting: nobody may ever write to a named pipe.
-_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+def _read_url(url: str, data: _Bytes, hasher: Hasher | None, unsafe_pickle: bool) -> SlabCheckpoint:
+    def room(size: int) -> Tensor:
+        _check_room(url, data, size)
+        return torch.from_numpy(data)
+
+    fetched = fetch_file(url, room)
+    if fetched is None:
+        with local_copy(url) as copy:
+            found = _read_local(copy, data, hasher, unsafe_pickle)
+        return replace(found, path=url, nbytes=None)
+    size = len(fetched)
+    start = _shift(bytes(data[:_HEAD]))
+    _check_room(url, data, start + size)
+    if start:
+        data[start : start + size] = data[:size].copy()
+    source = MemorySource(data.data[start : start + size])
+    loaded = read_file(source, url, start, unsafe_pickle)
+    found_there = found_in(loaded, url, unsafe_pickle)
+    return _finished(url, found_there, data, start, size, hasher)
 
 
-class _Descriptor:
-    """An open file, without what Python's own ask the system about it beyond its status.
+def _shift(head: bytes) -> int:
+    """Return where to put a file so that its tensors, and not its header, lie on the alignment."""
+    return -bytes_before_tensors(head) % ALIGNMENT if looks_like_safetensors(head) else 0
 
-    Every system call costs a reader the interpreter's lock, for which others wait too.
+
+class _SlabSpace:
+    """Read files into a slab, one behind the other.
+
+    Attributes:
+        regions: where each file begins, and its bytes.
+        end: the byte after the last.
     """
 
-    def __init__(self, number: int, status: os.stat_result) -> None:
-        self._number = number
-        self.status = status
+    def __init__(self, data: _Bytes) -> None:
+        self._data = data
+        self.regions: dict[Path, tuple[int, int]] = {}
+        self.end = 0
 
-    def read(self, size: int) -> bytes:
-        return os.read(self._number, size)
+    def view(self, start: int, size: int) -> memoryview:
+        """Return bytes of the slab."""
+        return self._data.data[start : start + size]
 
-    def readinto(self, target: memoryview) -> int:
-        if hasattr(os, "readv"):
-            # Not more at once than every system takes.
-            return os.readv(self._number, [target[: 1 << 30]])
-        data = os.read(self._number, len(target))
-        target[: len(data)] = data
-        return len(data)
+    def reserve(self, sizes: Sequence[int], /) -> None:
+        needed = self.end + sum(aligned(size) + ALIGNMENT for size in sizes)
+        _check_room("its files", self._data, needed)
 
-
-@contextmanager
-def _opened(path: Path) -> Iterator[_Descriptor | None]:
-    """Open what is there, also a folder; None for a folder that cannot be opened."""
-    number = _open(path)
-    if number is None:
-        yield None
-        return
-    try:
-        yield _Descriptor(number, os.fstat(number))
-    finally:
-        os.close(number)
-
-
-def _open(path: Path) -> int | None:
-    try:
-        return os.open(path, _FLAGS)
-    except (OSError, ValueError) as error:
-        with suppress(OSError, ValueError):
-            if stat.S_ISDIR(os.stat(path).st_mode):
-                return None
-        read_head(path)  # says why
-        if isinstance(error, BlockingIOError):  # who has leased it must give it up first
-            return os.open(path, os.O_RDONLY)
-        raise
-
-
-class _InSlab(NamedTuple):
-    """Say where a file lies in the slab, and which of the two formats it has."""
-
-    start: int
-    size: int
-    zipped: bool
-
-
-def _read_stream(
-    path: Path | str, file: Any, size: int, data: _Bytes, first: int, *, at_once: bool = False
-) -> _InSlab | None:
-    """Read an open file to the slab's byte `first`, None if it must be loaded instead.
-
-    Args:
-        path: for messages.
-        file: with `read` and `readinto`.
-        size: its bytes.
-        data: the slab.
-        first: see above; a safetensors file begins a little further, on account of its alignment.
-        at_once: without looking at its head first, if there is room.
-    """
-    view = data.data
-    start = first
-    try:
-        if at_once and first + size <= len(data):
-            done = _fill(file, view[first : first + size])
-            head = bytes(view[first : first + min(done, _HEAD)])
-        else:
-            head = file.read(_HEAD)[:size]
-            done = 0
-        zipped = head.startswith(b"PK\x03\x04")
-        if not zipped:
-            if not looks_like_safetensors(head):
-                return None
-            start += safetensors_layouts.start_in_slab(head)
-        _check_room(path, data, start + size)
-        if not done:
-            view[start : start + len(head)] = head
-            done = len(head) + _fill(file, view[start + len(head) : start + size])
-        elif start != first:  # a safetensors file under another name
-            view[start : start + size] = view[first : first + size]
+    def add(self, file: OpenFile, /) -> tuple[Source, int]:
+        size, path, view = file.size, file.path, self._data.data
+        start = aligned(self.end)
+        # Where a safetensors file belongs in the slab stands in its head. All others are read at
+        # once, and looked at in the slab.
+        if path.name.endswith(".safetensors") or start + size > len(view):
+            head = file.read(0, _HEAD)
+            if not (
+                head.startswith(b"PK\x03\x04")
+                or looks_like_safetensors(head)
+                or torch_legacy.looks_like(head)
+            ):
+                return file, 0  # no checkpoint, for which room would be made in vain
+            start += _shift(head)
+            _check_room(path, self._data, start + size)
+        done = file.read_into(view[start : start + size])
+        shift = _shift(bytes(view[start : start + min(size, _HEAD)]))
+        if shift and not path.name.endswith(".safetensors"):
+            _check_room(path, self._data, start + shift + size)
+            self._data[start + shift : start + shift + size] = self._data[
+                start : start + size
+            ].copy()
+            start += shift
         if done < size:
-            return None  # shorter than it was
-    except OSError as error:
-        raise UnreadableCheckpoint(
-            at(path, f"expected a file that can be read, got {brief(error)}")
-        ) from error
-    return _InSlab(start, size, zipped)
-
-
-def _fill(file: Any, view: memoryview) -> int:
-    """Read until a view is full or the file ends; return how many bytes that are."""
-    done = 0
-    while done < len(view):
-        count = file.readinto(view[done:])
-        if not count:
-            break
-        done += count
-    return done
-
-
-def _find(read: _InSlab, data: _Bytes) -> Found | None:
-    """Return what a file in the slab holds if that is to be seen without loading it."""
-    if read.zipped:
-        return zip_layouts.recognise(data[: read.size])
-    return safetensors_layouts.find_layout(data, read.start, read.size)
+            raise UnreadableCheckpoint(at(path, f"expected {size} bytes, got {done}"))
+        self.regions[path] = (start, size)
+        self.end = start + size
+        return MemorySource(view[start : start + size]), start
 
 
 def _finished(
-    path: Path | str, read: _InSlab, found: Found, data: _Bytes, hasher: Hasher | None
+    path: Path | str, found: Found, data: _Bytes, start: int, size: int, hasher: Hasher | None
 ) -> SlabCheckpoint:
+    """Hash one file, and place what it holds."""
     if hasher is not None:
-        hasher.update(data[read.start : read.start + read.size].data)
-    _move(path, found.layout, data)
-    return _described(path, found, read.size)
+        hasher.update(data[start : start + size].data)
+    # Where torch has read its tensors, its bytes are not needed any more.
+    in_place = any(isinstance(value, TensorPlace) for value in found.state.values())
+    return _placed(path, found, data, start + size if in_place else 0, size)
 
 
-def _move(path: Path | str, layout: Layout, data: _Bytes) -> None:
+def _placed(
+    path: Path | str, found: Found, data: _Bytes, end: int, nbytes: int | None = None
+) -> SlabCheckpoint:
+    """Copy to the slab what is not there yet, and say where all is."""
+    places, end = _copied(path, found.state, data, end)
+    layout = layout_of(places, end)
     _check_room(path, data, layout.needed)
     for source, target, length in layout.moves:
         data[target : target + length] = data[source : source + length]
-
-
-def _described(path: Path | str, found: Found, nbytes: int | None = None) -> SlabCheckpoint:
-    layout = found.layout
     return SlabCheckpoint(
         path,
         layout.places,
@@ -343,6 +286,7 @@ def _described(path: Path | str, found: Found, nbytes: int | None = None) -> Sla
         found.container,
         found.removed_prefix,
         found.extra,
+        getattr(found.state, "_metadata", None),
         nbytes,
     )
 
@@ -360,150 +304,72 @@ def _check_room(path: Path | str, data: _Bytes, needed: int) -> None:
         raise error
 
 
-# ------------------------------------------------------------------------------------------------
-# What is not one file to be read as it is
-
-
-def _copied(loaded: Checkpoint, data: _Bytes) -> SlabCheckpoint:
-    """Copy loaded weights to the slab, whole storages, so that what is shared stays shared."""
+def _copied(
+    path: Path | str, state: Mapping[str, Tensor | TensorPlace], data: _Bytes, end: int
+) -> tuple[dict[str, TensorPlace], int]:
+    """Copy tensors to the slab, whole storages, so that what is shared stays shared."""
     offsets: dict[tuple[int, int], int] = {}
     sources: list[tuple[int, Tensor]] = []
-    places = {}
-    end = 0
-    for name, tensor in loaded.state_dict.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            kind = "quantized" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
-            raise UnreadableCheckpoint(
-                at(loaded.path, f"expected dense tensors, got {printable(name)}: {kind}")
-            )
+    places: dict[str, TensorPlace] = {}
+    for name, tensor in state.items():
+        if isinstance(tensor, TensorPlace):
+            places[name] = tensor
+            continue
         tensor = tensor.resolve_conj().resolve_neg()
         storage = tensor.untyped_storage()
         key = (storage.data_ptr(), storage.nbytes())
         if key not in offsets:
-            offsets[key] = end
+            offsets[key] = end = aligned(end)
             # Also keeps a storage that was made here alive, and with it its address.
             sources.append((end, torch.empty(0, dtype=torch.uint8).set_(storage)))
-            end = aligned(end + storage.nbytes())
+            end += storage.nbytes()
         offset = offsets[key] + int(tensor.storage_offset()) * tensor.dtype.itemsize
         places[name] = TensorPlace(offset, tensor.dtype, tuple(tensor.shape), tensor.stride())
-    _check_room(loaded.path, data, end)
+    _check_room(path, data, end)
     for offset, source in sources:
         data[offset : offset + len(source)] = source.numpy()
-    found = Found(
-        loaded.format,
-        make_layout(places, end),
-        loaded.container,
-        loaded.removed_prefix,
-        without_data(loaded.extra),
-    )
-    return _described(loaded.path, found)
+    return places, end
 
 
-def _read_folder(
-    folder: Path, data: _Bytes, hasher: Hasher | None, unsafe_pickle: bool
-) -> SlabCheckpoint:
-    weights = find_weights(folder)
-    if weights.name == METADATA:
-        found = _copied(load_local(folder, torch.device("cpu"), unsafe_pickle), data)
-        names = {entry.name for entry in folder.iterdir() if entry.is_file()}
-    else:
-        found = _read_local(weights, data, None, unsafe_pickle)
-        names = {weights.name}
-        if weights.name.endswith(INDEX_SUFFIX):
-            names |= set(read_index(weights).values())
-        found = replace(found, extra={**found.extra, **trainer_state(folder)})
-        names |= {TRAINER_STATE} & set(os.listdir(folder))
-    if hasher is not None:
-        _hash_files(hasher, folder, names)
-    return replace(found, path=folder, nbytes=None)
-
-
-def _read_sharded(
-    path: Path, index: Path, data: _Bytes, hasher: Hasher | None, unsafe_pickle: bool
-) -> SlabCheckpoint:
-    """Read safetensors shards one behind the other, other shards through load_checkpoint."""
-    weight_map = read_index(index)
-    shards = by_shard(weight_map)
-    places: dict[str, TensorPlace] = {}
-    end = 0
-    if all(shard.endswith(".safetensors") for shard in shards):
-        sizes = [(index.parent / shard).stat().st_size for shard in shards]
-        _check_room(index, data, sum(aligned(size) + ALIGNMENT for size in sizes))
-    for shard, names in shards.items():
-        read = None
-        # A hint only: other shards are loaded, and need not be read here first.
-        if shard.endswith(".safetensors"):
-            with _opened(index.parent / shard) as file:
-                if file is not None and stat.S_ISREG(file.status.st_mode):
-                    size = file.status.st_size
-                    read = _read_stream(index.parent / shard, file, size, data, end)
-        found = None if read is None or read.zipped else _find(read, data)
-        if found is None:
-            whole = _copied(load_local(index, torch.device("cpu"), unsafe_pickle), data)
-            break
-        # A prefix belongs to all shards or none; one shard cannot know.
-        prefix, layout = found.removed_prefix, found.layout
-        held = {prefix + name: place for name, place in layout.places.items()}
-        check_shard(index, shard, names, held)
-        _move(index, layout, data)
-        places |= held
-        end = aligned(layout.needed)
-    else:
-        removed = wrapper_prefix(weight_map)
-        layout = make_layout({name[len(removed) :]: places[name] for name in weight_map}, end)
-        whole = _described(index, Found("safetensors-sharded", layout, "bare", removed, {}))
-    if hasher is not None:
-        _hash_files(hasher, index.parent, [index.name, *shards])
-    return replace(whole, path=path)
-
-
-def _read_url(url: str, data: _Bytes, hasher: Hasher | None, unsafe_pickle: bool) -> SlabCheckpoint:
-    filesystem, path = open_filesystem(url)
-    if not is_local(filesystem) and not path.endswith(INDEX_SUFFIX):
-        try:
-            if not filesystem.isdir(path):
-                with filesystem.open(path, "rb") as file:
-                    read = _read_stream(url, file, filesystem.size(path), data, 0)
-                found = None if read is None else _find(read, data)
-                if found is None and read is not None and read.zipped and _loads(data[: read.size]):
-                    found = zip_layouts.learn(data[: read.size])
-                if read is not None and found is not None:
-                    return _finished(url, read, found, data, hasher)
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise unreachable(url, error) from error
-    # An index needs its shards, so that the folder is fetched.
-    with local_copy(url) as copy:
-        return replace(_read_local(copy, data, hasher, unsafe_pickle), path=url, nbytes=None)
-
-
-def _loads(data: _Bytes) -> bool:
-    """Tell whether torch reads a file in memory; why not is found out by load_checkpoint."""
-    try:
-        torch.load(zip_layouts.stream(data), map_location="cpu", weights_only=True)
-    except Exception:
-        return False
-    return True
-
-
-def _hash_files(hasher: Hasher, folder: Path, names: Iterable[str]) -> None:
-    for name in sorted(names):
-        encoded = os.fsencode(name)
-        # The lengths keep "a" + "bc" and "ab" + "c" apart.
-        hasher.update(f"{len(encoded)} {(folder / name).stat().st_size} ".encode())
-        hasher.update(encoded)
-        _hash_file(hasher, folder / name)
-
-
-def _hash_file(hasher: Hasher, path: Path) -> None:
-    buffer = bytearray(_CHUNK)
-    view = memoryview(buffer)
-    try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                hasher.update(view[:count])
-    except OSError as error:
+def _hash_files(hasher: Hasher, path: Path, files: Files, space: _SlabSpace) -> None:
+    folder = path if path.is_dir() else path.parent
+    paths = files.paths
+    if folder / METADATA in paths:
+        # Its files are read in parts, and all of them are part of it.
+        paths = [entry for entry in folder.iterdir() if entry.is_file()]
+    for file in sorted(paths, key=lambda file: file.name):
+        name = os.fsencode(file.name)
+        for part, size in _parts(file, files, space):
+            if size is not None:
+                # The lengths keep "a" + "bc" and "ab" + "c" apart.
+                hasher.update(f"{len(name)} {size} ".encode())
+                hasher.update(name)
+            hasher.update(part)
+    if files.changed():
         raise UnreadableCheckpoint(
-            at(path, f"expected a file that can be read, got {brief(error)}")
-        ) from error
+            at(
+                path,
+                "expected files that nobody is writing, got some that changed while they "
+                "were hashed; try again when the program that saves them is done",
+            )
+        )
+
+
+def _parts(
+    path: Path, files: Files, space: _SlabSpace
+) -> Iterator[tuple[bytes | memoryview, int | None]]:
+    """Yield a file's bytes in parts, with its size at the first."""
+    if path in space.regions:
+        start, size = space.regions[path]
+        yield space.view(start, size), size
+    elif path in files.texts:
+        yield files.texts[path], len(files.texts[path])
+    else:
+        with files.open(path, empty=True) as file:
+            buffer = bytearray(_CHUNK)
+            at_byte = 0
+            yield b"", file.size
+            while at_byte < file.size:
+                count = file.read_into(memoryview(buffer)[: file.size - at_byte], at_byte)
+                yield memoryview(buffer)[:count], None
+                at_byte += count or file.size

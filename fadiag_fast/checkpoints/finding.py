@@ -1,0 +1,137 @@
+"""Find a checkpoint's weights in a file or a folder: one way for all that read them.
+
+Where the bytes of a file go is the caller's: into memory that is there already, or nowhere before
+it is known which of them are weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .content import find_state_dict, without_wrapper_prefixes
+from .distributed import METADATA, load_distributed
+from .errors import UnreadableCheckpoint, at, printable
+from .files import Loaded, read_file
+from .folders import (
+    INDEX_SUFFIX,
+    by_shard,
+    check_shard,
+    find_weights,
+    read_index,
+    shard_of,
+    trainer_state,
+)
+from .opening import Files, OpenFile, Source
+from .places import TensorPlace
+
+
+class Space(Protocol):
+    """Take the files of a checkpoint, and count their bytes through."""
+
+    def reserve(self, sizes: Sequence[int], /) -> None:
+        """Be told how large the files are that come next."""
+
+    def add(self, file: OpenFile, /) -> tuple[Source, int]:
+        """Return where a file's bytes are to be had, and the number of the first one."""
+
+
+class Found(NamedTuple):
+    """Hold what a checkpoint is.
+
+    Attributes:
+        format, container, removed_prefix: as in Checkpoint.
+        state: the weights: the places of their bytes, or tensors where torch had to read them.
+        extra: as in Checkpoint, with places for tensors in the same way.
+    """
+
+    format: str
+    state: Mapping[str, Tensor | TensorPlace]
+    container: str
+    removed_prefix: str
+    extra: dict[str, Any]
+
+
+def find_checkpoint(path: Path, files: Files, space: Space, unsafe_pickle: bool) -> Found:
+    """Find the weights of a file or folder of this machine."""
+    # os.path.isdir is False, not an error, for a path with a NUL byte.
+    if os.path.isdir(path):
+        loaded = _read_folder(path, files, space, unsafe_pickle)
+    elif path.name.endswith(INDEX_SUFFIX):
+        loaded = _read_sharded(path, files, space, unsafe_pickle)
+    else:
+        loaded = _read_one(path, files, space, unsafe_pickle)
+    return found_in(loaded, path, unsafe_pickle)
+
+
+def found_in(loaded: Loaded, path: str | os.PathLike[str], unsafe_pickle: bool) -> Found:
+    """Find the weights in what a file held."""
+    state, container, extra = find_state_dict(loaded.content, path, unsafe_pickle)
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor) and (kind := _not_dense(tensor)):
+            raise UnreadableCheckpoint(
+                at(path, f"expected dense tensors, got {printable(name)}: {kind}")
+            )
+    state, removed_prefix = without_wrapper_prefixes(state)
+    if loaded.extra is not None:
+        extra = {**extra, **loaded.extra}
+    return Found(loaded.format, state, loaded.container or container, removed_prefix, extra)
+
+
+def _not_dense(tensor: Tensor) -> str:
+    if tensor.is_quantized:
+        return "quantized"
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return f"{tensor.layout} on {tensor.device}"
+    return ""
+
+
+def _read_one(path: Path, files: Files, space: Space, unsafe_pickle: bool) -> Loaded:
+    with files.open(path) as file:
+        source, base = space.add(file)
+        return read_file(source, path, base, unsafe_pickle)
+
+
+def _read_folder(folder: Path, files: Files, space: Space, unsafe_pickle: bool) -> Loaded:
+    """Read a folder's weights and, from a Hugging Face Trainer's, the step and epoch."""
+    weights = find_weights(folder)
+    if weights.name == METADATA:
+        found = load_distributed(folder, files)
+    elif weights.name.endswith(INDEX_SUFFIX):
+        found = _read_sharded(weights, files, space, unsafe_pickle)
+    else:
+        found = _read_one(weights, files, space, unsafe_pickle)
+    trainer = trainer_state(folder, files)
+    if not trainer:
+        return found
+    return Loaded(found.format, found.content, {**(found.extra or {}), **trainer}, found.container)
+
+
+def _read_sharded(index: Path, files: Files, space: Space, unsafe_pickle: bool) -> Loaded:
+    """Read the shards that an index names and put them together in the index's order."""
+    weight_map = read_index(index, files)
+    shards = by_shard(weight_map)
+    opened = {}
+    for shard in shards:
+        with files.open(index.parent / shard) as file:
+            opened[shard] = file.size
+    space.reserve(list(opened.values()))
+    held: dict[str, Tensor | TensorPlace] = {}
+    formats = set()
+    for shard, names in shards.items():
+        path = index.parent / shard
+        loaded = _read_one(path, files, space, unsafe_pickle)
+        state = shard_of(loaded.content, path)
+        check_shard(index, shard, names, state)
+        held.update(state)
+        formats.add(loaded.format)
+    form = "safetensors-sharded" if formats == {"safetensors"} else "torch-sharded"
+    # The index's own metadata is the total size, which says nothing more.
+    return Loaded(form, {name: held[name] for name in weight_map}, {})

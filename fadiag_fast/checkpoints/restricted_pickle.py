@@ -1,0 +1,421 @@
+"""Read pickles without running anything: plain containers, and calls that are only recorded.
+
+Python's own unpicklers are no place for a stranger's bytes, even where every class is refused: the
+C one allocates whatever index an instruction names (8 bytes took 2.7 GB). Here what is made is
+bounded by the bytes that are there, a name leads to what its reader offers for it and never to an
+import, and a key is looked at before it is hashed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from .errors import printable
+
+# Beyond these a file is no checkpoint but an attempt on somebody's memory. An empty container
+# takes one to four bytes of a pickle and up to 500 of memory.
+MOST_BYTES = 1 << 26
+MOST_OBJECTS = 1_000_000
+_MOST_MARKS = 10_000
+_MOST_NESTED_KEY = 4
+# Larger whole numbers can be chosen so that all of them fall into one place of a dict.
+_LARGEST_KEY = 1 << 60
+
+_FLOAT = struct.Struct(">d")
+_UNSIGNED = struct.Struct("<L")
+_SIGNED = struct.Struct("<l")
+
+
+class PickleError(Exception):
+    """Say what is wrong with a pickle."""
+
+
+class EndsEarly(PickleError):
+    """Report a pickle of which the end is missing, or that takes what is not there."""
+
+
+class UnknownInstruction(PickleError):
+    """Report an instruction that torch's weights-only reader does not follow either."""
+
+
+class Call:
+    """Offer a function under a pickle's name for it."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+
+class Unknown:
+    """Stand for a function or class that is not offered."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class Shell:
+    """Keep what a pickle would have made an object from.
+
+    Attributes:
+        name: the function or class.
+        arguments: what it would have been called with.
+        state: what it would have been given afterwards.
+    """
+
+    __slots__ = ("arguments", "name", "state")
+
+    def __init__(self, name: str, arguments: Any) -> None:
+        self.name = name
+        self.arguments = arguments
+        self.state: Any = None
+
+    def get(self, key: str) -> Any:
+        return self.state.get(key) if isinstance(self.state, dict) else None
+
+
+_PLAIN_KEYS = frozenset(
+    {str, bool, float, bytes, type(None), torch.dtype, torch.device, Shell, Unknown}
+)
+_DICTS = (dict, OrderedDict, Counter)
+
+
+def check_key(key: Any, depth: int = 0) -> None:
+    """Refuse a dict's key that is not plain, as hashing may take the stack or for ever."""
+    kind = type(key)
+    if kind in _PLAIN_KEYS:
+        return
+    if kind is int and -_LARGEST_KEY < key < _LARGEST_KEY:
+        return
+    if kind is tuple and depth < _MOST_NESTED_KEY and len(key) <= 64:
+        for part in key:
+            check_key(part, depth + 1)
+        return
+    raise PickleError(f"a key of a dict is a {kind.__name__} that no checkpoint has there")
+
+
+def read_pickle(
+    data: bytes,
+    offered: Mapping[str, Any],
+    persistent: Callable[[Any], Any] | None = None,
+    start: int = 0,
+    *,
+    modern: bool = False,
+) -> tuple[Any, int, set[str]]:
+    """Return what a pickle holds, where it ends, and the names that are not offered.
+
+    Args:
+        data: holds the pickle.
+        offered: what names as "module.name" lead to; a Call is called by the instructions that
+            call, and everything else is a value. What is not offered becomes a Shell.
+        persistent: what persistent ids, such as those of storages, lead to.
+        start: where it begins.
+        modern: follow the instructions of protocols 3 to 5 and of 0 too. Else those that torch's
+            weights-only reader follows.
+
+    Raises:
+        PickleError: it is none, or damaged, or holds what no checkpoint does.
+    """
+    if len(data) - start > MOST_BYTES:
+        raise PickleError(f"it has more than {MOST_BYTES} bytes")
+    try:
+        return _read(data, offered, persistent, start, modern)
+    except PickleError:
+        raise
+    except (IndexError, struct.error) as error:
+        raise EndsEarly("it ends too early, or takes what is not there") from error
+    except Exception as error:
+        # What a value of the wrong type does: TypeError, KeyError, UnicodeDecodeError and others.
+        kind = type(error).__name__
+        raise PickleError(f"its instructions do not fit together ({kind})") from error
+
+
+def _read(
+    data: bytes,
+    offered: Mapping[str, Any],
+    persistent: Callable[[Any], Any] | None,
+    at: int,
+    modern: bool,
+) -> tuple[Any, int, set[str]]:
+    names: dict[bytes, Any] = {}
+    unknown: set[str] = set()
+    memo: dict[int, Any] = {}
+    outer: list[list[Any]] = []
+    stack: list[Any] = []
+    push = stack.append
+    left = MOST_OBJECTS
+    # Reading four bytes with int.from_bytes takes seven times as long.
+    unsigned_4, signed_4 = _UNSIGNED.unpack_from, _SIGNED.unpack_from
+    while True:
+        code = data[at]
+        at += 1
+        # What torch.save writes, in the order of how often, on either side of a hundred.
+        if code > 100:
+            if code == 113:  # BINPUT
+                memo[data[at]] = stack[-1]
+                at += 1
+            elif code == 104:  # BINGET
+                push(memo[data[at]])
+                at += 1
+            elif code == 114:  # LONG_BINPUT
+                memo[unsigned_4(data, at)[0]] = stack[-1]
+                at += 4
+            elif code == 116:  # TUPLE
+                items = tuple(stack)
+                stack = outer.pop()
+                push = stack.append
+                push(items)
+            elif code == 133:  # TUPLE1
+                stack[-1] = (stack[-1],)
+            elif code == 134:  # TUPLE2
+                last = stack.pop()
+                stack[-1] = (stack[-1], last)
+            elif code == 137:  # NEWFALSE
+                push(False)
+            elif code == 106:  # LONG_BINGET
+                push(memo[unsigned_4(data, at)[0]])
+                at += 4
+            elif code == 115:  # SETITEM
+                last = stack.pop()
+                _set_items(stack, [stack.pop(), last])
+            elif code == 125:  # EMPTY_DICT
+                if not (left := left - 1):
+                    raise _too_many()
+                push({})
+            elif code == 117:  # SETITEMS
+                values = stack
+                stack = outer.pop()
+                push = stack.append
+                _set_items(stack, values)
+            elif code == 135:  # TUPLE3
+                last, middle = stack.pop(), stack.pop()
+                stack[-1] = (stack[-1], middle, last)
+            elif code == 101:  # APPENDS
+                values = stack
+                stack = outer.pop()
+                push = stack.append
+                _extend(stack[-1], values)
+            elif code == 136:  # NEWTRUE
+                push(True)
+            elif code == 138:  # LONG1
+                stop = at + 1 + data[at]
+                push(int.from_bytes(data[at + 1 : stop], "little", signed=True))
+                at = stop
+            elif code == 129:  # NEWOBJ
+                if not (left := left - 1):
+                    raise _too_many()
+                last = stack.pop()
+                stack[-1] = _call(stack[-1], last, unknown)
+            elif code == 143:  # EMPTY_SET
+                if not (left := left - 1):
+                    raise _too_many()
+                push(set())
+            elif code == 128:  # PROTO
+                at += 1
+            elif not modern:
+                raise UnknownInstruction(f"it has the instruction {code}")
+            elif code == 140:  # SHORT_BINUNICODE
+                stop = at + 1 + data[at]
+                push(_text(data[at + 1 : stop]))
+                at = stop
+            elif code == 148:  # MEMOIZE
+                memo[len(memo)] = stack[-1]
+            elif code == 147:  # STACK_GLOBAL
+                last = stack.pop()
+                push(_named(f"{stack.pop()}.{last}", offered, unknown))
+            elif code == 149:  # FRAME
+                at += 8
+            elif code == 112:  # PUT
+                stop = data.index(b"\n", at)
+                memo[_decimal(data[at:stop])] = stack[-1]
+                at = stop + 1
+            elif code == 103:  # GET
+                stop = data.index(b"\n", at)
+                push(memo[_decimal(data[at:stop])])
+                at = stop + 1
+            elif code == 108:  # LIST
+                values = stack
+                stack = outer.pop()
+                push = stack.append
+                push(values)
+            elif code == 144:  # ADDITEMS
+                values = stack
+                stack = outer.pop()
+                push = stack.append
+                for value in values:
+                    check_key(value)
+                    stack[-1].add(value)
+            else:
+                raise UnknownInstruction(f"it has the instruction {code}")
+        elif code == 75:  # BININT1
+            push(data[at])
+            at += 1
+        elif code == 40:  # MARK
+            outer.append(stack)
+            if len(outer) > _MOST_MARKS:
+                raise PickleError("it is nested too deeply")
+            stack = []
+            push = stack.append
+        elif code == 88:  # BINUNICODE
+            stop = at + 4 + unsigned_4(data, at)[0]
+            push(_text(data[at + 4 : stop]))
+            at = stop
+        elif code == 82:  # REDUCE
+            if not (left := left - 1):
+                raise _too_many()
+            last = stack.pop()
+            stack[-1] = _call(stack[-1], last, unknown)
+        elif code == 41:  # EMPTY_TUPLE
+            push(())
+        elif code == 81:  # BINPERSID
+            if persistent is None:
+                raise PickleError("it refers to an object outside of it")
+            stack[-1] = persistent(stack[-1])
+        elif code == 77:  # BININT2
+            push(data[at] | data[at + 1] << 8)
+            at += 2
+        elif code == 74:  # BININT
+            push(signed_4(data, at)[0])
+            at += 4
+        elif code == 71:  # BINFLOAT
+            push(_FLOAT.unpack_from(data, at)[0])
+            at += 8
+        elif code == 99:  # GLOBAL
+            stop = data.index(b"\n", data.index(b"\n", at) + 1)
+            name = data[at:stop]
+            at = stop + 1
+            if name not in names:
+                names[name] = _named(str(name, "utf-8").replace("\n", ".", 1), offered, unknown)
+            push(names[name])
+        elif code == 78:  # NONE
+            push(None)
+        elif code == 93:  # EMPTY_LIST
+            if not (left := left - 1):
+                raise _too_many()
+            push([])
+        elif code == 97:  # APPEND
+            last = stack.pop()
+            _extend(stack[-1], [last])
+        elif code == 98:  # BUILD
+            last = stack.pop()
+            _build(stack[-1], last)
+        elif code == 85:  # SHORT_BINSTRING
+            stop = at + 1 + data[at]
+            push(str(data[at + 1 : stop], "utf-8"))
+            at = stop
+        elif code == 46:  # STOP
+            return stack.pop(), at, unknown
+        elif not modern:
+            raise UnknownInstruction(f"it has the instruction {code}")
+        elif code == 67:  # SHORT_BINBYTES
+            stop = at + 1 + data[at]
+            push(data[at + 1 : stop])
+            at = stop
+        elif code == 66:  # BINBYTES
+            stop = at + 4 + unsigned_4(data, at)[0]
+            push(data[at + 4 : stop])
+            at = stop
+        elif code == 48 or code == 49:  # POP, POP_MARK
+            if code == 48 and stack:
+                stack.pop()
+            else:
+                stack = outer.pop()
+                push = stack.append
+        elif code == 50:  # DUP
+            push(stack[-1])
+        elif code == 73 or code == 76:  # INT, LONG
+            stop = data.index(b"\n", at)
+            text = data[at:stop]
+            at = stop + 1
+            if code == 73 and text in (b"00", b"01"):
+                push(text == b"01")
+            else:
+                push(_decimal(text.removesuffix(b"L")))
+        elif code == 70:  # FLOAT
+            stop = data.index(b"\n", at)
+            push(float(data[at:stop]))
+            at = stop + 1
+        elif code == 86:  # UNICODE
+            stop = data.index(b"\n", at)
+            push(str(data[at:stop], "raw-unicode-escape"))
+            at = stop + 1
+        elif code == 100:  # DICT
+            values = stack
+            stack = outer.pop()
+            push = stack.append
+            push({})
+            _set_items(stack, values)
+        else:
+            raise UnknownInstruction(f"it has the instruction {code}")
+
+
+def _call(function: Any, arguments: Any, unknown: set[str]) -> Any:
+    if type(function) is Call:
+        made = function.function(*arguments)
+        if type(made) is Shell:
+            unknown.add(made.name)
+        return made
+    if type(function) is Unknown:
+        return Shell(function.name, arguments)
+    raise PickleError("it calls what is no function")
+
+
+def _set_items(stack: list[Any], values: list[Any]) -> None:
+    target = stack[-1]
+    if type(target) not in _DICTS:
+        raise PickleError("it sets items of what is no dict")
+    for key, value in zip(values[::2], values[1::2], strict=True):
+        if type(key) is not str:
+            check_key(key)
+        target[key] = value
+
+
+def _extend(target: Any, values: list[Any]) -> None:
+    if type(target) is not list:
+        raise PickleError("it appends to what is no list")
+    target.extend(values)
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data.decode("utf-8", "surrogatepass")
+
+
+def _too_many() -> PickleError:
+    return PickleError(f"it makes more than {MOST_OBJECTS} objects")
+
+
+def _named(name: str, offered: Mapping[str, Any], unknown: set[str]) -> Any:
+    found = offered.get(name)
+    if found is None:
+        unknown.add(name)
+        return Unknown(name)
+    return found
+
+
+def _build(target: Any, state: Any) -> None:
+    if type(target) is Shell:
+        target.state = state
+    elif type(target) is OrderedDict and isinstance(state, dict):
+        # A state dict carries its modules' versions so. Other attributes say nothing of weights,
+        # and may hide a dict's own methods.
+        versions = state.get("_metadata")
+        if isinstance(versions, dict):
+            target._metadata = versions  # type: ignore[attr-defined]
+    else:
+        raise PickleError(f"it gives attributes to a {printable(type(target).__name__)}")
+
+
+def _decimal(text: bytes) -> int:
+    if len(text) > 1000:  # the time to read one grows with its square
+        raise PickleError("it has a number of more than 1000 digits")
+    return int(text)

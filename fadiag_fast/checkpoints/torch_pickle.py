@@ -1,0 +1,287 @@
+"""What torch.save's pickles name, as far as tensors and plain values need it.
+
+The names are those that torch's weights-only reader allows. Tensors become the places of their
+bytes, after the checks that torch's own functions make, and one more: nothing outside of a storage.
+What is left out here (sparse and quantized tensors, subclasses, and what a program has added) stays
+a Shell, and torch is asked.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from .places import TensorPlace
+from .restricted_pickle import Call, PickleError, Shell, check_key
+
+_STORAGES = {
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+    "ComplexDouble": torch.complex128,
+    "ComplexFloat": torch.complex64,
+    # Only what is rebuilt by other functions has these.
+    "QInt8": torch.qint8,
+    "QInt32": torch.qint32,
+    "QUInt8": torch.quint8,
+    "QUInt4x2": torch.quint4x2,
+    "QUInt2x4": torch.quint2x4,
+}
+
+# Dtypes of which a tensor can be made from bytes.
+_DENSE = frozenset(
+    {
+        torch.complex32,
+        *(dtype for name, dtype in _STORAGES.items() if not name.startswith("Q")),
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+        torch.float8_e4m3fn,
+        torch.float8_e4m3fnuz,
+        torch.float8_e5m2,
+        torch.float8_e5m2fnuz,
+    }
+)
+
+_LIMIT = 1 << 63
+
+
+class StorageType:
+    """Stand for a storage class, which says the dtype."""
+
+    __slots__ = ("dtype", "itemsize")
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.itemsize = dtype.itemsize
+
+
+class Storage(NamedTuple):
+    """Say where a storage's bytes lie."""
+
+    start: int
+    nbytes: int
+    dtype: torch.dtype
+    numel: int
+
+
+@functools.cache
+def offered() -> Mapping[str, Any]:
+    """Return what these pickles may name."""
+    found: dict[str, Any] = {
+        "torch._utils._rebuild_tensor": Call(_rebuild_tensor),
+        "torch._utils._rebuild_tensor_v2": Call(_rebuild_tensor_v2),
+        "torch._utils._rebuild_tensor_v3": Call(_rebuild_tensor_v3),
+        "torch._utils._rebuild_parameter": Call(_rebuild_parameter),
+        "collections.OrderedDict": Call(_ordered_dict),
+        "collections.Counter": Call(_counter),
+        "torch.Size": Call(_torch_size),
+        "torch.device": Call(_torch_device),
+        "_codecs.encode": Call(_encode),
+        "torch.storage.UntypedStorage": StorageType(torch.uint8),
+    }
+    for module in ("builtins", "__builtin__"):  # the latter is Python 2's, and protocol 2's
+        found[f"{module}.set"] = Call(_set)
+        found[f"{module}.bytearray"] = Call(_bytearray)
+        found[f"{module}.complex"] = Call(_complex)
+    for name, dtype in _STORAGES.items():
+        for module in ("torch", "torch.cuda"):
+            found[f"{module}.{name}Storage"] = StorageType(dtype)
+    for value in vars(torch).values():
+        if isinstance(value, torch.dtype):
+            found[str(value)] = value
+    return found
+
+
+def find_storages(
+    place_of: Callable[[str, int], int], *, views: bool = False
+) -> Callable[[Any], Storage]:
+    """Return what leads from a storage's persistent id to the storage.
+
+    Args:
+        place_of: is given a storage's key and its bytes; returns where it begins, or raises
+            PickleError if there is none of this size.
+        views: whether an id ends with what part of another storage it is, if any; the format
+            before torch 1.6.
+    """
+    known: dict[str, Storage] = {}
+
+    def storage_of(persistent_id: Any) -> Storage:
+        if type(persistent_id) is not tuple:
+            raise PickleError("it refers to something by other than a tuple")
+        word, kind, key, location, numel, *view = persistent_id
+        if word != "storage" or type(kind) is not StorageType:
+            raise PickleError("it refers to something else than a storage")
+        if type(key) is not str or type(location) is not str or type(numel) is not int:
+            raise PickleError("it refers to a storage by other than its name and size")
+        if view != ([None] if views else []):
+            raise PickleError("it has a storage that is a part of another one")
+        found = known.get(key)
+        if found is None:
+            nbytes = numel * kind.itemsize
+            found = known[key] = Storage(place_of(key, nbytes), nbytes, kind.dtype, numel)
+        elif found.dtype is not kind.dtype or found.numel != numel:
+            raise PickleError("it gives one storage two types or sizes")
+        return found
+
+    return storage_of
+
+
+def _place(
+    storage: Any,
+    dtype: torch.dtype,
+    offset: Any,
+    shape: Any,
+    stride: Any,
+    requires_grad: Any,
+    hooks: Any,
+) -> TensorPlace:
+    if type(storage) is not Storage or dtype not in _DENSE:
+        raise PickleError("it makes a tensor of what is no storage, or has no dense dtype")
+    if (
+        type(offset) is not int
+        or not 0 <= offset < _LIMIT
+        or type(shape) not in _TUPLES
+        or type(stride) not in _TUPLES
+        or len(shape) != len(stride)
+        or type(hooks) is not OrderedDict
+        or (requires_grad is not False and requires_grad is not True)
+    ):
+        raise PickleError("it has a tensor of which the parts do not fit together")
+    if requires_grad and not (dtype.is_floating_point or dtype.is_complex):
+        raise PickleError(f"it has a tensor of {dtype} that requires a gradient")
+    reach = numel = 1
+    for size, step in zip(shape, stride, strict=True):
+        if type(size) is not int or type(step) is not int or size < 0 or not 0 <= step < _LIMIT:
+            raise PickleError("it has a tensor with sizes or strides that are no counts")
+        reach += (size - 1) * step
+        numel *= size
+    itemsize = dtype.itemsize
+    if numel == 0:
+        for size in shape:
+            numel = (numel or 1) * (size or 1)
+    elif (offset + reach) * itemsize > storage.nbytes:
+        raise PickleError("it has a tensor that reaches beyond its storage")
+    if numel >= _LIMIT or len(shape) > 64:
+        raise PickleError("it has a tensor of more elements or dimensions than there can be")
+    return TensorPlace(storage.start + offset * itemsize, dtype, tuple(shape), tuple(stride))
+
+
+_TUPLES = (tuple, torch.Size)
+_NO_HOOKS: OrderedDict[Any, Any] = OrderedDict()
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> TensorPlace:
+    return _place(storage, storage.dtype, offset, shape, stride, False, _NO_HOOKS)
+
+
+def _rebuild_tensor_v2(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    stride: Any,
+    requires_grad: Any,
+    hooks: Any,
+    metadata: Any = None,
+) -> TensorPlace | Shell:
+    place = _place(storage, storage.dtype, offset, shape, stride, requires_grad, hooks)
+    if metadata:  # conjugate or negative: only torch knows how to keep that
+        return Shell("torch._utils._rebuild_tensor_v2", ())
+    return place
+
+
+def _rebuild_tensor_v3(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    stride: Any,
+    requires_grad: Any,
+    hooks: Any,
+    dtype: Any,
+    metadata: Any = None,
+) -> TensorPlace | Shell:
+    if type(dtype) is torch.dtype and dtype not in _DENSE:
+        return Shell("torch._utils._rebuild_tensor_v3", ())
+    place = _place(storage, dtype, offset, shape, stride, requires_grad, hooks)
+    return Shell("torch._utils._rebuild_tensor_v3", ()) if metadata else place
+
+
+def _rebuild_parameter(data: Any, requires_grad: Any, hooks: Any) -> Any:
+    if type(data) is Shell:
+        return Shell("torch._utils._rebuild_parameter", ())
+    if type(data) is not TensorPlace or type(hooks) is not OrderedDict:
+        raise PickleError("it makes a parameter of what is no tensor")
+    if requires_grad is not False and (
+        requires_grad is not True or not (data.dtype.is_floating_point or data.dtype.is_complex)
+    ):
+        raise PickleError(f"it has a parameter of {data.dtype} that requires a gradient")
+    return data
+
+
+def _ordered_dict(pairs: Any = ()) -> OrderedDict[Any, Any]:
+    if not pairs:
+        return OrderedDict()
+    found: OrderedDict[Any, Any] = OrderedDict()
+    for key, value in pairs.items() if type(pairs) in (dict, OrderedDict) else pairs:
+        check_key(key)
+        found[key] = value
+    return found
+
+
+def _counter(counts: Any = None) -> Counter[Any]:
+    if counts is None:
+        return Counter()
+    if type(counts) is not dict:
+        raise PickleError("it has a Counter made of other than a dict")
+    return Counter(counts)
+
+
+def _set(items: Any = ()) -> set[Any]:
+    if type(items) not in (list, tuple):
+        raise PickleError("it has a set made of other than a list")
+    for item in items:
+        check_key(item)
+    return set(items)
+
+
+def _bytearray(*arguments: Any) -> bytearray:
+    # With a number it would be as large as that.
+    if arguments and type(arguments[0]) not in (bytes, str):
+        raise PickleError("it has a bytearray made of other than bytes")
+    return bytearray(*arguments)
+
+
+def _complex(real: Any = 0.0, imaginary: Any = 0.0) -> complex:
+    return complex(real, imaginary)
+
+
+def _encode(text: Any, encoding: Any = "") -> bytes:
+    # So protocol 2 writes bytes. Other codecs would compress, import and more.
+    if type(text) is not str or encoding not in ("latin1", "latin-1", "utf-8", "utf8"):
+        raise PickleError("it has bytes in an encoding that pickles don't use")
+    return text.encode(encoding)
+
+
+def _torch_size(sizes: Any = ()) -> torch.Size:
+    if type(sizes) not in (list, *_TUPLES) or not all(
+        type(size) is int and abs(size) < _LIMIT for size in sizes
+    ):
+        raise PickleError("it has a torch.Size that is none")
+    return torch.Size(sizes)
+
+
+def _torch_device(kind: Any, index: Any = None) -> torch.device:
+    if type(kind) is not str or len(kind) > 64:
+        raise PickleError("it has a torch.device that is none")
+    return torch.device(kind) if index is None else torch.device(kind, index)
