@@ -30,12 +30,12 @@ from .restricted_pickle import PickleError, UnknownInstruction
 from .safetensors_layouts import SafetensorsError, looks_like_safetensors, read_header
 from .torch_zip import (
     Archive,
-    Content,
     ZipError,
     check_torch_archive,
     pickle_of,
     read_archive,
     read_content,
+    unpacked,
 )
 
 # With this variable set, torch.load ignores weights_only=False.
@@ -115,17 +115,21 @@ def _read_zip(source: Source, path: str | os.PathLike[str], base: int, unsafe_pi
         raise damaged(path, error) from error
     if what := check_torch_archive(archive):
         raise UnreadableCheckpoint(at(path, f"expected {EXPECTED}, got {what}"))
-    content: Content | None = None
-    if archive.plain:
-        try:
-            content = read_content(source.read, archive, pickle_of(source.read, archive), base)
-        except PickleError as error:
-            return _refused_zip(source, path, archive, unsafe_pickle, error)
-        if content is not None and not content.unknown:
-            return content.value
-    # Nothing that the weights-only reader allows by its names is known to run code or to take more
-    # memory than the file; and what does is not given to it.
-    if content is not None and (unsafe := unsafe_globals(content.unknown)):
+    packed = archive.packed
+    try:
+        if packed:
+            source = unpacked(source)
+            archive = read_archive(source.read, source.size)
+        content = read_content(source.read, archive, pickle_of(source.read, archive), base)
+    except ZipError as error:
+        raise damaged(path, error) from error
+    except PickleError as error:
+        return _refused_zip(source, path, archive, unsafe_pickle, error)
+    if content.native and not content.unknown and not packed:
+        return content.value
+    # What the weights-only reader allows by name neither runs code nor takes more memory than the
+    # file; what would has been refused above.
+    if unsafe := unsafe_globals(content.unknown):
         return _with_full_unpickler(source, path, "torch.save file", unsafe, unsafe_pickle)
     try:
         return _load(source, weights_only=True)

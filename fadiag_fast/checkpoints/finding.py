@@ -77,6 +77,8 @@ def found_in(loaded: Loaded, path: str | os.PathLike[str], unsafe_pickle: bool) 
             raise UnreadableCheckpoint(
                 at(path, f"expected dense tensors, got {printable(name)}: {kind}")
             )
+        if isinstance(tensor, Tensor):
+            state[name] = tensor.resolve_conj().resolve_neg()
     state, removed_prefix = without_wrapper_prefixes(state)
     if loaded.extra is not None:
         extra = {**extra, **loaded.extra}

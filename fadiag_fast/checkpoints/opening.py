@@ -249,11 +249,13 @@ def open_regular(
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte
         if isinstance(error, CheckpointError):
             raise
+        kind = None
         with suppress(OSError, ValueError):  # a socket cannot be opened
-            if (kind := _special(os.stat(path).st_mode)) is not None:
-                raise UnreadableCheckpoint(
-                    at(path, f"expected a regular file or folder, got {kind}", caller)
-                ) from error
+            kind = _special(os.stat(path).st_mode)
+        if kind is not None:
+            raise UnreadableCheckpoint(
+                at(path, f"expected a regular file or folder, got {kind}", caller)
+            ) from error
         raise UnreadableCheckpoint(got(f"a file that cannot be opened ({brief(error)})")) from error
     file = OpenFile(path, number, os.fstat(number))
     try:

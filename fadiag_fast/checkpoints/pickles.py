@@ -80,17 +80,8 @@ def scan_pickle(stream: Any, scan: Scan) -> None:
 
 def scan_zip(source: Source, archive: Archive) -> Scan:
     """List what the pickle of a torch.save zip file names."""
-    member = archive.members.get(b"data.pkl")
-    if archive.plain and member is not None:
-        return _scanned(io.BytesIO(source.read(member.start, member.size)), 1)
-    try:
-        with zipfile.ZipFile(SourceStream(source)) as packed:
-            names = [name for name in packed.namelist() if name.endswith("/data.pkl")]
-            with packed.open(names[0]) as stream:
-                return _scanned(stream, 1)
-    except Exception:
-        # zipfile and zlib raise many types.
-        return Scan()
+    member = archive.members[b"data.pkl"]
+    return _scanned(io.BytesIO(source.read(member.start, member.size)), 1)
 
 
 def scan_pickles(source: Source, count: int) -> Scan:

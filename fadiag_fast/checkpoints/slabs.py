@@ -315,7 +315,6 @@ def _copied(
         if isinstance(tensor, TensorPlace):
             places[name] = tensor
             continue
-        tensor = tensor.resolve_conj().resolve_neg()
         storage = tensor.untyped_storage()
         key = (storage.data_ptr(), storage.nbytes())
         if key not in offsets:

@@ -21,6 +21,8 @@ PICKLES = 5
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
 
+_UNTYPED = ".UntypedStorage"
+
 _COUNT = struct.Struct("<q")
 # Enough for the pickles of most files.
 _FIRST_BYTES = 1 << 18
@@ -68,6 +70,8 @@ def _read(source: Source, data: bytes, base: int) -> tuple[Any, set[str]]:
         sizes[key] = nbytes
         return 0
 
+    # Of tensors of newer dtypes, which torch writes in this format, it reads none.
+    names = {name: value for name, value in offered().items() if not name.endswith(_UNTYPED)}
     storage_of, found = find_storages(note, views=True), {}
 
     def noted(persistent_id: Any) -> Storage:
@@ -75,7 +79,7 @@ def _read(source: Source, data: bytes, base: int) -> tuple[Any, set[str]]:
         found[persistent_id[2]] = storage
         return storage
 
-    _, keys_at, _ = read_pickle(data, offered(), noted, at)
+    _, keys_at, _ = read_pickle(data, names, noted, at)
     keys, end, _ = read_pickle(data, {}, start=keys_at)
     if type(keys) is not list or not all(type(key) is str for key in keys):
         raise PickleError("its storages have no list of names")
@@ -83,7 +87,7 @@ def _read(source: Source, data: bytes, base: int) -> tuple[Any, set[str]]:
         raise PickleError("it has other storages than it names")
     starts = _starts(source, keys, found, end)
     value, _, unknown = read_pickle(
-        data, offered(), find_storages(lambda key, _: base + starts[key], views=True), at
+        data, names, find_storages(lambda key, _: base + starts[key], views=True), at
     )
     return value, unknown
 

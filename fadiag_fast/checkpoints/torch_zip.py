@@ -4,20 +4,23 @@ What torch.save writes is narrow: members that are not compressed, in one folder
 other, with one directory of them at the end. Only that is read here. Where a file could be read in
 two ways (names twice or apart only in case, members in each other's bytes, two directories, bytes
 before or behind the archive, a storage of another size than its member) it is refused: what is
-measured must be what every other program reads. Members that are compressed, or of the other byte
-order, are left to torch.
+measured must be what every other program reads. Compressed members are unpacked first, and what
+has the other byte order is left to torch.
 """
 
 from __future__ import annotations
 
+import io
 import struct
 import sys
+import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from .errors import listed, printable
+from .errors import brief, listed, printable
+from .opening import MemorySource, Source, SourceStream
 from .lookalikes import PROGRAMS, SAVE_WEIGHTS, program_in_zip
 from .restricted_pickle import MOST_BYTES, PickleError, read_pickle
 from .torch_pickle import find_storages, offered
@@ -37,6 +40,7 @@ _SIZES_BEHIND = 1 << 3
 # What follows a member whose sizes come behind.
 _MOST_BEHIND = 24
 _FULL = 0xFFFFFFFF
+_DEFLATED = 8
 
 # A member may be packed to an eighth of what it claims, as torch allocates that.
 _MOST_PACKED = 8
@@ -60,12 +64,12 @@ class Archive(NamedTuple):
     Attributes:
         members: by their names without the archive's folder.
         names: all names, whole.
-        plain: whether nothing is compressed and all lies in one folder.
+        packed: whether members are compressed.
     """
 
     members: dict[bytes, Member]
     names: list[bytes]
-    plain: bool
+    packed: bool
 
 
 def read_archive(read: Read, size: int) -> Archive:
@@ -90,8 +94,8 @@ def _read_archive(read: Read, size: int) -> Archive:
     names: list[bytes] = []
     spans: list[tuple[int, int]] = []
     folder = b""
-    plain = True
-    at = packed = claimed = 0
+    packed = False
+    at = present = claimed = 0
     unpack_member, unpack_header = _MEMBER.unpack_from, _HEADER.unpack_from
     for _ in range(count):
         fields = unpack_member(directory, at)
@@ -126,15 +130,15 @@ def _read_archive(read: Read, size: int) -> Archive:
         names.append(name)
         if not folder:
             folder = name[: name.find(b"/") + 1]
-        if method:
-            plain = False
+        if method == _DEFLATED:
+            packed = True
+        elif method:
+            raise ZipError(f"{_shown(name)} is compressed in a way that torch does not read")
         elif stored != whole:
             raise ZipError(f"{_shown(name)} has two sizes")
-        packed += stored
+        present += stored
         claimed += whole
-        if not name.startswith(folder) or not folder:
-            plain = False
-        elif not name.endswith(b"/") or whole:
+        if folder and name.startswith(folder) and (whole or not name.endswith(b"/")):
             members[name[len(folder) :]] = Member(start, stored)
     if at != len(directory):
         raise ZipError("its directory of members is damaged")
@@ -147,9 +151,9 @@ def _read_archive(read: Read, size: int) -> Archive:
         end = last
     if not end <= begin <= end + _MOST_BEHIND:
         raise ZipError("its members overlap, or there are bytes that belong to none")
-    if claimed > max(_FREE_PACKED, _MOST_PACKED * packed):
-        raise ZipError(f"its members claim {claimed} bytes and have {packed}")
-    return Archive(members, names, plain)
+    if claimed > max(_FREE_PACKED, _MOST_PACKED * present):
+        raise ZipError(f"its members claim {claimed} bytes and have {present}")
+    return Archive(members, names, packed)
 
 
 def _read_directory(read: Read, size: int) -> tuple[bytes, int, int]:
@@ -201,6 +205,28 @@ def _large(extra: bytes, whole: int, stored: int, header: int) -> tuple[int, int
     raise ZipError("its directory of members lacks a size")
 
 
+def unpacked(source: Source) -> Source:
+    """Return an archive with the same members, none of them compressed.
+
+    torch leaves memory as it was where a member is shorter than it claims; here its size and its
+    checksum must be right.
+    """
+    stream: Any = SourceStream(source)
+    buffer = io.BytesIO()
+    try:
+        with zipfile.ZipFile(stream) as old, zipfile.ZipFile(buffer, "w") as new:
+            for info in old.infolist():
+                data = old.read(info)
+                if len(data) != info.file_size:
+                    raise ZipError(f"{_shown(info.filename.encode())} has two sizes")
+                new.writestr(zipfile.ZipInfo(info.filename), data)
+    except ZipError:
+        raise
+    except Exception as error:  # zipfile and zlib raise many types
+        raise ZipError(f"a member cannot be unpacked ({brief(error)})") from error
+    return MemorySource(buffer.getbuffer())
+
+
 def _shown(name: bytes) -> str:
     return repr(printable(name[:200].decode("utf-8", "replace")))
 
@@ -222,22 +248,24 @@ class Content(NamedTuple):
     Attributes:
         value: the object.
         unknown: the functions and classes that were asked for and are not offered.
+        native: whether numbers have this machine's byte order.
     """
 
     value: Any
     unknown: set[str]
+    native: bool
 
 
 def pickle_of(read: Read, archive: Archive) -> bytes:
-    """Return the pickle of an archive in which it is not compressed."""
+    """Return the pickle of an archive in which nothing is compressed."""
     member = archive.members[b"data.pkl"]
     if member.size > MOST_BYTES:
         raise PickleError(f"it has more than {MOST_BYTES} bytes")
     return read(member.start, member.size)
 
 
-def read_content(read: Read, archive: Archive, pickle: bytes, base: int) -> Content | None:
-    """Return what a torch.save file holds; None if torch must read it, for its byte order.
+def read_content(read: Read, archive: Archive, pickle: bytes, base: int) -> Content:
+    """Return what a torch.save file holds.
 
     Args:
         read: returns so many bytes from a place on.
@@ -261,7 +289,7 @@ def read_content(read: Read, archive: Archive, pickle: bytes, base: int) -> Cont
     value, stop, unknown = read_pickle(pickle, offered(), find_storages(place_of))
     if stop != len(pickle):
         raise PickleError("there are bytes behind it")
-    return Content(value, unknown) if native else None
+    return Content(value, unknown, native)
 
 
 def _check_records(read: Read, members: dict[bytes, Member]) -> bool:
