@@ -43,6 +43,10 @@ class UnknownInstruction(PickleError):
     """Report an instruction that torch's weights-only reader does not follow either."""
 
 
+# Is given a pickle, the place after a mark, the stack and the memo; returns where to go on, or 0.
+Shortcut = Callable[[bytes, int, list[Any], dict[int, Any]], int]
+
+
 class Call:
     """Offer a function under a pickle's name for it."""
 
@@ -108,6 +112,7 @@ def read_pickle(
     start: int = 0,
     *,
     modern: bool = False,
+    shortcut: Shortcut | None = None,
 ) -> tuple[Any, int, set[str]]:
     """Return what a pickle holds, where it ends, and the names that are not offered.
 
@@ -119,6 +124,7 @@ def read_pickle(
         start: where it begins.
         modern: follow the instructions of protocols 3 to 5 and of 0 too. Else those that torch's
             weights-only reader follows.
+        shortcut: follows several instructions at once where two marks come one after the other.
 
     Raises:
         PickleError: it is none, or damaged, or holds what no checkpoint does.
@@ -126,7 +132,7 @@ def read_pickle(
     if len(data) - start > MOST_BYTES:
         raise PickleError(f"it has more than {MOST_BYTES} bytes")
     try:
-        return _read(data, offered, persistent, start, modern)
+        return _read(data, offered, persistent, start, modern, shortcut)
     except PickleError:
         raise
     except (IndexError, struct.error) as error:
@@ -143,6 +149,7 @@ def _read(
     persistent: Callable[[Any], Any] | None,
     at: int,
     modern: bool,
+    shortcut: Shortcut | None,
 ) -> tuple[Any, int, set[str]]:
     names: dict[bytes, Any] = {}
     unknown: set[str] = set()
@@ -258,6 +265,13 @@ def _read(
             push(data[at])
             at += 1
         elif code == 40:  # MARK
+            if (
+                shortcut is not None
+                and data[at] == 40
+                and (stop := shortcut(data, at, stack, memo))
+            ):
+                at = stop
+                continue
             outer.append(stack)
             if len(outer) > _MOST_MARKS:
                 raise PickleError("it is nested too deeply")

@@ -9,6 +9,7 @@ a Shell, and torch is asked.
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .places import TensorPlace
-from .restricted_pickle import Call, PickleError, Shell, check_key
+from .restricted_pickle import Call, PickleError, Shell, Shortcut, check_key
 
 _STORAGES = {
     "Double": torch.float64,
@@ -136,6 +137,91 @@ def find_storages(
         return found
 
     return storage_of
+
+
+# The thirty instructions that torch.save writes for a tensor, from the second mark on.
+_GET, _PUT, _INT = rb"(h.|j....)", rb"(q.|r....)", rb"(?:K.|M..|J....)"
+_SIZES = rb"(\)|%b\x85|%b{2}\x86|%b{3}\x87|\(%b{4,8}t)(q.|r....|)" % (_INT, _INT, _INT, _INT)
+_TENSOR = re.compile(
+    rb"\(%b%b(?:X(.)\0\0\0([0-9]{1,9})%b|%b)%b(%b)t%bQ(%b)%b%b([\x88\x89])%b\)R%bt%bR%b"
+    % (_GET, _GET, _PUT, _GET, _GET, _INT, _PUT, _INT, _SIZES, _SIZES, _GET, _PUT, _PUT, _PUT),
+    re.DOTALL,
+)
+_NUMBERS = re.compile(_INT, re.DOTALL)
+
+# Decoded instructions kept: of a few architectures.
+_MOST_KEPT = 1 << 14
+_decoded: dict[bytes, tuple[Any, ...]] = {}
+
+
+def follow_tensors(storage_of: Callable[[Any], Storage]) -> Shortcut:
+    """Return what follows a tensor's instructions at once, ten times as fast as one by one."""
+
+    def follow(data: bytes, at: int, stack: list[Any], memo: dict[int, Any]) -> int:
+        match = _TENSOR.match(data, at)
+        if match is None:
+            return 0
+        parts = _decoded.get(match[0])
+        if parts is None:
+            if len(_decoded) >= _MOST_KEPT:
+                _decoded.clear()
+            parts = _decoded[match[0]] = _decode(match)
+        # What is remembered under these numbers differs from file to file.
+        (word, kind, key, put_key, get_key, location, numel, put_id, offset) = parts[:9]
+        (shape, put_shape, stride, put_stride, grad, hooks, put_hooks, put_all, put_result) = parts[
+            9:
+        ]
+        calls = offered()
+        if (
+            memo.get(word) != "storage"
+            or stack[-1] is not calls["torch._utils._rebuild_tensor_v2"]
+            or memo.get(hooks) is not calls["collections.OrderedDict"]
+        ):
+            return 0
+        if key is None:
+            key = memo.get(get_key)
+        else:
+            memo[put_key] = key
+        memo[put_id] = reference = ("storage", memo.get(kind), key, memo.get(location), numel)
+        storage = storage_of(reference)
+        if put_shape is not None:
+            memo[put_shape] = shape
+        if put_stride is not None:
+            memo[put_stride] = stride
+        memo[put_hooks] = made = OrderedDict[Any, Any]()
+        memo[put_all] = (storage, offset, shape, stride, grad, made)
+        memo[put_result] = stack[-1] = _place(
+            storage, storage.dtype, offset, shape, stride, grad, made
+        )
+        return match.end()
+
+    return follow
+
+
+def _decode(match: re.Match[bytes]) -> tuple[Any, ...]:
+    """Return the numbers of a tensor's instructions, in their order."""
+    found = match.groups()
+    word, kind, length, key, put_key, get_key, location, numel, put_id, offset = found[:10]
+    shape, put_shape, stride, put_stride, grad, hooks, put_hooks, put_all, put_result = found[10:]
+    if key is not None and length[0] != len(key):
+        raise PickleError("it has a text of another length")
+
+    def sizes(text: bytes) -> tuple[int, ...]:
+        return tuple(map(_number, _NUMBERS.findall(text, 1 if text[:1] == b"(" else 0)))
+
+    def index(text: bytes | None) -> int | None:
+        return int.from_bytes(text[1:], "little") if text else None
+
+    return (
+        *(index(word), index(kind), None if key is None else key.decode(), index(put_key)),
+        *(index(get_key), index(location), _number(numel), index(put_id), _number(offset)),
+        *(sizes(shape), index(put_shape), sizes(stride), index(put_stride), grad == b"\x88"),
+        *(index(hooks), index(put_hooks), index(put_all), index(put_result)),
+    )
+
+
+def _number(text: bytes) -> int:
+    return int.from_bytes(text[1:], "little", signed=text[:1] == b"J")
 
 
 def _place(

@@ -23,7 +23,7 @@ from .errors import brief, listed, printable
 from .opening import MemorySource, Source, SourceStream
 from .lookalikes import PROGRAMS, SAVE_WEIGHTS, program_in_zip
 from .restricted_pickle import MOST_BYTES, PickleError, read_pickle
-from .torch_pickle import find_storages, offered
+from .torch_pickle import find_storages, follow_tensors, offered
 
 Read = Callable[[int, int], bytes]
 
@@ -62,7 +62,7 @@ class Archive(NamedTuple):
     """Say what a zip file holds.
 
     Attributes:
-        members: by their names without the archive's folder.
+        members: by their names without the archive's folder; none if there are several.
         names: all names, whole.
         packed: whether members are compressed.
     """
@@ -94,7 +94,7 @@ def _read_archive(read: Read, size: int) -> Archive:
     names: list[bytes] = []
     spans: list[tuple[int, int]] = []
     folder = b""
-    packed = False
+    packed = foreign = False
     at = present = claimed = 0
     unpack_member, unpack_header = _MEMBER.unpack_from, _HEADER.unpack_from
     for _ in range(count):
@@ -138,7 +138,9 @@ def _read_archive(read: Read, size: int) -> Archive:
             raise ZipError(f"{_shown(name)} has two sizes")
         present += stored
         claimed += whole
-        if folder and name.startswith(folder) and (whole or not name.endswith(b"/")):
+        if not folder or not name.startswith(folder):
+            foreign = True
+        elif whole or not name.endswith(b"/"):
             members[name[len(folder) :]] = Member(start, stored)
     if at != len(directory):
         raise ZipError("its directory of members is damaged")
@@ -153,6 +155,8 @@ def _read_archive(read: Read, size: int) -> Archive:
         raise ZipError("its members overlap, or there are bytes that belong to none")
     if claimed > max(_FREE_PACKED, _MOST_PACKED * present):
         raise ZipError(f"its members claim {claimed} bytes and have {present}")
+    if foreign:
+        members = {}  # torch reads none of such an archive
     return Archive(members, names, packed)
 
 
@@ -286,7 +290,10 @@ def read_content(read: Read, archive: Archive, pickle: bytes, base: int) -> Cont
             raise PickleError(f"storage {printable(key)} has {nbytes} bytes, and there is {held}")
         return base + member.start
 
-    value, stop, unknown = read_pickle(pickle, offered(), find_storages(place_of))
+    storage_of = find_storages(place_of)
+    value, stop, unknown = read_pickle(
+        pickle, offered(), storage_of, shortcut=follow_tensors(storage_of)
+    )
     if stop != len(pickle):
         raise PickleError("there are bytes behind it")
     return Content(value, unknown, native)
