@@ -519,6 +519,46 @@ def test_url_of_a_folder(tmp_path: Path, memory: Any, form: str) -> None:
         assert_same(load_checkpoint(url).state_dict, wanted)
 
 
+@pytest.mark.parametrize("form", [*SHARDED, "distributed"])
+def test_only_what_is_needed_is_fetched(
+    tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    wanted = plain_tensors()
+    folder = tmp_path / "c"
+    folder.mkdir()
+    if form == "distributed":
+        save_distributed(folder, wanted)
+    else:
+        index = write_shards(folder, form, wanted)
+    needed = {path.name for path in folder.iterdir()}
+    (folder / "optimizer.pt").write_bytes(bytes(1000))
+    (folder / "global_step500").mkdir()
+    (folder / "global_step500" / "states.pt").write_bytes(bytes(1000))
+    upload(memory, folder, "/study/c")
+    opened = set()
+    real = type(memory).open
+
+    def open_(self: Any, path: str, *args: Any, **options: Any) -> Any:
+        opened.add(path.rpartition("/")[2])
+        return real(self, path, *args, **options)
+
+    monkeypatch.setattr(type(memory), "open", open_)
+    urls = ["memory://study/c"]
+    if form != "distributed":
+        urls.append(f"memory://study/c/{index.name}")
+    for url in urls:
+        opened.clear()
+        assert_same(load_checkpoint(url).state_dict, wanted)
+        assert opened == needed
+
+
+def test_an_index_of_any_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = write_shards(tmp_path, "torch", plain_tensors())
+    monkeypatch.setattr("fadiag_fast.checkpoints.folders.MOST_JSON", index.stat().st_size - 1)
+    with pytest.raises(UnreadableCheckpoint, match="a JSON file of at most"):
+        load_checkpoint(index)
+
+
 def test_url_of_this_machine_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("fsspec")
     from fadiag_fast.checkpoints import remote

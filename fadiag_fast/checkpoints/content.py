@@ -87,11 +87,11 @@ def as_state_dict(content: Any, path: str | os.PathLike[str]) -> dict[str, Tenso
     if not all(isinstance(key, str) for key in content):
         return None
     # A reader that finds tensors where they lie gives their places.
-    if not all(isinstance(value, Tensor | TensorPlace) for value in content.values()):
+    if not all(_is_tensor(value) for value in content.values()):
         return None
     # A dict that can carry load_state_dict's per-module versions, which state dicts come with.
-    state: OrderedDict[str, Tensor] = OrderedDict(
-        (key, value.detach() if isinstance(value, Tensor) else value)
+    state: OrderedDict[str, Any] = OrderedDict(
+        (key, value if type(value) is TensorPlace else value.detach())
         for key, value in content.items()
     )
     versions = getattr(content, "_metadata", None)
@@ -113,11 +113,15 @@ def _outline(content: Any) -> str:
             strays = [
                 f"{_named(name)}: {_type_name(entry)}"
                 for name, entry in value.items()
-                if not (isinstance(name, str) and isinstance(entry, Tensor | TensorPlace))
+                if not (isinstance(name, str) and _is_tensor(entry))
             ]
             text += f" with {listed(strays)}" if strays else " (empty)"
         entries.append(text)
     return f"a dict with {listed(entries)}"
+
+
+def _is_tensor(value: Any) -> bool:
+    return type(value) is TensorPlace or isinstance(value, Tensor)
 
 
 def _named(key: Any) -> str:

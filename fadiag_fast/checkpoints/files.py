@@ -110,7 +110,7 @@ def read_file(
 
 def _read_zip(source: Source, path: str | os.PathLike[str], base: int, unsafe_pickle: bool) -> Any:
     try:
-        archive = read_archive(source.read, source.size)
+        archive = read_archive(source)
     except ZipError as error:
         raise damaged(path, error) from error
     if what := check_torch_archive(archive):
@@ -119,7 +119,7 @@ def _read_zip(source: Source, path: str | os.PathLike[str], base: int, unsafe_pi
     try:
         if packed:
             source = unpacked(source)
-            archive = read_archive(source.read, source.size)
+            archive = read_archive(source)
         content = read_content(source.read, archive, pickle_of(source.read, archive), base)
     except ZipError as error:
         raise damaged(path, error) from error

@@ -73,12 +73,13 @@ def found_in(loaded: Loaded, path: str | os.PathLike[str], unsafe_pickle: bool) 
     """Find the weights in what a file held."""
     state, container, extra = find_state_dict(loaded.content, path, unsafe_pickle)
     for name, tensor in state.items():
-        if isinstance(tensor, Tensor) and (kind := _not_dense(tensor)):
+        if isinstance(tensor, TensorPlace):
+            continue
+        if kind := _not_dense(tensor):
             raise UnreadableCheckpoint(
                 at(path, f"expected dense tensors, got {printable(name)}: {kind}")
             )
-        if isinstance(tensor, Tensor):
-            state[name] = tensor.resolve_conj().resolve_neg()
+        state[name] = tensor.resolve_conj().resolve_neg()
     state, removed_prefix = without_wrapper_prefixes(state)
     if loaded.extra is not None:
         extra = {**extra, **loaded.extra}

@@ -63,11 +63,11 @@ class MemorySource:
     """Give the bytes of a file that is in memory."""
 
     def __init__(self, view: memoryview) -> None:
-        self._view = view
+        self.view = view
         self.size = len(view)
 
     def read(self, start: int, length: int, /) -> bytes:
-        return bytes(self._view[start : start + length])
+        return bytes(self.view[start : start + length])
 
 
 class SourceStream(io.RawIOBase):

@@ -103,7 +103,7 @@ def _check_read_back(temporary: Path, path: Path) -> None:
             torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:
         with open_regular(temporary) as source:
-            archive = read_archive(source.read, source.size)
+            archive = read_archive(source)
             unsafe = sorted(map(printable, unsafe_globals(scan_zip(source, archive).names)))
         what = listed(unsafe) or brief(error)
         raise UnsavableCheckpoint(

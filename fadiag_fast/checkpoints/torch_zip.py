@@ -13,7 +13,9 @@ from __future__ import annotations
 import io
 import struct
 import sys
+import threading
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,26 +74,97 @@ class Archive(NamedTuple):
     packed: bool
 
 
-def read_archive(read: Read, size: int) -> Archive:
-    """Return a zip file's members.
+class _Known(NamedTuple):
+    """Know an archive again by all bytes of its directory and of its members' headers.
 
-    Args:
-        read: returns so many bytes from a place on.
-        size: of the file.
+    But for dates and checksums, which say nothing of where members lie, and the folder's name,
+    which is the file's own. A scan's files are alike in everything else.
+    """
+
+    archive: Archive
+    spans: list[slice]
+    folders: list[slice]
+    mask: int
+    value: int
+
+    @classmethod
+    def of(
+        cls,
+        view: memoryview,
+        archive: Archive,
+        begin: int,
+        entries: list[tuple[int, int, int]],
+        folder_size: int,
+    ) -> _Known:
+        spans = [slice(begin, len(view))]
+        folders = []
+        masks = [bytearray(b"\xff" * (len(view) - begin))]
+        for entry, header, name_size in entries:
+            masks[0][entry + 12 : entry + 20] = bytes(8)
+            masks[0][entry + 46 : entry + 46 + folder_size] = bytes(folder_size)
+            mask = bytearray(b"\xff" * (30 + name_size))
+            mask[10:18] = bytes(8)
+            mask[30 : 30 + folder_size] = bytes(folder_size)
+            masks.append(mask)
+            spans.append(slice(header, header + 30 + name_size))
+            for first in (begin + entry + 46, header + 30):
+                folders.append(slice(first, first + folder_size))
+        mask_number = int.from_bytes(b"".join(masks), "little")
+        value = int.from_bytes(b"".join([view[span] for span in spans]), "little")
+        return cls(archive, spans, folders, mask_number, value & mask_number)
+
+    def match(self, view: memoryview) -> bool:
+        data = b"".join([view[span] for span in self.spans])
+        if int.from_bytes(data, "little") & self.mask != self.value:
+            return False
+        folder = bytes(view[self.folders[0]])
+        if folder.find(b"/") != len(folder) - 1:
+            return False
+        return b"".join([view[span] for span in self.folders]) == folder * len(self.folders)
+
+
+# Archives kept: a study has files of a few sizes.
+_MOST_KEPT = 64
+_known: OrderedDict[int, _Known] = OrderedDict()
+_lock = threading.Lock()
+
+# Pickles kept, with what they hold in which archive: a state dict alone is the same each time.
+_LARGEST_KEPT = 1 << 18
+_contents: OrderedDict[tuple[bytes, int, bool], tuple[Archive, Content]] = OrderedDict()
+
+
+def read_archive(source: Source) -> Archive:
+    """Return a zip file's members.
 
     Raises:
         ZipError: it can be read in more than one way, or not at all.
     """
+    view = source.view if isinstance(source, MemorySource) else None
+    if view is not None and (known := _known.get(source.size)) and known.match(view):
+        return known.archive
     try:
-        return _read_archive(read, size)
+        archive, begin, entries, folder_size = _read_archive(source.read, source.size)
+        if view is not None and archive.members:
+            known = _Known.of(view, archive, begin, entries, folder_size)
+            with _lock:
+                _known[source.size] = known
+                while len(_known) > _MOST_KEPT:
+                    _known.popitem(last=False)
+        return archive
     except (struct.error, IndexError) as error:
         raise ZipError("its directory of members is damaged") from error
 
 
-def _read_archive(read: Read, size: int) -> Archive:
+def _read_archive(read: Read, size: int) -> tuple[Archive, int, list[tuple[int, int, int]], int]:
+    """Return an archive, where its directory begins, and the length of its folder's name.
+
+    With it for each member: where its entry in the directory and its header lie, and the length of
+    its name.
+    """
     directory, count, begin = _read_directory(read, size)
     members: dict[bytes, Member] = {}
     names: list[bytes] = []
+    entries: list[tuple[int, int, int]] = []
     spans: list[tuple[int, int]] = []
     folder = b""
     packed = foreign = False
@@ -128,6 +201,7 @@ def _read_archive(read: Read, size: int) -> Archive:
         start = header + 30 + name_size + more
         spans.append((header, start + stored))
         names.append(name)
+        entries.append((name_at - 46, header, name_size))
         if not folder:
             folder = name[: name.find(b"/") + 1]
         if method == _DEFLATED:
@@ -157,7 +231,7 @@ def _read_archive(read: Read, size: int) -> Archive:
         raise ZipError(f"its members claim {claimed} bytes and have {present}")
     if foreign:
         members = {}  # torch reads none of such an archive
-    return Archive(members, names, packed)
+    return Archive(members, names, packed), begin, entries, len(folder)
 
 
 def _read_directory(read: Read, size: int) -> tuple[bytes, int, int]:
@@ -269,7 +343,7 @@ def pickle_of(read: Read, archive: Archive) -> bytes:
 
 
 def read_content(read: Read, archive: Archive, pickle: bytes, base: int) -> Content:
-    """Return what a torch.save file holds.
+    """Return what a torch.save file holds; not to be written to, as it may be given again.
 
     Args:
         read: returns so many bytes from a place on.
@@ -282,6 +356,10 @@ def read_content(read: Read, archive: Archive, pickle: bytes, base: int) -> Cont
     """
     members = archive.members
     native = _check_records(read, members)
+    key = (pickle, base, native)
+    known = _contents.get(key)
+    if known is not None and known[0] is archive:
+        return known[1]
 
     def place_of(key: str, nbytes: int) -> int:
         member = members.get(b"data/" + key.encode())
@@ -296,7 +374,13 @@ def read_content(read: Read, archive: Archive, pickle: bytes, base: int) -> Cont
     )
     if stop != len(pickle):
         raise PickleError("there are bytes behind it")
-    return Content(value, unknown, native)
+    content = Content(value, unknown, native)
+    if len(pickle) <= _LARGEST_KEPT:
+        with _lock:
+            _contents[key] = archive, content
+            while len(_contents) > _MOST_KEPT:
+                _contents.popitem(last=False)
+    return content
 
 
 def _check_records(read: Read, members: dict[bytes, Member]) -> bool:
