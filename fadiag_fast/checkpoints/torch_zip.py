@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .errors import brief, listed, printable
-from .opening import MemorySource, Source, SourceStream
 from .lookalikes import PROGRAMS, SAVE_WEIGHTS, program_in_zip
+from .opening import MemorySource, Source, SourceStream
 from .restricted_pickle import MOST_BYTES, PickleError, read_pickle
 from .torch_pickle import find_storages, follow_tensors, offered
 
