@@ -106,6 +106,7 @@ def two_directories() -> bytes:
         (changed_entry("archive/data/0", 8, b"\1"), "encrypted"),
         (changed_entry("archive/data/0", 42, b"\0\0\0\0"), "another member in its directory"),
         (changed_entry("archive/data/0", 24, b"\1"), "two sizes"),
+        (changed_entry("archive/data/0", 38, b"\x10"), "said to be a folder"),
         (changed_entry("archive/data/0", 18, b"\x10", local=True), "two sizes"),
         (changed_entry("archive/data/0", 8, b"\x08", local=True), "another member"),
         (changed_entry("archive/data/0", 28, b"\xff", local=True), "overlap"),
@@ -237,11 +238,14 @@ def test_weights_that_are_not_dense_are_refused(tmp_path: Path, odd: Tensor) -> 
         assert "expected dense tensors, got w" in refusal(tmp_path / "a.pt", data)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_tensors_that_only_torch_can_rebuild(tmp_path: Path) -> None:
     conjugate = torch.randn(3, dtype=torch.complex64).conj()
     found = state_of(tmp_path / "a.pt", saved({"w": conjugate, "v": torch.ones(2)}))
     assert torch.equal(found["w"], conjugate.resolve_conj())
     assert "meta" in refusal(tmp_path / "b.pt", saved({"w": torch.ones(2, device="meta")}))
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    assert "nested tensor" in refusal(tmp_path / "c.pt", saved({"w": nested}))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -85,6 +85,7 @@ def offered() -> Mapping[str, Any]:
         "torch._utils._rebuild_tensor_v2": Call(_rebuild_tensor_v2),
         "torch._utils._rebuild_tensor_v3": Call(_rebuild_tensor_v3),
         "torch._utils._rebuild_parameter": Call(_rebuild_parameter),
+        "torch._utils._rebuild_nested_tensor": Call(_refuse_nested),
         "collections.OrderedDict": Call(_ordered_dict),
         "collections.Counter": Call(_counter),
         "torch.Size": Call(_torch_size),
@@ -329,6 +330,11 @@ def _rebuild_parameter(data: Any, requires_grad: Any, hooks: Any) -> Any:
     ):
         raise PickleError(f"it has a parameter of {data.dtype} that requires a gradient")
     return data
+
+
+def _refuse_nested(*_: Any) -> None:
+    # torch does not compare the places of its parts with the memory that they are to lie in.
+    raise PickleError("it has a nested tensor, which is not read")
 
 
 def _ordered_dict(pairs: Any = ()) -> OrderedDict[Any, Any]:

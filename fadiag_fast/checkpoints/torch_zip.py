@@ -39,6 +39,7 @@ _MOST_DIRECTORY = 1 << 28
 # Two bits that say how well it was compressed, one that sizes come behind, one of the name.
 _FLAGS = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 11
 _SIZES_BEHIND = 1 << 3
+_IS_FOLDER = 1 << 4
 # What follows a member whose sizes come behind.
 _MOST_BEHIND = 24
 _FULL = 0xFFFFFFFF
@@ -173,12 +174,15 @@ def _read_archive(read: Read, size: int) -> tuple[Archive, int, list[tuple[int, 
     for _ in range(count):
         fields = unpack_member(directory, at)
         signature, _, _, flags, method, _, _, _, stored, whole, name_size = fields[:11]
-        extra_size, note_size, disk, _, _, header = fields[11:]
+        extra_size, note_size, disk, _, attributes, header = fields[11:]
         name_at = at + 46
         at = name_at + name_size + extra_size + note_size
         name = directory[name_at : name_at + name_size]
         if signature != b"PK\1\2" or flags & ~_FLAGS or disk or not name or at > len(directory):
             raise ZipError("its directory of members is damaged, or they are encrypted")
+        if attributes & _IS_FOLDER and not name.endswith(b"/"):
+            # torch reads nothing there, and takes what lies in memory.
+            raise ZipError(f"{_shown(name)} is said to be a folder")
         if stored == _FULL or whole == _FULL or header == _FULL:
             extra = directory[name_at + name_size : name_at + name_size + extra_size]
             whole, stored, header = _large(extra, whole, stored, header)
