@@ -32,6 +32,7 @@ from .options import (
     DataOptionsOption,
     DeviceOption,
     FlattenOption,
+    KeyOption,
     MaxGrowthOption,
     MaxStabilityOption,
     MinGainOption,
@@ -267,6 +268,7 @@ def diagnose_command(
     device: DeviceOption = "auto",
     unsafe_pickle: UnsafePickleOption = False,
     trust_code: TrustCodeOption = False,
+    key: KeyOption = None,
 ) -> None:
     """Audit checkpoints and print a report for each; one bad file does not stop the others."""
     with _reported_errors():
@@ -309,6 +311,7 @@ def diagnose_command(
                     device=target,
                     unsafe_pickle=unsafe_pickle,
                     trust_code=trust_code,
+                    key=key,
                     observe=observe,
                     credit=credit,
                     rule=rule,
@@ -366,6 +369,7 @@ def _diagnose_one(
     device: torch.device,
     unsafe_pickle: bool,
     trust_code: bool,
+    key: str | None,
     observe: dict[str, Any],
     credit: bool,
     rule: str | None,
@@ -383,7 +387,7 @@ def _diagnose_one(
             model, flat = build_network(model_name, dataset, options)
         model = model.to(device)
     elif not is_program(subject):
-        checkpoint = load_checkpoint(subject, unsafe_pickle=unsafe_pickle)
+        checkpoint = load_checkpoint(subject, unsafe_pickle=unsafe_pickle, key=key)
         beside = checkpoint.extra
         model, flat = build_network(model_name, dataset, options, beside.get("config"))
         for note in load_into(model, checkpoint):

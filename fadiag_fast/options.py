@@ -94,6 +94,14 @@ TrustCodeOption = Annotated[
         "ANY CODE, with all your rights.",
     ),
 ]
+KeyOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="Where in the file the weights are, such as state_dict_ema or state.model; default: "
+        "the first usual place.",
+    ),
+]
 
 
 def chosen_device(name: str) -> torch.device:

@@ -685,7 +685,7 @@ def test_load_into(tmp_path: Path, saved_as: str, wrapped: bool) -> None:
 def test_load_into_converts_to_the_models_dtype() -> None:
     model = nn.Linear(2, 2, dtype=torch.bfloat16)
     values = torch.tensor([[1.0, 2.0], [3.0, 1 / 3]], dtype=torch.float64)
-    load_into(model, checkpoint_of({"weight": values, "bias": torch.tensor([1, 2])}))
+    load_into(model, checkpoint_of({"weight": values, "bias": torch.tensor([1.0, 2.0])}))
     assert model.weight.dtype == torch.bfloat16
     assert torch.equal(model.weight, values.to(torch.bfloat16))
     assert model.bias.tolist() == [1.0, 2.0]

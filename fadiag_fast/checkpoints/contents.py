@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .errors import UnreadableCheckpoint
+from .placeholders import shown
 from .places import TensorPlace
 
 _ATOMS = frozenset({str, int, float, bool, type(None), bytes, complex})
@@ -71,4 +72,4 @@ def _on_meta(value: Any) -> Any:
         return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device="meta")
     if isinstance(value, torch.Tensor):
         return value.detach().to("meta") if value.layout == torch.strided else None
-    return value
+    return shown(value)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .content import CONTAINERS
+from .content import CONTAINERS, chose
 from .errors import (
     CheckpointError,
     MissingCheckpoint,
@@ -106,20 +106,21 @@ class _Entry:
     pieces: tuple[_Piece, ...]
 
 
-def load_distributed(folder: Path, files: Files) -> Loaded:
+def load_distributed(folder: Path, files: Files, key: str | None = None) -> Loaded:
     """Read the model's tensors of a torch.distributed.checkpoint folder.
 
     Where the saved dict had the weights under one of the usual names, also one level down as an
-    application's state has, those are read; else all tensors that are not the optimizer's.
+    application's state has, those are read; else all tensors that are not the optimizer's. With a
+    key those are read whose place in the saved dict begins with it.
     """
     entries = _read_entries(folder, files)
-    container, chosen = _select(entries)
+    container, chosen, notes = _select(entries, key)
     if not chosen:
         tops = sorted({printable(entry.path[0]) for entry in entries})
         raise NoStateDict(
             at(
                 folder,
-                "expected a model's tensors, got "
+                f"expected a model's tensors{'' if key is None else f' under key={key!r}'}, got "
                 + (f"tensors only under {listed(tops)}" if tops else "no tensor at all"),
             )
         )
@@ -127,31 +128,39 @@ def load_distributed(folder: Path, files: Files) -> Loaded:
         _check_chunks(folder, name, entry)
     _check_places(folder, files, chosen)
     state = {name: _read_tensor(folder, files, name, entry) for name, entry in chosen.items()}
-    return Loaded("distributed", state, {}, container)
+    return Loaded("distributed", state, {}, container, notes)
 
 
-def files_of(folder: Path, files: Files) -> set[str]:
+def files_of(folder: Path, files: Files, key: str | None) -> set[str]:
     """Return the names of the files that hold the model's tensors."""
-    _, chosen = _select(_read_entries(folder, files))
+    _, chosen, _ = _select(_read_entries(folder, files), key)
     return {piece.file for entry in chosen.values() for piece in entry.pieces}
 
 
-def _select(entries: list[_Entry]) -> tuple[str, dict[str, _Entry]]:
-    """Return the container and the model's entries by name."""
+def _select(
+    entries: list[_Entry], key: str | None
+) -> tuple[str, dict[str, _Entry], tuple[str, ...]]:
+    """Return the container, the model's entries by name, and notes on other containers."""
+    named = {".".join(entry.path): entry for entry in entries}
+    if key is not None:
+        front = f"{key}."
+        inside_key = {n[len(front) :]: entry for n, entry in named.items() if n.startswith(front)}
+        return key, inside_key, ()
     for depth in range(min((len(entry.path) for entry in entries), default=0)):
-        for container in CONTAINERS:
+        inside = {entry.path[depth] for entry in entries if len(entry.path) > depth + 1}
+        containers = [container for container in CONTAINERS if container in inside]
+        if containers:
+            first, *others = (".".join((*entries[0].path[:depth], name)) for name in containers)
             chosen = {
                 ".".join(entry.path[depth + 1 :]): entry
                 for entry in entries
-                if entry.path[depth] == container and len(entry.path) > depth + 1
+                if entry.path[depth] == containers[0] and len(entry.path) > depth + 1
             }
-            if chosen:
-                return container, chosen
+            return containers[0], chosen, (chose(first, others),) if others else ()
         if len({entry.path[depth] for entry in entries}) > 1:
             break
-    return "bare", {
-        ".".join(entry.path): entry for entry in entries if not entry.path[0].startswith(OPTIMIZER)
-    }
+    weights = {n: entry for n, entry in named.items() if not entry.path[0].startswith(OPTIMIZER)}
+    return "bare", weights, ()
 
 
 def _read_entries(folder: Path, files: Files) -> list[_Entry]:
@@ -378,7 +387,10 @@ def _read_piece(folder: Path, files: Files, name: str, entry: _Entry, piece: _Pi
     with files.open(path) as file:
         stored = file.read(piece.start, piece.length)
     try:
-        found = read_file(MemorySource(memoryview(stored)), path).content
+        loaded = read_file(MemorySource(memoryview(stored)), path)
+        if loaded.refusal is not None:
+            raise loaded.refusal
+        found = loaded.content
     except UnsafeCheckpoint as error:
         raise needs_full_unpickler(
             path, "piece of a tensor", error.globals_needed, way_out=False

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +51,17 @@ class Loaded:
         content: the object that was in the file, tensors in it being the places of their bytes
             where the file's own were found; or the weights of a folder's files.
         extra: what is to be told beside the content's other entries.
-        container: where the reader found the weights, if it looked for them itself.
+        container, notes: where the reader found the weights, if it looked for them itself, and what
+            it passed over.
+        refusal: why the content is not whole, for the case that there are no weights in it.
     """
 
     format: str
     content: Any
     extra: dict[str, Any] | None = None
     container: str = ""
+    notes: tuple[str, ...] = ()
+    refusal: UnsafeCheckpoint | None = None
 
 
 def read_head(
@@ -98,14 +102,27 @@ def read_file(
     """
     head = source.read(0, HEAD_BYTES)
     if head.startswith(b"PK\x03\x04"):
-        return Loaded("torch-zip", _read_zip(source, path, base, unsafe_pickle))
+        return _loaded("torch-zip", _read_zip(source, path, base, unsafe_pickle))
     if looks_like_safetensors(head):
         try:
             places, metadata = read_header(source, base)
         except SafetensorsError as error:
             raise damaged(path, error) from error
         return Loaded("safetensors", places, metadata)
-    return Loaded(*_read_pickle(source, path, base, unsafe_pickle, head))
+    return _loaded(*_read_pickle(source, path, base, unsafe_pickle, head))
+
+
+class _Partly(NamedTuple):
+    """Hold what a file holds but for objects of unknown classes, and why those are not loaded."""
+
+    value: Any
+    refusal: UnsafeCheckpoint
+
+
+def _loaded(form: str, content: Any) -> Loaded:
+    if isinstance(content, _Partly):
+        return Loaded(form, content.value, refusal=content.refusal)
+    return Loaded(form, content)
 
 
 def _read_zip(source: Source, path: str | os.PathLike[str], base: int, unsafe_pickle: bool) -> Any:
@@ -130,6 +147,8 @@ def _read_zip(source: Source, path: str | os.PathLike[str], base: int, unsafe_pi
     # What the weights-only reader allows by name neither runs code nor takes more memory than the
     # file; what would has been refused above.
     if unsafe := unsafe_globals(content.unknown):
+        if content.native and not packed and not unsafe_pickle:
+            return _Partly(content.value, needs_full_unpickler(path, "torch.save file", unsafe))
         return _with_full_unpickler(source, path, "torch.save file", unsafe, unsafe_pickle)
     try:
         return _load(source, weights_only=True)
@@ -202,6 +221,8 @@ def _read_pickle(
         if not unknown:
             return "torch-legacy", value
         if unsafe := unsafe_globals(unknown):
+            if not unsafe_pickle:
+                return "torch-legacy", _Partly(value, needs_full_unpickler(path, kind, unsafe))
             return "torch-legacy", _with_full_unpickler(source, path, kind, unsafe, unsafe_pickle)
         return "torch-legacy", _load(source, weights_only=True)
     except UnsafeCheckpoint:

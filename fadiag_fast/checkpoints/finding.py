@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .content import find_state_dict, without_wrapper_prefixes
+from .content import find_content, has_weights
 from .distributed import METADATA, load_distributed
-from .errors import UnreadableCheckpoint, at, printable
+from .errors import NoStateDict, UnreadableCheckpoint, at, listed, printable
 from .files import Loaded, read_file
 from .folders import (
     INDEX_SUFFIX,
@@ -45,7 +46,7 @@ class Found(NamedTuple):
     """Hold what a checkpoint is.
 
     Attributes:
-        format, container, removed_prefix: as in Checkpoint.
+        format, container, removed_prefix, extra_state, notes: as in Checkpoint.
         state: the weights: the places of their bytes, or tensors where torch had to read them.
         extra: as in Checkpoint, with places for tensors in the same way.
     """
@@ -55,23 +56,38 @@ class Found(NamedTuple):
     container: str
     removed_prefix: str
     extra: dict[str, Any]
+    extra_state: dict[str, Any]
+    notes: tuple[str, ...]
 
 
-def find_checkpoint(path: Path, files: Files, space: Space, unsafe_pickle: bool) -> Found:
+def find_checkpoint(
+    path: Path, files: Files, space: Space, unsafe_pickle: bool, key: str | None = None
+) -> Found:
     """Find the weights of a file or folder of this machine."""
     # os.path.isdir is False, not an error, for a path with a NUL byte.
     if os.path.isdir(path):
-        loaded = _read_folder(path, files, space, unsafe_pickle)
+        loaded = _read_folder(path, files, space, unsafe_pickle, key)
     elif path.name.endswith(INDEX_SUFFIX):
         loaded = _read_sharded(path, files, space, unsafe_pickle)
     else:
         loaded = _read_one(path, files, space, unsafe_pickle)
-    return found_in(loaded, path, unsafe_pickle)
+    return found_in(loaded, path, unsafe_pickle, key)
 
 
-def found_in(loaded: Loaded, path: str | os.PathLike[str], unsafe_pickle: bool) -> Found:
+def found_in(
+    loaded: Loaded, path: str | os.PathLike[str], unsafe_pickle: bool, key: str | None = None
+) -> Found:
     """Find the weights in what a file held."""
-    state, container, extra = find_state_dict(loaded.content, path, unsafe_pickle)
+    # A reader that looked for the weights has taken the key into account.
+    key = None if loaded.container else key
+    try:
+        content = find_content(loaded.content, path, unsafe_pickle, key)
+    except NoStateDict as error:
+        if loaded.refusal is None or has_weights(loaded.content):
+            raise
+        # They may be in what was not loaded.
+        raise loaded.refusal from error
+    state = content.state
     for name, tensor in state.items():
         if isinstance(tensor, TensorPlace):
             continue
@@ -80,10 +96,18 @@ def found_in(loaded: Loaded, path: str | os.PathLike[str], unsafe_pickle: bool) 
                 at(path, f"expected dense tensors, got {printable(name)}: {kind}")
             )
         state[name] = tensor.resolve_conj().resolve_neg()
-    state, removed_prefix = without_wrapper_prefixes(state)
-    if loaded.extra is not None:
-        extra = {**extra, **loaded.extra}
-    return Found(loaded.format, state, loaded.container or container, removed_prefix, extra)
+    notes = (*loaded.notes, *content.notes)
+    if loaded.refusal is not None:
+        notes += (f"not loaded beside the weights: {listed(loaded.refusal.globals_needed)}",)
+    return Found(
+        loaded.format,
+        state,
+        loaded.container or content.container,
+        content.removed_prefix,
+        {**content.extra, **(loaded.extra or {})},
+        content.extra_state,
+        notes,
+    )
 
 
 def _not_dense(tensor: Tensor) -> str:
@@ -102,11 +126,13 @@ def _read_one(path: Path, files: Files, space: Space, unsafe_pickle: bool) -> Lo
         return read_file(source, path, base, unsafe_pickle)
 
 
-def _read_folder(folder: Path, files: Files, space: Space, unsafe_pickle: bool) -> Loaded:
+def _read_folder(
+    folder: Path, files: Files, space: Space, unsafe_pickle: bool, key: str | None
+) -> Loaded:
     """Read a folder's weights and, from a Hugging Face Trainer's, the step and epoch."""
     weights = find_weights(folder)
     if weights.name == METADATA:
-        found = load_distributed(folder, files)
+        found = load_distributed(folder, files, key)
     elif weights.name.endswith(INDEX_SUFFIX):
         found = _read_sharded(weights, files, space, unsafe_pickle)
     else:
@@ -114,7 +140,7 @@ def _read_folder(folder: Path, files: Files, space: Space, unsafe_pickle: bool) 
     trainer = trainer_state(folder, files)
     if not trainer:
         return found
-    return Loaded(found.format, found.content, {**(found.extra or {}), **trainer}, found.container)
+    return replace(found, extra={**(found.extra or {}), **trainer})
 
 
 def _read_sharded(index: Path, files: Files, space: Space, unsafe_pickle: bool) -> Loaded:
@@ -131,6 +157,8 @@ def _read_sharded(index: Path, files: Files, space: Space, unsafe_pickle: bool) 
     for shard, names in shards.items():
         path = index.parent / shard
         loaded = _read_one(path, files, space, unsafe_pickle)
+        if loaded.refusal is not None:
+            raise loaded.refusal
         state = shard_of(loaded.content, path)
         check_shard(index, shard, names, state)
         held.update(state)

@@ -68,7 +68,7 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def local_copy(url: str) -> Iterator[Path]:
+def local_copy(url: str, key: str | None = None) -> Iterator[Path]:
     """Give a URL's file or folder as a path of this machine, for as long as the block lasts.
 
     What is local already is not copied. Of a folder, and of what lies beside an index, only the
@@ -86,7 +86,7 @@ def local_copy(url: str) -> Iterator[Path]:
         try:
             if filesystem.isdir(path):
                 copy.mkdir(parents=True)
-                _fetch_folder(fetch, path, copy)
+                _fetch_folder(fetch, path, copy, key)
             else:
                 copy.parent.mkdir()
                 fetch(path, copy, MOST_JSON if name.endswith(INDEX_SUFFIX) else None)
@@ -154,12 +154,12 @@ def size_of(filesystem: Any, path: str) -> int:
     return size
 
 
-def _fetch_folder(fetch: _Fetch, path: str, copy: Path) -> None:
+def _fetch_folder(fetch: _Fetch, path: str, copy: Path, key: str | None) -> None:
     names = fetch.names(path)
     weights = choose_weights(copy, names)
     if weights == METADATA:
         fetch(f"{path}/{weights}", copy / weights, MOST_BYTES)
-        needed = files_of(copy, Files())
+        needed = files_of(copy, Files(), key)
     elif weights.endswith(INDEX_SUFFIX):
         fetch(f"{path}/{weights}", copy / weights, MOST_JSON)
         needed = set(weight_map_of(Files(), copy / weights).values())

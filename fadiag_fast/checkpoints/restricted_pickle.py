@@ -258,7 +258,8 @@ def _read(
                 push = stack.append
                 for value in values:
                     check_key(value)
-                    stack[-1].add(value)
+                    if type(stack[-1]) is not Shell:
+                        stack[-1].add(value)
             else:
                 raise UnknownInstruction(f"it has the instruction {code}")
         elif code == 75:  # BININT1
@@ -372,17 +373,21 @@ def _read(
 
 def _call(function: Any, arguments: Any, unknown: set[str]) -> Any:
     if type(function) is Call:
-        made = function.function(*arguments)
+        # What is made of something unknown is unknown.
+        of = next((part for part in arguments if type(part) in (Shell, Unknown)), None)
+        made = function.function(*arguments) if of is None else Shell(of.name, ())
         if type(made) is Shell:
             unknown.add(made.name)
         return made
-    if type(function) is Unknown:
+    if type(function) in (Unknown, Shell):
         return Shell(function.name, arguments)
     raise PickleError("it calls what is no function")
 
 
 def _set_items(stack: list[Any], values: list[Any]) -> None:
     target = stack[-1]
+    if type(target) is Shell:
+        return  # what it would do with them is not known
     if type(target) not in _DICTS:
         raise PickleError("it sets items of what is no dict")
     for key, value in zip(values[::2], values[1::2], strict=True):
@@ -392,6 +397,8 @@ def _set_items(stack: list[Any], values: list[Any]) -> None:
 
 
 def _extend(target: Any, values: list[Any]) -> None:
+    if type(target) is Shell:
+        return
     if type(target) is not list:
         raise PickleError("it appends to what is no list")
     target.extend(values)

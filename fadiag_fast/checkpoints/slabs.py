@@ -65,7 +65,7 @@ class SlabCheckpoint:
         signature: as `state_signature` gives it.
         start: the first byte of the slab that any tensor uses, and
         stop: the one after the last: what to copy to a device.
-        format, container, removed_prefix: as in Checkpoint.
+        format, container, removed_prefix, extra_state, notes: as in Checkpoint.
         beside: what `extra` is made of when it is asked for.
         versions: what `load_state_dict` is told of the modules' versions; None if the file says
             nothing of them.
@@ -83,6 +83,8 @@ class SlabCheckpoint:
     beside: Mapping[str, Any] = field(repr=False)
     versions: Mapping[str, Any] | None = field(default=None, repr=False)
     nbytes: int | None = None
+    extra_state: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def extra(self) -> Mapping[str, Any]:
@@ -111,6 +113,7 @@ def read_into(
     *,
     hasher: Hasher | None = None,
     unsafe_pickle: bool = False,
+    key: str | None = None,
 ) -> SlabCheckpoint:
     """Read a checkpoint's bytes into a slab, and say where its tensors are.
 
@@ -134,7 +137,7 @@ def read_into(
             torch allocates). It may be used again once the tensors in it are not needed any more.
         hasher: is given the file's bytes in order. Of a folder, for each file that is read, sorted
             by name: ``f"{len(name)} {size} "``, the name, the bytes.
-        unsafe_pickle: as for `load_checkpoint`.
+        unsafe_pickle, key: as for `load_checkpoint`.
 
     Raises:
         SlabTooSmall: with the bytes `needed`; what the slab holds is undefined.
@@ -143,8 +146,8 @@ def read_into(
     """
     data = _bytes_of(slab)
     if isinstance(path, str) and is_url(path):
-        return _read_url(path, data, hasher, unsafe_pickle)
-    return _read_local(Path(path), data, hasher, unsafe_pickle)
+        return _read_url(path, data, hasher, unsafe_pickle, key)
+    return _read_local(Path(path), data, hasher, unsafe_pickle, key)
 
 
 def _bytes_of(slab: Tensor) -> _Bytes:
@@ -164,11 +167,11 @@ def _bytes_of(slab: Tensor) -> _Bytes:
 
 
 def _read_local(
-    path: Path, data: _Bytes, hasher: Hasher | None, unsafe_pickle: bool
+    path: Path, data: _Bytes, hasher: Hasher | None, unsafe_pickle: bool, key: str | None
 ) -> SlabCheckpoint:
     def read(files: Files) -> tuple[Found, _SlabSpace, Files]:
         space = _SlabSpace(data)
-        return find_checkpoint(path, files, space, unsafe_pickle), space, files
+        return find_checkpoint(path, files, space, unsafe_pickle, key), space, files
 
     found, space, files = read_steadily(path, read)
     if path in space.regions:
@@ -179,15 +182,17 @@ def _read_local(
     return _placed(path, found, data, space.end)
 
 
-def _read_url(url: str, data: _Bytes, hasher: Hasher | None, unsafe_pickle: bool) -> SlabCheckpoint:
+def _read_url(
+    url: str, data: _Bytes, hasher: Hasher | None, unsafe_pickle: bool, key: str | None
+) -> SlabCheckpoint:
     def room(size: int) -> Tensor:
         _check_room(url, data, size)
         return torch.from_numpy(data)
 
     fetched = fetch_file(url, room)
     if fetched is None:
-        with local_copy(url) as copy:
-            found = _read_local(copy, data, hasher, unsafe_pickle)
+        with local_copy(url, key) as copy:
+            found = _read_local(copy, data, hasher, unsafe_pickle, key)
         return replace(found, path=url, nbytes=None)
     size = len(fetched)
     start = _shift(bytes(data[:_HEAD]))
@@ -196,7 +201,7 @@ def _read_url(url: str, data: _Bytes, hasher: Hasher | None, unsafe_pickle: bool
         data[start : start + size] = data[:size].copy()
     source = MemorySource(data.data[start : start + size])
     loaded = read_file(source, url, start, unsafe_pickle)
-    found_there = found_in(loaded, url, unsafe_pickle)
+    found_there = found_in(loaded, url, unsafe_pickle, key)
     return _finished(url, found_there, data, start, size, hasher)
 
 
@@ -288,6 +293,8 @@ def _placed(
         found.extra,
         getattr(found.state, "_metadata", None),
         nbytes,
+        found.extra_state,
+        found.notes,
     )
 
 

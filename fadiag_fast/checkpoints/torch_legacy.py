@@ -74,7 +74,7 @@ def _read(source: Source, data: bytes, base: int) -> tuple[Any, set[str]]:
     names = {name: value for name, value in offered().items() if not name.endswith(_UNTYPED)}
     storage_of, found = find_storages(note, views=True), {}
 
-    def noted(persistent_id: Any) -> Storage:
+    def noted(persistent_id: Any) -> Any:
         storage = storage_of(persistent_id)
         found[persistent_id[2]] = storage
         return storage

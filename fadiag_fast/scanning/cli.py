@@ -24,6 +24,7 @@ from ..options import (
     DataOptionsOption,
     DeviceOption,
     FlattenOption,
+    KeyOption,
     MaxGrowthOption,
     MaxStabilityOption,
     MinGainOption,
@@ -105,6 +106,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
         model_option: OptionsOption = None,
         device: DeviceOption = "auto",
         unsafe_pickle: UnsafePickleOption = False,
+        key: KeyOption = None,
         quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
         json_lines: Annotated[
             bool, typer.Option("--json", help="Progress and outcome as JSON lines.")
@@ -117,7 +119,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
             entries = _found(checkpoints, pattern, manifest)
             options = parse_options(model_option)
             # Only of a network of the zoo is it known what its builder was given.
-            saved = None if ":" in model else _saved_config(entries, model, unsafe_pickle)
+            saved = None if ":" in model else _saved_config(entries, model, unsafe_pickle, key)
             network, flat = build_network(model, dataset, options, saved)
             flat = flat if flatten is None else flatten
             thresholds = DiagnosticThresholds(
@@ -143,6 +145,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
                         stack=_stack(stack),
                         workers=workers,
                         unsafe_pickle=unsafe_pickle,
+                        key=key,
                         on_progress=show,
                     )
                 except KeyboardInterrupt:
@@ -272,14 +275,17 @@ def _found(
     return entries
 
 
-def _saved_config(entries: Sequence[Entry], model: str, unsafe_pickle: bool) -> Any:
+def _saved_config(
+    entries: Sequence[Entry], model: str, unsafe_pickle: bool, key: str | None
+) -> Any:
     """Return what stands beside the weights of the first checkpoint that can be read, if anything.
 
     A word is said where it is of another network than --model.
     """
     for entry in entries:
         try:
-            config = load_checkpoint(entry.path, unsafe_pickle=unsafe_pickle).extra.get("config")
+            found = load_checkpoint(entry.path, unsafe_pickle=unsafe_pickle, key=key)
+            config = found.extra.get("config")
         except Exception:  # whatever it is, the checkpoint's row will say it
             continue
         if isinstance(config, dict) and config.get("model", model) != model:

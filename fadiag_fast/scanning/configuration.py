@@ -28,6 +28,7 @@ def configuration(
     *,
     output: Any,
     batch_dim: int,
+    key: str | None = None,
 ) -> dict[str, Any]:
     """Return all that decides the figures of given weights, but for rounding.
 
@@ -37,7 +38,7 @@ def configuration(
         taps: where the network is observed.
         loss: a function or an object; None for cross-entropy.
         how: what a sample is.
-        output, batch_dim: see :func:`fadiag_fast.scan`.
+        output, batch_dim, key: see :func:`fadiag_fast.scan`.
     """
     hasher = ContentHasher()
     for leaf in tree_leaves(batches):
@@ -55,6 +56,8 @@ def configuration(
         "feature_dim": how.feature_dim,
         "output": described(output),
         "batch_dim": batch_dim,
+        # Without one a configuration is what it was before there was one.
+        **({} if key is None else {"key": key}),
     }
 
 

@@ -102,6 +102,7 @@ def scan(
     stack: int | Literal["auto"] = "auto",
     workers: int | None = None,
     unsafe_pickle: bool = False,
+    key: str | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> ScanResult:
     """Audit every checkpoint of a study and record what was found, as it is found.
@@ -128,6 +129,8 @@ def scan(
             allows. Figures differ between stack sizes by rounding only.
         workers: threads that read ahead; by default one a core, up to 16.
         unsafe_pickle: run code from files that need it to load.
+        key: where in each file the weights are; see
+            :func:`fadiag_fast.checkpoints.load_checkpoint`.
         on_progress: called after every group of checkpoints.
 
     Returns:
@@ -173,10 +176,12 @@ def scan(
         auditor = Auditor(model, batches, options, how)
         where = [tap.where for tap in auditor.taps.points]
         config = writer.configure(
-            configuration(model, batches, where, loss, how, output=output, batch_dim=batch_dim)
+            configuration(
+                model, batches, where, loss, how, output=output, batch_dim=batch_dim, key=key
+            )
         )
         workers = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
-        reader = Reader(model, device, writer, config, unsafe_pickle, workers)
+        reader = Reader(model, device, writer, config, unsafe_pickle, workers, key)
         try:
             most = _most(device, reader.row_bytes)
             search = Search(auditor, stack, most, len(entries))
@@ -453,6 +458,8 @@ class _Scan:
             step=entry.step,
             config_hash=self.config,
             content_hash=read.content,
+            container=read.container,
+            remarks=read.notes,
             figures=figures,
             error_kind=kind,
             error=error,

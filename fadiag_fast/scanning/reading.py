@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,8 @@ class Read:
         content: hash of its bytes; None where they could not be read.
         nbytes: its size.
         reused: whether an earlier scan has its figures.
+        container: where in it the weights were, and
+        notes: what was taken where it left a choice, and what was left out.
         error_kind: what is wrong with it, in the words of a record, and
         error: in a sentence.
     """
@@ -56,6 +59,8 @@ class Read:
     content: str | None = None
     nbytes: int | None = None
     reused: bool = False
+    container: str | None = None
+    notes: tuple[str, ...] = ()
     error_kind: str | None = None
     error: str | None = None
 
@@ -115,6 +120,7 @@ class Reader:
         config: hash of the scan's configuration.
         unsafe_pickle: run code from files that need it to load.
         workers: threads.
+        key: where in a file the weights are.
     """
 
     def __init__(
@@ -125,12 +131,13 @@ class Reader:
         config: str,
         unsafe_pickle: bool,
         workers: int,
+        key: str | None = None,
     ) -> None:
         self._fitter = Fitter(model)
         self._device = device
         self._writer = writer
         self._config = config
-        self._unsafe_pickle = unsafe_pickle
+        self._how: dict[str, Any] = {"unsafe_pickle": unsafe_pickle, "key": key}
         self._workers = workers
         self._closed = False
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fadiag-read")
@@ -194,12 +201,12 @@ class Reader:
         # How large a file is turns out while it is read: to ask before would be one more wait.
         buffer = row if on_cpu else self._pinned(self.row_bytes)
         try:
-            read = read_into(path, buffer, hasher=hasher, unsafe_pickle=self._unsafe_pickle)
+            read = read_into(path, buffer, hasher=hasher, **self._how)
         except SlabTooSmall as error:
             hasher = ContentHasher()
             needed = error.needed
             buffer = torch.empty(needed, dtype=torch.uint8) if on_cpu else self._pinned(needed)
-            read = read_into(path, buffer, hasher=hasher, unsafe_pickle=self._unsafe_pickle)
+            read = read_into(path, buffer, hasher=hasher, **self._how)
         found.content = hasher.result()
         # Of a folder all files count, also those that are not read.
         found.nbytes = _size(path) if read.nbytes is None else read.nbytes
@@ -208,12 +215,14 @@ class Reader:
         if self._writer.done(found.content, self._config):
             found.reused = True
             return
+        found.container, found.notes = read.container, read.notes
         fit = self._fitter.fit(read)
         in_place = on_cpu and buffer is row
         # On the CPU a fit says where tensors lie in the row itself.
         if fit is None or (not in_place and (on_cpu or fit.stop - fit.start > len(row))):
             target = row if on_cpu else torch.empty(self.row_bytes, dtype=torch.uint8)
-            fit = self._fitter.load(read, buffer, target)
+            fit, notes = self._fitter.load(read, buffer, target)
+            found.notes += notes
             buffer, in_place = target, on_cpu
         if not in_place:
             self._copy(buffer[fit.start : fit.stop], row)

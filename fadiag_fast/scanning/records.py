@@ -55,6 +55,7 @@ class CheckpointRecord:
         measured_accuracy: over the evaluation batches, where labels are classes. The accuracy that
             (d) judges is the figures': this one, unless a better one was given.
         sample_shapes: per hidden state the shape of one sample, where known.
+        container: where in the file the weights were, as `Checkpoint.container` says it.
         bytes: size of the checkpoint.
         device: what computed the figures.
         seconds: wall time spent on it; its share, where several went together.
@@ -77,6 +78,7 @@ class CheckpointRecord:
     frozen_run: str | None = None
     measured_accuracy: float | None = None
     sample_shapes: Sequence[Sequence[int]] | None = None
+    container: str | None = None
     bytes: int | None = None
     device: str = ""
     seconds: float = 0.0
@@ -136,6 +138,7 @@ def row_of(
         "frozen_run": None if record.frozen_run is None else clean(record.frozen_run),
         "measured_accuracy": record.measured_accuracy,
         "content_hash": record.content_hash,
+        "container": None if record.container is None else clean(record.container),
         "config_hash": record.config_hash,
         "bytes": record.bytes,
         "fadiag_fast": version,

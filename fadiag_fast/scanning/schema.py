@@ -9,9 +9,10 @@ A version only ever adds columns, all nullable, and never changes what one means
 is read by adding empty columns, and a newer one is refused: its rows may need columns to be
 understood that are not known here.
 
-Version 2 adds what the calibrated protocol reads, and by which protocol a row was judged. A row of
-version 1 has nulls there: it was judged as published, and the calibrated protocol judges it by the
-figures of the first batch, without intervals of (c) and with (d) undecided.
+Version 2 adds where in a file the weights were, what the calibrated protocol reads, and by which
+protocol a row was judged. A row of version 1 has nulls there: it was judged as published, and the
+calibrated protocol judges it by the figures of the first batch, without intervals of (c) and with
+(d) undecided.
 """
 
 from __future__ import annotations
@@ -106,6 +107,11 @@ CHECKPOINT_COLUMNS: tuple[Column, ...] = (
     ),
     Column("depth_utility", "number", "accuracy minus frozen accuracy in percentage points"),
     Column("content_hash", "text", "of the checkpoint's bytes; null where they could not be read"),
+    Column(
+        "container",
+        "text",
+        "where in the file the weights were: `bare` or a key; null where it could not be read",
+    ),
     Column(
         "config_hash",
         "text",

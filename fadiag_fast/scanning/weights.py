@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import SlabCheckpoint, TensorPlace, load_into
-from ..checkpoints.content import Checkpoint
+from ..checkpoints.content import Checkpoint, plain_names
 from ..checkpoints.layouts import ALIGNMENT, aligned
+from ..checkpoints.restoring import loads_in_its_own_way
 
 # Layouts whose answers are remembered.
 _MOST_LAYOUTS = 64
@@ -89,11 +90,12 @@ class Fitter:
             self._spare = copy.deepcopy(model).cpu()
         except Exception as error:  # a model that cannot be copied can still be read into
             self._spare = error
-        self._plain = not any(map(_loads_in_its_own_way, model.modules()))
+        self._plain = not any(map(loads_in_its_own_way, model.modules()))
         state = model.state_dict(keep_vars=True)
         # Every name of a state dict, with the name under which its tensor is expected.
         by_tensor = {id(tensor): name for name, tensor in self._expected.items()}
-        self._names = {name: by_tensor.get(id(tensor)) for name, tensor in state.items()}
+        names = plain_names(state)
+        self._names = {plain: by_tensor.get(id(state[n])) for n, plain in names.plain.items()}
         self._fits: OrderedDict[int, tuple[object, Fit | None]] = OrderedDict()
         self._known: list[Fit] = []
         self._lock = threading.Lock()
@@ -115,7 +117,7 @@ class Fitter:
         return entry[1]
 
     def _look(self, found: SlabCheckpoint) -> Fit | None:
-        if not self._plain or found.layout.keys() != self._names.keys():
+        if not self._plain or found.extra_state or found.layout.keys() != self._names.keys():
             return None
         places: dict[str, TensorPlace] = {}
         for stored, name in self._names.items():
@@ -135,10 +137,12 @@ class Fitter:
         self._known = [*self._known[1 - _MOST_LAYOUTS :], fit]
         return fit
 
-    def load(self, found: SlabCheckpoint, buffer: Tensor, row: Tensor) -> Fit:
+    def load(
+        self, found: SlabCheckpoint, buffer: Tensor, row: Tensor
+    ) -> tuple[Fit, tuple[str, ...]]:
         """Load what was read into ``buffer``, with all checks, and lay it out in ``row``.
 
-        Both may be the same.
+        Both may be the same. Returns also what is to be told of it, as load_into does.
 
         Raises:
             StateDictMismatch: it is not of this model.
@@ -146,7 +150,7 @@ class Fitter:
         if isinstance(self._spare, Exception):
             raise self._spare
         model = copy.deepcopy(self._spare)
-        load_into(
+        notes = load_into(
             model,
             Checkpoint(
                 path=found.path,
@@ -155,24 +159,11 @@ class Fitter:
                 container=found.container,
                 removed_prefix=found.removed_prefix,
                 extra=dict(found.extra),
+                extra_state=dict(found.extra_state),
             ),
         )
         with torch.no_grad():
             loaded = _persistent(model)  # a copy: what is read no longer needs the row
             for name, view in self.canonical.views(row).items():
                 view.copy_(loaded[name])
-        return self.canonical
-
-
-def _loads_in_its_own_way(module: nn.Module) -> bool:
-    """Say whether loading does more than copying values of like names."""
-    own = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
-    # torch's own modules only rewrite state dicts that lack names, which do not fit anyway.
-    foreign = own and not type(module)._load_from_state_dict.__module__.startswith("torch.nn.")
-    return (
-        foreign
-        or type(module).load_state_dict is not nn.Module.load_state_dict
-        or bool(module._load_state_dict_pre_hooks)
-        or bool(module._load_state_dict_post_hooks)
-        or type(module).set_extra_state is not nn.Module.set_extra_state
-    )
+        return self.canonical, notes
