@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -160,7 +161,7 @@ def find_content(
         if others:
             notes.append(f"left out the {others} tensors whose names do not start with {part!r}")
     elif key is None:
-        others_found = [place for place in _states(content) if place != taken]
+        others_found = [place for place in _states(content, taken) if place != taken]
         if others_found:
             notes.append(chose(container, map(".".join, others_found)))
         elif len(taken) > 1 or container in AVERAGED:
@@ -241,15 +242,15 @@ def has_weights(content: Any) -> bool:
     return bool(_states(content))
 
 
-def _states(content: Any) -> list[_Place]:
-    """Return where all state dicts are, but those of optimizers."""
+def _states(content: Any, known: _Place | None = None) -> list[_Place]:
+    """Return where all state dicts are, but those of optimizers; one may be known."""
     found: list[_Place] = []
     level: list[tuple[_Place, Any]] = [((), content)]
     seen: set[int] = set()
     while level:
         below: list[tuple[_Place, Any]] = []
         for place, value in level:
-            if _is_state(value):
+            if place == known or _is_state(value):
                 found.append(place)
             elif isinstance(value, Mapping) and id(value) not in seen:
                 seen.add(id(value))
@@ -442,6 +443,12 @@ class PlainNames:
 
 
 def plain_names(names: Iterable[str]) -> PlainNames:
+    """Return names without what wrappers put into them; see :func:`_plain_names`."""
+    return _plain_names(tuple(names))
+
+
+@functools.lru_cache(maxsize=64)  # files of one study have the same names
+def _plain_names(names: tuple[str, ...]) -> PlainNames:
     """Return names without what DataParallel, torch.compile, FSDP and their like put into them.
 
     'module.' is removed where every name begins with it: a network may well have a part of this
@@ -483,8 +490,10 @@ def without_inner_wrappers(name: str) -> str:
     return ".".join([*(part for part in parts if part not in _INNER_WRAPPERS), last])
 
 
-def renamed(state: Mapping[str, Tensor], names: PlainNames) -> dict[str, Tensor]:
+def renamed(state: dict[str, Tensor], names: PlainNames) -> dict[str, Tensor]:
     """Return a state dict under plain names, with its modules' versions."""
+    if not (names.prefix or names.dropped or names.shorter):
+        return state
     found: OrderedDict[str, Tensor] = OrderedDict(
         (plain, state[name]) for name, plain in names.plain.items()
     )

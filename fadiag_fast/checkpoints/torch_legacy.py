@@ -76,7 +76,8 @@ def _read(source: Source, data: bytes, base: int) -> tuple[Any, set[str]]:
 
     def noted(persistent_id: Any) -> Any:
         storage = storage_of(persistent_id)
-        found[persistent_id[2]] = storage
+        if type(storage) is Storage:
+            found[persistent_id[2]] = storage
         return storage
 
     _, keys_at, _ = read_pickle(data, names, noted, at)
