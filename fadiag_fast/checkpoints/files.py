@@ -176,8 +176,9 @@ def _load_zip(path: Path, device: torch.device, unsafe_pickle: bool) -> Any:
 def torch_load_zip(path: Path, device: torch.device, *, weights_only: bool) -> Any:
     # On Windows a mapped file cannot be replaced, so a training run could no longer save over the
     # checkpoint under study. A name in ".safetensors" would send torch.load to another reader, and
-    # torch.load maps only what it is given by name.
-    if os.name != "nt" and path.suffix != ".safetensors":
+    # torch.load maps only what it is given by name, and only by names that are UTF-8.
+    is_utf8 = os.fspath(path).encode("utf-8", "replace") == os.fsencode(path)
+    if os.name != "nt" and path.suffix != ".safetensors" and is_utf8:
         try:
             return torch.load(
                 os.fspath(path), map_location=device, weights_only=weights_only, mmap=True

@@ -28,7 +28,7 @@ from ..taps import Select, unwrap
 from .configuration import configuration
 from .memory import free_host_bytes, lacks_memory
 from .passes import Auditor, Pending, Way
-from .reading import Group, Read, Reader, Rows, kind_of
+from .reading import Group, Read, Reader, Refuse, Rows, kind_of
 from .records import NON_FINITE_WEIGHTS, CheckpointRecord
 from .results import ScanCounts, ScanResult
 from .search import LARGEST_STACK, Search
@@ -103,6 +103,7 @@ def scan(
     stack: int | Literal["auto"] = "auto",
     workers: int | None = None,
     unsafe_pickle: bool = False,
+    refuse: Refuse | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> ScanResult:
     """Audit every checkpoint of a study and record what was found, as it is found.
@@ -129,6 +130,9 @@ def scan(
             allows. Figures differ between stack sizes by rounding only.
         workers: threads that read ahead; by default one a core, up to 16.
         unsafe_pickle: run code from files that need it to load.
+        refuse: given what stands beside a checkpoint's weights, as ``Checkpoint.extra``, says in a
+            sentence why they are not of this model; None where they are. Weights of the same shapes
+            may be of another network: more heads, another activation. Called by several threads.
         on_progress: called after every group of checkpoints.
 
     Returns:
@@ -177,7 +181,7 @@ def scan(
             configuration(model, batches, where, loss, how, output=output, batch_dim=batch_dim)
         )
         workers = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
-        reader = Reader(model, device, writer, config, unsafe_pickle, workers)
+        reader = Reader(model, device, writer, config, unsafe_pickle, workers, refuse=refuse)
         try:
             most = _most(device, reader.row_bytes)
             search = Search(auditor, stack, most, len(entries))

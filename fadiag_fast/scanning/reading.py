@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from ..checkpoints import (
     UnsafeCheckpoint,
     read_into,
 )
+from ..checkpoints.errors import at
 from ..checkpoints.layouts import aligned
 from ..checkpoints.remote import is_url
 from .hashing import ContentHasher, content_hash
@@ -45,6 +47,10 @@ _KEPT_SIZES = 4
 _BUFFER_SHARE, _LARGE_SHARE = 0.25, 0.8
 # Files of a folder that are looked at to tell its size: it may be a data set.
 _MOST_FILES = 10_000
+
+
+# Given what stands beside a checkpoint's weights, says why they are not of the model, or None.
+Refuse: TypeAlias = Callable[[Mapping[str, Any]], str | None]
 
 
 @dataclass
@@ -128,6 +134,7 @@ class Reader:
         config: hash of the scan's configuration.
         unsafe_pickle: run code from files that need it to load.
         workers: threads.
+        refuse: see :func:`fadiag_fast.scan`.
     """
 
     def __init__(
@@ -138,12 +145,15 @@ class Reader:
         config: str,
         unsafe_pickle: bool,
         workers: int,
+        *,
+        refuse: Refuse | None = None,
     ) -> None:
         self._fitter = Fitter(model)
         self._device = device
         self._writer = writer
         self._config = config
         self._unsafe_pickle = unsafe_pickle
+        self._refuse = refuse
         self._workers = workers
         self._closed = False
         # The current device is a thread's own, and pinning asks it.
@@ -238,7 +248,8 @@ class Reader:
         found.nbytes = _size(path) if read.nbytes is None else read.nbytes
         if found.nbytes is None:
             found.nbytes = hasher.count
-        if self._writer.done(found.content, self._config):
+        refusal = None if self._refuse is None else self._refuse(read.extra)
+        if refusal is None and self._writer.done(found.content, self._config):
             found.reused = True
             return
         fit = self._fitter.fit(read)
@@ -247,6 +258,8 @@ class Reader:
             target = row if on_cpu else torch.empty(self.row_bytes, dtype=torch.uint8)
             fit = self._fitter.load(read, buffer, target)
             buffer, in_place = target, on_cpu
+        if refusal is not None:  # after what is plainer: other names or shapes
+            raise StateDictMismatch(at(path, refusal, "scan"))
         if not in_place:
             self._copy(buffer[fit.start : fit.stop], row)
             # On the CPU a fit says where tensors lie in the row itself.

@@ -233,7 +233,7 @@ def _read_file(path: Path, schema: Any, names: Sequence[str] | None = None) -> A
     try:
         # Not a file of Python's: Arrow's threads let go of one when they like, and a process that
         # is just ending then aborts.
-        with pa.OSFile(str(path), "rb") as file:
+        with pa.OSFile(os.fsencode(path), "rb") as file:
             data = file.read_buffer()
         sealed = seals.check(data)
         if path.suffix == ".arrow":
