@@ -91,7 +91,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         (
             module,
             dict(module._buffers),
-            {k: v for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE},
+            own_attributes(module),
         )
         for module in model.modules()
         if not isinstance(module, torch.jit.ScriptModule)
@@ -112,6 +112,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
+
+
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return a module's attributes beyond those that every module has."""
+    return {k: v for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE}
 
 
 def constants_of(model: nn.Module) -> dict[str, Tensor]:

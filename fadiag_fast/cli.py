@@ -6,6 +6,7 @@ Exit codes: 0 trustworthy, 1 needs walk-back, 2 not enough data, above 2 an erro
 import json
 import platform
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Annotated, Any, cast
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from typer.core import TyperGroup
@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 from . import __version__, ops
 from .capture import choose_output, untouched
 from .checkpoints import load_checkpoint, load_into, save_checkpoint
+from .consoles import EscapingConsole
 from .credit import CreditReport
 from .diagnosis import diagnose as run_diagnosis
 from .options import (
@@ -65,6 +66,7 @@ from .report import DiagnosticReport, SummaryRow, summary_table
 from .scanning.cli import register as register_scan_commands
 from .statistics import Reduction, SampleReduction
 from .study.cli import register as register_study
+from .text import display_name, echo, for_terminal, json_bytes
 from .training.cli import register as register_watch
 from .zoo import (
     RULES,
@@ -99,6 +101,7 @@ def _usage_errors() -> Iterator[None]:
         yield
     except _UsageError as error:
         error.exit_code = EXIT_ERROR
+        error.message = for_terminal(error.message)
         raise
 
 
@@ -113,24 +116,29 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+errors = EscapingConsole(stderr=True, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def _reported_errors() -> Iterator[None]:
     """Turn an expected failure into one line on stderr and exit code 3.
 
-    Any other has that code too, for 1 is a verdict, and shows where it came from.
+    Any other has that code too, for 1 is a verdict, and shows where it came from. Warnings, which
+    may name files, are fit for a terminal meanwhile.
     """
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **options: for_terminal(plain(*args, **options))
     try:
         yield
     except (typer.Exit, _UsageError):  # to Python a RuntimeError, to typer the normal way out
         raise
     except Exception as error:
         if not isinstance(error, EXPECTED_ERRORS):
-            traceback.print_exc()
+            errors.print(traceback.format_exc(), markup=False)
         errors.print(f"fadiag: {sentence(error)}", style="red", markup=False)
         raise typer.Exit(EXIT_ERROR) from None
+    finally:
+        warnings.formatwarning = plain
 
 
 @contextmanager
@@ -204,7 +212,7 @@ def train_command(
                 progress=progress(rule),
             )
         save_checkpoint(network.checkpoint(), out)
-        print(f"{out}: {rule}, seed {seed}, {steps} steps, test accuracy {network.accuracy:.4f}")
+        echo(f"{out}: {rule}, seed {seed}, {steps} steps, test accuracy {network.accuracy:.4f}")
 
 
 def _exit_code(verdicts: list[str]) -> int:
@@ -218,7 +226,9 @@ def diagnose_command(
     checkpoints: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Checkpoint files. TorchScript and .pt2 files need no --model, but --trust-code."
+            help="Checkpoint files. TorchScript and .pt2 files need no --model, but --trust-code.",
+            # Typer would end the command for one file; its own line says what is wrong with it.
+            readable=False,
         ),
     ] = None,
     model: ModelOption = "resmlp",
@@ -320,21 +330,24 @@ def diagnose_command(
                 failed += 1
                 what = sentence(error)
                 records.append({"checkpoint": _name_of(path), "error": what})
-                errors.print(f"fadiag: {_name_of(path)}: {what}", style="red", markup=False)
+                errors.print(f"fadiag: {_shown(path)}: {what}", style="red", markup=False)
                 continue
-            print(report, end="\n\n")
+            echo(report, end="\n\n")
             rows.append(SummaryRow(report))
             record = {"checkpoint": _name_of(path), **json.loads(report.to_json())}
             if found is not None:
-                print(found, end="\n\n")
+                echo(found, end="\n\n")
                 record["credit"] = found.to_dict()
             records.append(record)
         if len(rows) > 1:
-            print(summary_table(rows))
+            echo(summary_table(rows))
         if json_file is not None:
-            json_file.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n")
+            json_file.write_bytes(
+                json_bytes(json.dumps(records, indent=2, ensure_ascii=False) + "\n")
+            )
         if markdown_file is not None:
-            markdown_file.write_text("\n".join(row.report.to_markdown() for row in rows))
+            text = "\n".join(row.report.to_markdown() for row in rows)
+            markdown_file.write_text(text, encoding="utf-8", errors="backslashreplace")
         if failed:
             errors.print(f"fadiag: {failed} of {len(subjects)} checkpoints could not be audited")
             raise typer.Exit(EXIT_ERROR)
@@ -343,6 +356,10 @@ def diagnose_command(
 
 def _name_of(subject: Path | int) -> str:
     return f"seed {subject}" if isinstance(subject, int) else str(subject)
+
+
+def _shown(subject: Path | int) -> str:
+    return display_name(_name_of(subject))
 
 
 class _Chosen(nn.Module):
@@ -389,9 +406,10 @@ def _diagnose_one(
     elif not is_program(subject):
         checkpoint = load_checkpoint(subject, unsafe_pickle=unsafe_pickle, key=key)
         beside = checkpoint.extra
-        model, flat = build_network(model_name, dataset, options, beside.get("config"))
+        held = sum(tensor.numel() for tensor in checkpoint.state_dict.values())
+        model, flat = build_network(model_name, dataset, options, beside.get("config"), held)
         for note in load_into(model, checkpoint):
-            errors.print(f"fadiag: {subject}: {note}", markup=False)
+            errors.print(f"fadiag: {_shown(subject)}: {note}", markup=False)
         model = model.to(device)
     else:
         model = load_packaged(subject, map_location=device, trust_code=trust_code)
@@ -410,8 +428,8 @@ def _diagnose_one(
         dataset.eval_batches(batch_size, num_batches, flatten=flat, device=device),
         accuracy(scorer, images, labels, batch_size=scored, flatten=flat),
         frozen_acc,
-        method_name=subject.stem if isinstance(subject, Path) else _name_of(subject),
-        notes=f"{what} from {_name_of(subject)} on {dataset.name}",
+        method_name=display_name(subject.stem) if isinstance(subject, Path) else _shown(subject),
+        notes=f"{what} from {_shown(subject)} on {dataset.name}",
         thresholds=thresholds,
         test_size=len(labels),
         **observe,
@@ -473,9 +491,9 @@ def audit_cnn_command(
             device=chosen_device(device),
             unsafe_pickle=unsafe_pickle,
         )
-        print(audit)
+        echo(audit)
         if out is not None:
-            out.write_text(audit.to_json() + "\n")
+            out.write_bytes(json_bytes(audit.to_json() + "\n"))
         broken = [row for row in audit.skipped if not row.missing]
         if broken:
             errors.print(f"fadiag: {len(broken)} checkpoints could not be audited")
@@ -513,10 +531,10 @@ def demo_command(
         surprises: list[str] = []
         for one_seed in seed or [42]:
             rows = _demo_seed(dataset, one_seed, steps, out, chosen_device(device), quiet)
-            print(f"\nseed {one_seed}, {steps} steps on {dataset.name}")
-            print(summary_table(rows))
+            echo(f"\nseed {one_seed}, {steps} steps on {dataset.name}")
+            echo(summary_table(rows))
             surprises += [f"seed {one_seed}: {text}" for text in _unexpected(rows)]
-        print(f"\ncheckpoints and reports: {out}")
+        echo(f"\ncheckpoints and reports: {out}")
         print("(d) is judged beside the verdict: it needs the frozen-blocks accuracy.")
         if surprises:
             for text in surprises:
@@ -554,7 +572,7 @@ def _demo_seed(
         stem.with_suffix(".json").write_text(report.to_json() + "\n")
         stem.with_suffix(".md").write_text(report.to_markdown())
         if not quiet:
-            print(report, end="\n\n")
+            echo(report, end="\n\n")
         rows.append(SummaryRow(report, _beside_frozen(report, rule, frozen_acc)))
     return rows
 
@@ -607,7 +625,7 @@ def doctor_command() -> None:
     lines.append(("FADIAG_BACKEND", ops.default_backend() or "not set"))
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
-        print(f"{name:<{width}}  {text}")
+        echo(f"{name:<{width}}  {text}")
 
 
 register_scan_commands(app, _reported_errors)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from .capture import Captured, Loss, Output, Probe, untouched
 from .checkpoints.lookalikes import PROBE_METADATA
 from .checkpoints.programs import program_kind, untrusted
+from .cuda_graphs import UNWRITTEN, mark_unwritten, record
 from .statistics import Reduced, Reduction, SampleReduction, reduce_captured
 from .taps import Select, TapError, Taps, unwrap
 from .tracing import as_plain, signature
@@ -79,21 +80,47 @@ def _tensors_of(x: Any, y: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten((x, y))[0] if isinstance(leaf, Tensor)]
 
 
+def _alike(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Tell rounding, of sums in another order and of 16 bits, from other figures."""
+    for one, other in zip(tensors, others, strict=True):
+        if one.numel():
+            scale = float(other.abs().nan_to_num(0.0, 0.0, 0.0).max())
+            if not torch.allclose(one, other, rtol=1e-2, atol=1e-2 * scale, equal_nan=True):
+                return False
+    return True
+
+
+# Runs before a recording: torch.compile compiles in the first.
+_WARM_UP = 3
+
+
 class _Graphed:
     """A CUDA graph of a program, with the buffers that it reads."""
 
     def __init__(self, run: Any, tensors: Sequence[Tensor], pointers: tuple[int, ...]) -> None:
         self.inputs = [tensor.clone() for tensor in tensors]
         self.pointers = pointers
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                run(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = run(*self.inputs)
+        self.graph, self.outputs = record(
+            lambda: run(*self.inputs), tensors[0].device, warm_up=_WARM_UP
+        )
+        self._check(run)
+
+    def _check(self, run: Any) -> None:
+        """Compare the first replay with runs of the program itself, once for each graph."""
+        first, second = ([tensor.clone() for tensor in run(*self.inputs)] for _ in range(2))
+        mark_unwritten(self.outputs)
+        self.graph.replay()
+        # A model that draws random numbers differs from itself; what it writes is there all the
+        # same.
+        right = _alike(self.outputs, first) if _alike(first, second) else not self._unwritten()
+        if not right:
+            raise RuntimeError(
+                "CompiledProbe: graph=True: expected the figures of the program itself from its "
+                "CUDA graph, got others; use graph=False"
+            )
+
+    def _unwritten(self) -> bool:
+        return any(bool((t == UNWRITTEN).all()) for t in self.outputs if t.numel())
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         for own, given in zip(self.inputs, tensors, strict=True):

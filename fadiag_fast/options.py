@@ -10,6 +10,7 @@ import typer
 from torch import nn
 
 from .capture import Output
+from .checkpoints.errors import printable
 from .libraries import LIBRARIES, build_from
 from .statistics import REDUCTIONS
 from .taps import SELECTOR_HELP
@@ -159,8 +160,72 @@ def chosen_output(text: str | None) -> Output | None:
     return int(text) if text and text.isdecimal() else text
 
 
+# Of a whole number among saved options: no network that anybody trained here is larger.
+_MOST_OF_AN_OPTION = 1 << 16
+
+
+class ConfigError(ValueError):
+    """Report that what stands beside a checkpoint's weights does not build a network."""
+
+
+def saved_options(name: str, config: Any) -> dict[str, Any]:
+    """Return the options of a network of the zoo that stand beside a checkpoint's weights.
+
+    Nothing where there is no configuration, or that of another network.
+
+    Raises:
+        ConfigError: they are no names with plain values, or beyond all sizes.
+    """
+    if not isinstance(config, dict) or config.get("model") != name:
+        return {}
+    saved = config.get("model_options", {})
+    if not isinstance(saved, dict) or not all(isinstance(key, str) for key in saved):
+        raise ConfigError(
+            f"config beside the weights: model_options: expected names with values, got "
+            f"{printable(repr(saved))}"
+        )
+    for key, value in saved.items():
+        many = value if isinstance(value, list | tuple) else [value]
+        if not all(item is None or isinstance(item, int | float | str | bool) for item in many):
+            raise ConfigError(
+                f"config beside the weights: model_options: {printable(key)}: expected a number, a "
+                f"text or a list of these, got {printable(repr(value))}"
+            )
+        if any(isinstance(item, int) and item > _MOST_OF_AN_OPTION for item in many):
+            raise ConfigError(
+                f"config beside the weights: model_options: {printable(key)}: expected at most "
+                f"{_MOST_OF_AN_OPTION:,}, got {printable(repr(value))}"
+            )
+    return saved
+
+
+def _build_saved(
+    name: str, dataset: ImageDataset, options: dict[str, Any], saved: dict[str, Any], held: int
+) -> nn.Module:
+    """Build a network by what a file says, once it is known to be of the size of its weights."""
+    every: dict[str, Any] = {**saved, **options}
+    sizes: dict[str, Any] = {"input_shape": dataset.input_shape, "num_classes": dataset.num_classes}
+    try:
+        with torch.device("meta"):
+            drawn = build_model(name, **sizes, **every)
+        needed = sum(parameter.numel() for parameter in drawn.parameters())
+        # Buffers may be saved or not; a network of another size says so when it is loaded.
+        if not options and needed > 2 * held + (1 << 20):
+            raise ValueError(f"it has {needed:,} parameters, the file {held:,} numbers")
+        return build_model(name, **sizes, **every)
+    except Exception as error:  # whatever a builder makes of values of unknown origin
+        raise ConfigError(
+            f"config beside the weights: model_options: expected what builds {name}, got "
+            f"{printable(repr(saved))}: {printable(first_line(error))}"
+        ) from error
+
+
 def build_network(
-    name: str, dataset: ImageDataset, options: dict[str, Any], config: Any = None
+    name: str,
+    dataset: ImageDataset,
+    options: dict[str, Any],
+    config: Any = None,
+    held: int = 1 << 40,
 ) -> tuple[nn.Module, bool]:
     """Build the network that a checkpoint is for; return it and whether it takes flat input.
 
@@ -170,22 +235,21 @@ def build_network(
         options: for the builder.
         config: what `fadiag train` saved beside the weights, if anything: for a network of the zoo
             its options count where `options` has none.
+        held: numbers that the checkpoint holds: a configuration of a much larger network is refused
+            before memory is taken for it.
 
     Raises:
+        ConfigError: the configuration builds no such network.
         ValueError: an unknown name, or the builder raises.
         TypeError: an option that a builder of the zoo or of a library does not have.
         ImportError: the library is not installed.
     """
     if ":" not in name:
-        known = isinstance(config, dict) and config.get("model") == name
-        saved = config.get("model_options", {}) if known else {}
-        model = build_model(
-            name,
-            input_shape=dataset.input_shape,
-            num_classes=dataset.num_classes,
-            **{**saved, **options},
-        )
-        return model, model_spec(name).flatten_input
+        flat = model_spec(name).flatten_input
+        if saved := saved_options(name, config):
+            return _build_saved(name, dataset, options, saved, held), flat
+        shape, classes = dataset.input_shape, dataset.num_classes
+        return build_model(name, input_shape=shape, num_classes=classes, **options), flat
     module_name, _, function_name = name.partition(":")
     if module_name in LIBRARIES:
         shape, classes = dataset.input_shape, dataset.num_classes

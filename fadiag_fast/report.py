@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .protocol import Diagnostic, Figures, Protocol, growth_ratios, verdict_of
+from .text import for_terminal
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -203,7 +204,7 @@ class DiagnosticReport:
         lines += ["", *(f"cause: {cause}" for cause in self.causes)] if self.causes else []
         lines += ["", f"verdict: {self.verdict}", ""]
         lines += textwrap.wrap("; ".join(self._provenance_lines()), width=100)
-        return "\n".join(lines)
+        return for_terminal("\n".join(lines))
 
     def to_markdown(self) -> str:
         """Return the report for a paper's appendix: two tables, remarks, provenance."""

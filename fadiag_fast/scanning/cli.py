@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from ..checkpoints import load_checkpoint
+from ..consoles import EscapingConsole
 from ..options import (
     BatchDimOption,
     BatchesOption,
@@ -43,6 +42,7 @@ from ..options import (
     parse_options,
 )
 from ..protocol import NOT_ENOUGH_DATA, TRUSTWORTHY, DiagnosticThresholds
+from ..text import echo
 from ..training.watch import scan_result_of
 from ..zoo import load_dataset
 from .driver import Progress, find_entries, scan
@@ -50,10 +50,11 @@ from .html import write_report
 from .plots import write_plots
 from .records import NON_FINITE_WEIGHTS
 from .results import ScanResult
+from .saved_configs import SavedNetwork
 from .series import Entry
 from .thresholds import sweep_thresholds
 
-_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+_errors = EscapingConsole(stderr=True, highlight=False, soft_wrap=True)
 
 FolderArgument = Annotated[Path, typer.Argument(help="A scan's folder.", show_default=False)]
 ConfigOption = Annotated[
@@ -118,9 +119,14 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
             dataset = load_dataset(data, **parse_options(data_option))
             entries = _found(checkpoints, pattern, manifest)
             options = parse_options(model_option)
-            # Only of a network of the zoo is it known what its builder was given.
-            saved = None if ":" in model else _saved_config(entries, model, unsafe_pickle, key)
-            network, flat = build_network(model, dataset, options, saved)
+            refuse = None
+            if ":" in model:
+                network, flat = build_network(model, dataset, options)
+            else:  # only of a network of the zoo is it known what its builder was given
+                saved = SavedNetwork(
+                    entries, model, dataset, options, _say, unsafe_pickle=unsafe_pickle, key=key
+                )
+                network, flat, refuse = saved.network, saved.flat, saved.refuse
             flat = flat if flatten is None else flatten
             thresholds = DiagnosticThresholds(
                 scale_growth=max_growth,
@@ -146,10 +152,14 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
                         workers=workers,
                         unsafe_pickle=unsafe_pickle,
                         key=key,
+                        refuse=refuse,
                         on_progress=show,
                     )
                 except KeyboardInterrupt:
-                    _errors.print(f"fadiag: interrupted; what is finished is in {out}. Run again.")
+                    _errors.print(
+                        f"fadiag: interrupted; what is finished is in {out}. Run again.",
+                        markup=False,
+                    )
                     raise typer.Exit(130) from None
             if json_lines:
                 counts = result.counts
@@ -158,7 +168,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
                 outcome = {"folder": str(out), "verdicts": result.verdict_counts(), **record}
                 print(json.dumps(outcome))
             elif not quiet:
-                print(result)
+                echo(result)
             raise typer.Exit(_exit_code(result))
 
     @app.command("thresholds")
@@ -177,9 +187,9 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
             result = ScanResult.load(folder, config_hash=config)
             sweeps = sweep_thresholds(result, last=last)
             if json_out:
-                print(json.dumps([sweep.to_dict() for sweep in sweeps], ensure_ascii=False))
+                print(json.dumps([sweep.to_dict() for sweep in sweeps]))
             else:
-                print("\n\n".join(str(sweep) for sweep in sweeps))
+                echo("\n\n".join(str(sweep) for sweep in sweeps))
 
     @app.command("report")
     def report_command(
@@ -210,10 +220,10 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
             )
             write_report(result, out, title=title or (folder.stem if steps else None))
             what = "steps" if steps else "checkpoints"
-            print(f"{out}: {len(result):,} {what}, {out.stat().st_size / 1e6:.1f} MB")
+            echo(f"{out}: {len(result):,} {what}, {out.stat().st_size / 1e6:.1f} MB")
             if plots is not None:
                 written = write_plots(result, plots, most_runs=most_plots)
-                print(f"{plots}: {len(written)} files")
+                echo(f"{plots}: {len(written)} files")
 
 
 def _stack(text: str) -> int | Literal["auto"]:
@@ -275,28 +285,8 @@ def _found(
     return entries
 
 
-def _saved_config(
-    entries: Sequence[Entry], model: str, unsafe_pickle: bool, key: str | None
-) -> Any:
-    """Return what stands beside the weights of the first checkpoint that can be read, if anything.
-
-    A word is said where it is of another network than --model.
-    """
-    for entry in entries:
-        try:
-            found = load_checkpoint(entry.path, unsafe_pickle=unsafe_pickle, key=key)
-            config = found.extra.get("config")
-        except Exception:  # whatever it is, the checkpoint's row will say it
-            continue
-        if isinstance(config, dict) and config.get("model", model) != model:
-            _errors.print(
-                f"fadiag: {entry.path}: expected a checkpoint of --model {model}, got one of "
-                f"{config['model']}",
-                style="yellow",
-                markup=False,
-            )
-        return config
-    return None
+def _say(text: str) -> None:
+    _errors.print(f"fadiag: {text}", style="yellow", markup=False)
 
 
 def _exit_code(result: ScanResult) -> int:

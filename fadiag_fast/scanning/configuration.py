@@ -49,7 +49,7 @@ def configuration(
         "model": type(model).__name__,
         "weights": [[name, list(t.shape), str(t.dtype)] for name, t in weights],
         "batches": hasher.result(),
-        "network": _network(model),
+        "network": network_hash(model),
         "taps": [*taps],
         "loss": "cross-entropy" if loss is None else described(loss),
         "reduction": how.kind,
@@ -61,7 +61,7 @@ def configuration(
     }
 
 
-def _network(model: nn.Module) -> str:
+def network_hash(model: nn.Module) -> str:
     """Return a hash of what modules do with their weights: their code and their plain settings."""
     hasher = ContentHasher()
     for name, module in model.named_modules():
@@ -115,7 +115,7 @@ def described(value: Any, depth: int = 5) -> str:
         held = [*map(_content, cells), *(value.__defaults__ or ()), value.__kwdefaults__]
         held = [_code(code), *held, getattr(value, "__self__", None)]
     elif isinstance(value, nn.Module):
-        held = [_network(value), {**value.state_dict()}]
+        held = [network_hash(value), {**value.state_dict()}]
     else:
         calls = (vars(base).get("__call__") for base in kind.__mro__)
         held = [next(filter(None, calls), None), getattr(value, "__dict__", None)]

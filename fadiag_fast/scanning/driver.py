@@ -10,7 +10,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -21,13 +20,15 @@ from torch import nn
 from ..batches import check_batch, device_of, sample_counts, to_device
 from ..capture import Loss, Output, untouched
 from ..checkpoints.remote import expand_url, is_url, open_filesystem
+from ..cuda_graphs import on_device
 from ..process import prompt_switches
 from ..protocol import DiagnosticThresholds, Protocol, check_protocol
 from ..statistics import Reduction, SampleReduction
 from ..taps import Select, unwrap
 from .configuration import configuration
+from .memory import free_host_bytes, lacks_memory
 from .passes import Auditor, Pending, Way
-from .reading import Group, Read, Reader, Rows, kind_of
+from .reading import Group, Read, Reader, Refuse, Rows, kind_of
 from .records import NON_FINITE_WEIGHTS, CheckpointRecord
 from .results import ScanCounts, ScanResult
 from .search import LARGEST_STACK, Search
@@ -103,6 +104,7 @@ def scan(
     workers: int | None = None,
     unsafe_pickle: bool = False,
     key: str | None = None,
+    refuse: Refuse | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> ScanResult:
     """Audit every checkpoint of a study and record what was found, as it is found.
@@ -131,6 +133,9 @@ def scan(
         unsafe_pickle: run code from files that need it to load.
         key: where in each file the weights are; see
             :func:`fadiag_fast.checkpoints.load_checkpoint`.
+        refuse: given what stands beside a checkpoint's weights, as ``Checkpoint.extra``, says in a
+            sentence why they are not of this model; None where they are. Weights of the same shapes
+            may be of another network: more heads, another activation. Called by several threads.
         on_progress: called after every group of checkpoints.
 
     Returns:
@@ -168,7 +173,7 @@ def scan(
         untouched(model),
         prompt_switches(),
         # Events, streams and graphs belong to the current device.
-        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+        on_device(device),
         ScanWriter(out, thresholds=thresholds, protocol=protocol) as writer,
     ):
         loss = None if loss is nn.functional.cross_entropy else loss
@@ -181,7 +186,9 @@ def scan(
             )
         )
         workers = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
-        reader = Reader(model, device, writer, config, unsafe_pickle, workers, key)
+        reader = Reader(
+            model, device, writer, config, unsafe_pickle, workers, key=key, refuse=refuse
+        )
         try:
             most = _most(device, reader.row_bytes)
             search = Search(auditor, stack, most, len(entries))
@@ -392,12 +399,10 @@ class _Scan:
         way = self.search.way
         try:
             launched.parts.append((part, self.search.measure(rows.of(fit, part), fit)))
-        except torch.OutOfMemoryError as error:
-            if len(part) > 1 or way != Way():
+        except Exception as error:  # a model's forward may raise anything
+            if lacks_memory(error) and (len(part) > 1 or way != Way()):
                 self.search.shrink(len(part))
                 return False
-            launched.failed[part[0]] = error
-        except Exception as error:  # a model's forward may raise anything
             if way.stack > 1:
                 # A model that cannot be mapped over; or one bad row: alone they are told apart.
                 self.search.refuse()
@@ -499,17 +504,6 @@ class _Launched:
 
 def _most(device: torch.device, row_bytes: int) -> int:
     """Return how many checkpoints' weights fit, beside a group that is read and a graph's own."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
     # Activations are not known yet; an error for want of memory shrinks the stack.
     return max(1, int(_MEMORY_SHARE * free / (4 * row_bytes)))
-
-
-def _free_host_bytes() -> int:
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 4 << 30

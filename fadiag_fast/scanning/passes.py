@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,15 @@ from torch.utils._pytree import tree_map
 
 from .. import ops
 from ..batches import check_labels
-from ..capture import Captured, Path, Probe, choose_output, classification_loss
+from ..capture import (
+    Captured,
+    Path,
+    Probe,
+    choose_output,
+    classification_loss,
+    own_attributes,
+)
+from ..cuda_graphs import mark_unwritten, on_device, record
 from ..protocol import Figures
 from ..statistics import (
     SampleReduction,
@@ -144,6 +152,41 @@ class _UnitLoss:
         return torch.stack([loss(*part) for part in parts]).sum()
 
 
+class _Rest:
+    """What a model holds beside a checkpoint's weights, to be put back before the next one.
+
+    That is buffers that no checkpoint has, and the attributes of modules: what one checkpoint's
+    forward pass leaves there, also one that raised half-way, is not seen by another's.
+
+    Args:
+        model: as it is before the first checkpoint.
+        stored: names of what checkpoints hold.
+    """
+
+    def __init__(self, model: nn.Module, stored: Collection[str]) -> None:
+        self._buffers = [
+            (buffer, buffer.detach().clone())
+            for name, buffer in model.named_buffers()
+            if name not in stored
+        ]
+        self._modules = [
+            (module, dict(module._buffers), own_attributes(module))
+            for module in model.modules()
+            if not isinstance(module, torch.jit.ScriptModule)
+        ]
+
+    def restore(self) -> None:
+        for module, buffers, attributes in self._modules:
+            module._buffers.update(buffers)
+            if own_attributes(module).keys() != attributes.keys():
+                for name in own_attributes(module).keys() - attributes.keys():
+                    del module.__dict__[name]
+            module.__dict__.update(attributes)
+        with torch.no_grad():
+            for buffer, value in self._buffers:
+                buffer.copy_(value)
+
+
 class Auditor:
     """Turn rows of weights into figures.
 
@@ -169,6 +212,7 @@ class Auditor:
         self._end_to_end: dict[bool, tuple[Tensor, Tensor]] = {}
         self._graphs: dict[Way, _Graph] = {}
         self._canonical = canonical(model)
+        self._buffers = {name for name, _ in model.named_buffers()}
         self._can_graph = True
         alone = self._probe(False, 0)
         for index, (x, y) in enumerate(batches):
@@ -177,6 +221,7 @@ class Auditor:
                 check_labels(index, y, plan.spots[plan.output].shape, "scan")
         self.device = plan.spots[plan.output].device
         self._shareable = self._batches_alike()
+        self._rest = _Rest(model, set(self._canonical.places))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -276,17 +321,18 @@ class Auditor:
             way: how passes are shared.
             graph: on a GPU, replay a graph, recorded where there is none yet.
         """
-        if self.device.type == "cuda" and self._can_graph and graph:
-            try:
-                return self._by_graph(rows, fit, way)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:
-                # Whatever a model does that no graph can hold: it still runs as it is.
-                self._can_graph = False
-                self._graphs.clear()
-                torch.cuda.synchronize(self.device)
-        return self._pending(self._columns(rows, fit, way), len(rows))
+        with on_device(self.device):
+            if self.device.type == "cuda" and self._can_graph and graph:
+                try:
+                    return self._by_graph(rows, fit, way)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception:
+                    # Whatever a model does that no graph can hold: it still runs as it is.
+                    self._can_graph = False
+                    self._graphs.clear()
+                    torch.cuda.synchronize(self.device)
+            return self._pending(self._columns(rows, fit, way), len(rows))
 
     def _by_graph(self, rows: Tensor, fit: Fit, way: Way) -> Pending:
         if way not in self._graphs:
@@ -294,7 +340,7 @@ class Auditor:
                 self._graphs.clear()
             own = self._canonical
             self._graphs[way] = _Graph(
-                rows, fit, own, way.stack, lambda rows: self._columns(rows, own, way)
+                rows, fit, own, way.stack, lambda rows: self._columns(rows, own, way), self.alike
             )
         return self._pending(self._graphs[way].replay(rows, fit), len(rows))
 
@@ -310,7 +356,12 @@ class Auditor:
         stacked = way.stack > 1
         if not stacked and len(rows) > 1:
             return torch.cat([self._columns(row[None], fit, way) for row in rows])
+        self._rest.restore()
         weights = fit.views(rows if stacked else rows[0])
+        for name in self._buffers & weights.keys():
+            # A forward pass may write to its buffers. The row stays as it was read: it is measured
+            # several times while ways are tried.
+            weights[name] = weights[name].clone()
         units = [
             unit
             for found in self._passes(way)
@@ -504,24 +555,43 @@ class _Graph:
     """The measuring of a stack as one CUDA graph, over rows of its own.
 
     These are laid out in one way, so that one graph serves files in which tensors lie elsewhere:
-    names of another length, as step_99.pt and step_100.pt have, are enough for that.
+    names of another length, as step_99.pt and step_100.pt have, are enough for that. The first
+    replay is compared with a run that is not recorded.
+
+    Args:
+        rows, fit: the checkpoints at hand.
+        own: where tensors lie in the graph's rows.
+        stack: how many rows those are.
+        run: computes figures ``[stack, figures]`` from rows.
+        alike: whether figures are the same but for rounding.
+
+    Raises:
+        RuntimeError: it cannot be recorded, or a replay gives other figures.
     """
 
     def __init__(
-        self, rows: Tensor, fit: Fit, own: Fit, stack: int, run: Callable[[Tensor], Tensor]
+        self,
+        rows: Tensor,
+        fit: Fit,
+        own: Fit,
+        stack: int,
+        run: Callable[[Tensor], Tensor],
+        alike: Callable[[Tensor, Tensor], bool],
     ) -> None:
         own_rows = rows.new_zeros((stack, own.stop))
         self._views = own.views(own_rows)
         self._fill(rows, fit)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run(own_rows)  # libraries choose their kernels and take their workspaces
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
+        expected = run(own_rows)[: len(rows)].clone()
+        # The recording warms up on other weights, so that no memory that it leaves behind can
+        # pass for the figures of these.
+        own_rows.zero_()
         # Readers copy on streams of their own meanwhile, which is no part of the graph.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._columns = run(own_rows)
+        self._graph, self._columns = record(
+            lambda: run(own_rows), rows.device, capture_error_mode="thread_local"
+        )
+        mark_unwritten([self._columns])
+        if not alike(self.replay(rows, fit), expected):
+            raise RuntimeError("the replay of a CUDA graph gives other figures than the model")
 
     def _fill(self, rows: Tensor, fit: Fit) -> None:
         given = fit.views(rows)
@@ -541,12 +611,13 @@ def seconds_of(run: Callable[[], Pending], device: torch.device) -> tuple[Pendin
         began = time.perf_counter()
         pending = run()
         return pending, time.perf_counter() - began
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
-    pending = run()
-    after.record()
-    after.synchronize()
-    return pending, before.elapsed_time(after) / 1e3
+    with on_device(device):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        pending = run()
+        after.record()
+        after.synchronize()
+        return pending, before.elapsed_time(after) / 1e3
 
 
 def _finite(weights: dict[str, Tensor], stack: int) -> Tensor:

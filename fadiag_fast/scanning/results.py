@@ -23,6 +23,7 @@ from ..protocol import (
     check_protocol,
 )
 from ..report import text_table
+from ..text import display_name, for_terminal
 from .extras import arrow, require
 from .records import AUDITED, NON_FINITE_WEIGHTS, Row, figures_of, protocol_of, thresholds_of
 from .store import Tables, UnreadableResults, judge, layers_by_record, read_tables
@@ -441,7 +442,7 @@ class ScanResult:
                 f"note: {len(configurations)} probe configurations: figures of different ones may "
                 f"not compare",
             ]
-        return "\n".join(lines)
+        return for_terminal("\n".join(lines))
 
     def _run_lines(self, runs: dict[str, list[Row]]) -> list[str]:
         fired = self.first_fired()
@@ -453,7 +454,7 @@ class ScanResult:
             ends = [row for row in _in_time(rows) if _is_known(row)]
             table.append(
                 [
-                    _shorten(run, _LONGEST_NAME),
+                    _shorten(for_terminal(run), _LONGEST_NAME),
                     f"{len(rows):,}",
                     f"{steps[0]:,}-{steps[-1]:,}" if steps else "-",
                     ends[-1]["verdict"] or NON_FINITE_WEIGHTS if ends else "-",
@@ -476,7 +477,8 @@ def _outcome(row: Row) -> str:
 def _failure(row: Row) -> list[str]:
     """Return the lines that say what is wrong with a checkpoint, the first with its path."""
     text = (row["error"] or row["error_kind"]).strip()
-    where = "" if row["path"] in text.partition("\n")[0] else f"{row['path']}: "
+    name = display_name(row["path"])
+    where = "" if row["path"] in text.partition("\n")[0] else f"{name}: "
     return [f"  {line}" for line in f"{where}{text}".splitlines()]
 
 
@@ -484,8 +486,8 @@ def _unmatched_note(paths: Sequence[str]) -> str:
     count = len(paths)
     return (
         f"note: {count:,} checkpoint{'' if count == 1 else 's'} without a step: no pattern matches "
-        f"{paths[0]}{'' if count == 1 else ', for one'}; give one by --pattern (pattern= of scan), "
-        f"as in '{{run}}/step_{{step}}.pt'"
+        f"{display_name(paths[0])}{'' if count == 1 else ', for one'}; give one by --pattern "
+        f"(pattern= of scan), as in '{{run}}/step_{{step}}.pt'"
     )
 
 

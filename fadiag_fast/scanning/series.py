@@ -7,14 +7,18 @@ scanned all the same: as part of the run named by their folder, at no step.
 from __future__ import annotations
 
 import csv
+import io
 import os
 import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..checkpoints.errors import printable
 from ..checkpoints.remote import is_url
 from .extras import parquet, require
 
@@ -332,46 +336,73 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Entry]:
 _Cells = Iterable[tuple[str, Mapping[str, Any]]]
 
 
-def _read_csv(path: Path) -> _Cells:
+def _text_of(path: Path, kind: str) -> str:
+    """Return a manifest's text."""
+    raw = path.read_bytes()
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            # Blanks beside a comma are for the eye.
-            reader = csv.DictReader(file, skipinitialspace=True)
-            names = [name.strip() for name in reader.fieldnames or []]
-            reader.fieldnames = names
-            if "path" not in names:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise SeriesError(
+            f"manifest {path}: line {line}: expected a {kind} file in UTF-8, got {error.reason}"
+        ) from None
+
+
+def _read_csv(path: Path) -> _Cells:
+    # Blanks beside a comma are for the eye.
+    reader = csv.DictReader(io.StringIO(_text_of(path, "CSV"), newline=""), skipinitialspace=True)
+    try:
+        names = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = names
+        if "path" not in names:
+            raise SeriesError(
+                f"manifest {path}: expected a column 'path', got "
+                f"{_listed(names) or 'an empty file'}"
+            )
+        _check_names(path, names)
+        for cells in reader:
+            place = f"line {reader.line_num}"
+            if None in cells:
                 raise SeriesError(
-                    f"manifest {path}: expected a column 'path', got "
-                    f"{', '.join(names) or 'an empty file'}"
+                    f"manifest {path}: {place}: expected {len(names)} cells like the header, "
+                    f"got more"
                 )
-            twice = next((name for name in names if name and names.count(name) > 1), None)
-            if twice is not None:
-                raise SeriesError(f"manifest {path}: expected one column {twice!r}, got several")
-            for cells in reader:
-                place = f"line {reader.line_num}"
-                if None in cells:
-                    raise SeriesError(
-                        f"manifest {path}: {place}: expected {len(names)} cells like the header, "
-                        f"got more"
-                    )
-                yield place, {name: value and value.strip() for name, value in cells.items()}
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise SeriesError(f"manifest {path}: expected a CSV file in UTF-8: {error}") from None
+            yield place, {name: value and value.strip() for name, value in cells.items()}
+    except csv.Error as error:
+        raise SeriesError(
+            f"manifest {path}: line {reader.line_num + 1}: expected CSV: {error}"
+        ) from None
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise SeriesError(f"manifest {path}: expected one column {twice!r}, got several")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return printable(", ".join(names))
 
 
 def _read_parquet(path: Path) -> _Cells:
     pq = parquet()
+    with path.open("rb"):  # what the system says, in its words
+        pass
     try:
-        table = pq.ParquetFile(path).read()
-    except OSError:
-        raise
-    except Exception as error:  # pyarrow.ArrowInvalid, which is a ValueError of its own
-        raise SeriesError(f"manifest {path}: expected a Parquet file: {error}") from None
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+        rows = table.to_pylist()
+    # Of a damaged file pyarrow says OSError, ValueError and more, without its name.
+    except Exception as error:
+        raise SeriesError(
+            f"manifest {path}: expected a Parquet file, got a damaged one: "
+            f"{printable(str(error).strip().partition(chr(10))[0])}"
+        ) from None
     if "path" not in table.column_names:
         raise SeriesError(
-            f"manifest {path}: expected a column 'path', got {', '.join(table.column_names)}"
+            f"manifest {path}: expected a column 'path', got {_listed(table.column_names)}"
         )
-    for index, cells in enumerate(table.to_pylist()):
+    _check_names(path, table.column_names)
+    for index, cells in enumerate(rows):
         yield f"row {index + 1}", cells
 
 
@@ -381,17 +412,25 @@ def _read_toml(path: Path) -> _Cells:
     except ImportError:
         toml = require("tomli", "a TOML manifest on Python 3.10", extra="")
     try:
-        content = toml.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, toml.TOMLDecodeError) as error:
+        content = toml.loads(_text_of(path, "TOML"))
+    # It ends on numbers of thousands of digits (ValueError) and on brackets as deep, too.
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, SeriesError):
+            raise
         raise SeriesError(f"manifest {path}: expected a TOML file: {error}") from None
     tables, runs = content.get("checkpoint", []), content.get("runs", {})
     if not isinstance(tables, list) or not tables:
         raise SeriesError(f"manifest {path}: expected [[checkpoint]] tables, got none")
+    if not isinstance(runs, dict) or not all(isinstance(run, dict) for run in runs.values()):
+        raise SeriesError(
+            f"manifest {path}: runs: expected tables [runs.NAME], got {printable(repr(runs))}"
+        )
     for index, cells in enumerate(tables):
         place = f"checkpoint {index + 1}"
         if not isinstance(cells, dict):
             raise SeriesError(f"manifest {path}: {place}: expected a table")
-        shared = runs.get(cells.get("run"), {}) if isinstance(runs, dict) else {}
+        run = cells.get("run")
+        shared = runs.get(run, {}) if isinstance(run, str) else {}
         yield place, {**shared, **cells}
 
 
@@ -400,26 +439,42 @@ def _entry(manifest: Path, place: str, cells: Mapping[str, Any]) -> Entry:
     given = {
         name: value
         for name, value in cells.items()
-        if value is not None and value != "" and value == value
+        if value is not None and value != "" and not (isinstance(value, float) and value != value)
     }
-    location = str(given.pop("path", ""))
+    for name, value in given.items():
+        # A list, a table or bytes of a column is no cell.
+        if not isinstance(value, str | int | float | Decimal | date | time) or (
+            name in ("run", "frozen_run") and isinstance(value, bool | date | time)
+        ):
+            raise SeriesError(
+                f"manifest {manifest}: {place}: {printable(str(name))}: expected one text or "
+                f"number, got {printable(repr(value))}"
+            )
+    location = given.pop("path", "")
     if not location:
         raise SeriesError(f"manifest {manifest}: {place}: expected a path, got none")
+    if not isinstance(location, str) or "\0" in location:
+        raise SeriesError(
+            f"manifest {manifest}: {place}: path: expected a text, got {printable(repr(location))}"
+        )
     if "://" not in location:
         location = os.path.normpath(manifest.parent / location)
     known = {name: given.pop(name) for name in _KNOWN if name in given}
 
     def fail(name: str, expected: str) -> SeriesError:
         return SeriesError(
-            f"manifest {manifest}: {place}: {name}: expected {expected}, got {known[name]!r}"
+            f"manifest {manifest}: {place}: {name}: expected {expected}, got "
+            f"{printable(repr(known[name]))}"
         )
 
     def fraction(name: str) -> float | None:
         if name not in known:
             return None
         try:
+            if isinstance(known[name], bool):
+                raise TypeError
             value = float(known[name])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise fail(name, "a fraction from 0 to 1") from None
         if not 0.0 <= value <= 1.0:
             raise fail(name, "a fraction from 0 to 1")
@@ -431,6 +486,8 @@ def _entry(manifest: Path, place: str, cells: Mapping[str, Any]) -> Entry:
         expected = "a whole number" if lowest is None else f"a whole number of at least {lowest}"
         text = str(known[name]).strip()
         try:
+            if len(text) > 100:
+                raise ValueError
             # Where one is missing, pandas writes the others of the column as 9.0.
             if not float(text).is_integer():
                 raise ValueError

@@ -11,6 +11,9 @@ rows for one path and configuration the highest stands. That makes every order o
 part that is still there after its rows went into the tables changes nothing. Parts are joined to
 larger ones as they pile up, and to the tables on closing; only then are they removed.
 
+Every file has a checksum of all its bytes in its metadata (see :mod:`.seals`), which reading
+compares: a bit that flipped on the disk is an error that names the file.
+
 Reading takes no lock. A reader looks at the parts first and at the tables after, so that rows on
 their way from the ones to the others are seen at least once.
 """
@@ -23,6 +26,7 @@ import os
 import platform
 import re
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -32,7 +36,9 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoints.errors import printable
 from ..protocol import DiagnosticThresholds, Protocol, check_protocol
+from . import seals
 from .extras import arrow, compute, parquet, require
 from .hashing import config_hash, config_text
 from .records import (
@@ -107,6 +113,12 @@ class UnwritableResults(ResultsError):
 
 class LockedResults(ResultsError):
     """Report that another scan is writing into the folder."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, fit for a message."""
+    lines = str(error).strip().splitlines()
+    return printable(lines[0]) if lines else type(error).__name__
 
 
 class Disk:
@@ -221,20 +233,23 @@ def _read_file(path: Path, schema: Any, names: Sequence[str] | None = None) -> A
     try:
         # Not a file of Python's: Arrow's threads let go of one when they like, and a process that
         # is just ending then aborts.
-        with pa.OSFile(str(path), "rb") as file:
-            if path.suffix == ".arrow":
-                table = _read_part(file, names)
-            else:
-                table = parquet().ParquetFile(file).read()
+        with pa.OSFile(os.fsencode(path), "rb") as file:
+            data = file.read_buffer()
+        sealed = seals.check(data)
+        if path.suffix == ".arrow":
+            table = _read_part(data, names)
+        else:
+            table = parquet().ParquetFile(pa.BufferReader(data)).read()
     except FileNotFoundError:
         raise
     except PermissionError as error:
         raise UnreadableResults(f"scan results: {path}: cannot be opened ({error})") from None
-    except (pa.ArrowException, OSError) as error:
+    # A damaged file may make Arrow say anything.
+    except (pa.ArrowException, seals.BrokenSeal, OSError, ValueError, KeyError) as error:
+        which = "it" if path.suffix == ".arrow" else f"{CHECKPOINTS_FILE} and {LAYERS_FILE}"
         raise UnreadableResults(
             f"scan results: {path}: expected a readable table, got a damaged one "
-            f"({str(error).splitlines()[0]}); remove it, and the next scan audits its checkpoints "
-            f"again"
+            f"({first_line(error)}); remove {which}, and the next scan audits the checkpoints again"
         ) from None
     version = (table.schema.metadata or {}).get(VERSION_KEY)
     if version is None or not version.isdigit():
@@ -244,14 +259,34 @@ def _read_file(path: Path, schema: Any, names: Sequence[str] | None = None) -> A
             f"scan results: {path}: expected schema version {SCHEMA_VERSION} or older, got "
             f"{int(version)}: a later fadiag_fast wrote it; update fadiag_fast to read it"
         )
-    return table if table.schema.equals(schema) else _conform(table, schema)
+    if not sealed:
+        _say_unsealed(path)
+    same = table.schema.equals(schema)
+    return table.replace_schema_metadata(schema.metadata) if same else _conform(table, schema)
 
 
-def _read_part(file: Any, names: Sequence[str] | None) -> Any:
+# Folders of which it was said that their tables have no checksum.
+_told: set[Path] = set()
+
+
+def _say_unsealed(path: Path) -> None:
+    from ..training.alarms import user_level
+
+    folder = path.parent.parent if path.suffix == ".arrow" else path.parent
+    if folder not in _told:
+        _told.add(folder)
+        warnings.warn(
+            f"scan results: {folder}: an earlier fadiag_fast wrote its tables, without checksums: "
+            f"damage to the files may go unnoticed; the next scan that writes there adds them",
+            UserWarning,
+            stacklevel=user_level(),
+        )
+
+
+def _read_part(data: Any, names: Sequence[str] | None) -> Any:
     ipc = require("pyarrow.ipc", "a scan's tables")
     # Small columns are read sooner than threads are woken.
     options = ipc.IpcReadOptions(use_threads=False)
-    data = file.read_buffer()
     reader = ipc.open_file(data, options=options)
     if names is not None:
         known = enumerate(reader.schema.names)
@@ -793,7 +828,11 @@ class ScanWriter:
     def _finish(self, parts: Sequence[Path], pieces: Iterable[tuple[Any, Any]]) -> None:
         """Write both tables from their pieces, and remove the parts that are in them."""
         sinks = [arrow().BufferOutputStream() for _ in range(2)]
-        schemas = (checkpoint_schema(), layer_schema())
+        blank = seals.unsealed()
+        schemas = [
+            schema.with_metadata({**schema.metadata, **blank})
+            for schema in (checkpoint_schema(), layer_schema())
+        ]
         with ExitStack() as writers:
             files = [
                 writers.enter_context(parquet().ParquetWriter(sink, schema, compression="zstd"))
@@ -802,7 +841,7 @@ class ScanWriter:
             for piece in pieces:
                 for file, table in zip(files, piece, strict=True):
                     file.write_table(table)
-        checkpoints, layers = (memoryview(sink.getvalue()) for sink in sinks)
+        checkpoints, layers = (_sealed(sink, blank) for sink in sinks)
         # Layers first: a checkpoint without its layers would look like a damaged table.
         self._put(self.folder / LAYERS_FILE, layers)
         self._put(self.folder / CHECKPOINTS_FILE, checkpoints)
@@ -863,9 +902,11 @@ class ScanWriter:
         # small columns costs a context: five times the time to write, and four times to read.
         # And to wake a thread for each takes longer than to do it here.
         options = ipc.IpcWriteOptions(compression="lz4", use_threads=False)
-        with ipc.new_file(sink, table.schema, options=options) as file:
+        blank = seals.unsealed()
+        schema = table.schema.with_metadata({**table.schema.metadata, **blank})
+        with ipc.new_file(sink, schema, options=options) as file:
             file.write_table(table)
-        self._put(path, memoryview(sink.getvalue()))
+        self._put(path, _sealed(sink, blank))
 
     def _put(self, path: Path, data: Any) -> None:
         temporary = path.with_name(f".{path.name}{_TEMPORARY}")
@@ -886,6 +927,13 @@ class ScanWriter:
             f"scan results: {self.folder}: {what}{waiting}; what was written before stays "
             f"readable, and the same scan, started again, goes on from there"
         )
+
+
+def _sealed(sink: Any, blank: Mapping[bytes, bytes]) -> bytearray:
+    """Return what was written to a sink, with its checksum."""
+    data = bytearray(sink.getvalue())
+    seals.seal(data, blank)
+    return data
 
 
 def judge(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import SlabCheckpoint, TensorPlace, load_into
 from ..checkpoints.content import Checkpoint, plain_names
-from ..checkpoints.layouts import ALIGNMENT, aligned
+from ..checkpoints.layouts import ALIGNMENT, aligned, last_byte
 from ..checkpoints.restoring import loads_in_its_own_way
 
 # Layouts whose answers are remembered.
@@ -130,12 +130,22 @@ class Fitter:
             place = place._replace(offset=place.offset - found.start)
             if places.setdefault(name, place) != place:
                 return None
-        fit = Fit(places, found.start, found.stop)
+        if _overlap(places.values()):
+            return None  # loading gives each tensor memory of its own
+        return self._shared(Fit(places, found.start, found.stop))
+
+    def _shared(self, fit: Fit) -> Fit:
+        """Return the fit of this kind that others have, too; the lock is held."""
         for known in self._known:
             if known == fit:
                 return known
         self._known = [*self._known[1 - _MOST_LAYOUTS :], fit]
         return fit
+
+    def moved_to_start(self, fit: Fit) -> Fit:
+        """Return where tensors lie once the bytes of a fit are copied to a row's start."""
+        with self._lock:
+            return self._shared(Fit(fit.places, 0, fit.stop - fit.start))
 
     def load(
         self, found: SlabCheckpoint, buffer: Tensor, row: Tensor
@@ -167,3 +177,25 @@ class Fitter:
             for name, view in self.canonical.views(row).items():
                 view.copy_(loaded[name])
         return self.canonical, notes
+
+
+def _overlap(places: Iterable[TensorPlace]) -> bool:
+    """Say whether tensors share bytes with each other, or elements of one do (expanded ones).
+
+    Tensors that are interleaved without sharing a byte count as well: nobody saves such.
+    """
+    end = 0
+    for first, stop, place in sorted(
+        ((p.offset, last_byte(*p), p) for p in places), key=lambda span: span[:2]
+    ):
+        if stop == first:  # empty
+            continue
+        reach = 1  # elements from the first to behind the last of the inner dimensions
+        for step, size in sorted(zip(place.stride, place.shape, strict=True)):
+            if size > 1 and step < reach:
+                return True
+            reach += (size - 1) * step
+        if first < end:
+            return True
+        end = stop
+    return False

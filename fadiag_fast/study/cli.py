@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from ..consoles import EscapingConsole
 from ..options import DeviceOption, chosen_device
 from ..report import _strict, text_table
+from ..text import echo, for_terminal
 from ..zoo import load_dataset
 from .running import StudyProgress, run_study
 from .suites import SUITES, Suite, load_suite
@@ -29,7 +30,7 @@ from .tables import (
     write_tables,
 )
 
-_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+_errors = EscapingConsole(stderr=True, highlight=False, soft_wrap=True)
 
 EXIT_DONE, EXIT_FAILED = 0, 3
 
@@ -114,13 +115,13 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
                     "runs": run_rows(result),
                     "decisions": [asdict(row) for row in decisions],
                 }
-                print(json.dumps(_strict(record), ensure_ascii=False))
+                print(json.dumps(_strict(record)))
             else:
-                print("\n".join(text_table(MEAN_HEADER, mean_table(result))))
+                echo("\n".join(text_table(MEAN_HEADER, mean_table(result))))
                 for model in dict.fromkeys(run.model for run in result.runs):
-                    print(f"\n{model}: runs that a strategy walks back")
-                    print("\n".join(text_table(*decision_lines(result, model))))
-                print(f"\n{', '.join(path.name for path in written)} in {out}")
+                    echo(f"\n{model}: runs that a strategy walks back")
+                    echo("\n".join(text_table(*decision_lines(result, model))))
+                echo(f"\n{', '.join(path.name for path in written)} in {out}")
             for run in result.failed:
                 _errors.print(
                     f"fadiag: {run.model}/{run.label}/seed_{run.seed}: {run.reason}",
@@ -216,6 +217,6 @@ def _shown(quiet: bool, json_lines: bool) -> Iterator[Callable[[StudyProgress], 
                 task,
                 completed=at.done,
                 total=at.total,
-                now=f"{at.run} {at.step}/{at.steps}, {at.rate:,.1f} steps/s, "
+                now=f"{for_terminal(at.run)} {at.step}/{at.steps}, {at.rate:,.1f} steps/s, "
                 f"{at.seconds_left:,.0f} s left",
             )

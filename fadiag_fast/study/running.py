@@ -730,7 +730,8 @@ def _audited(plan: _Plan, record: dict[str, Any] | None, study: _Study, alone: b
     key = _hash({"run": plan.key, "batches": shape, "version": AUDIT_VERSION})
     path = plan.folder / "audit.json"
     audit = _read(path)
-    if audit is None or audit.get("key") != key:
+    known = _steps_of(audit, key)
+    if known is None:
         try:
             steps = _audit(plan, study)
         except Exception as error:  # a checkpoint damaged meanwhile, or one that fits no probe
@@ -739,8 +740,19 @@ def _audited(plan: _Plan, record: dict[str, Any] | None, study: _Study, alone: b
             return replace(run, reason=f"audit: {_said(error)}")
         audit = {"key": key, "steps": [_step_to_dict(step) for step in steps]}
         _write(path, audit)
-    # Through JSON also where it was made just now: a later call then sees the same figures.
-    return replace(run, steps=tuple(_step_from_dict(_plain(step)) for step in audit["steps"]))
+        # Through JSON also where it was made just now: a later call then sees the same figures.
+        known = tuple(_step_from_dict(_plain(step)) for step in audit["steps"])
+    return replace(run, steps=known)
+
+
+def _steps_of(audit: Mapping[str, Any] | None, key: str) -> tuple[StepRecord, ...] | None:
+    """Return the steps of an audit that was kept; None for another's, or a damaged one."""
+    if audit is None or audit.get("key") != key:
+        return None
+    try:
+        return tuple(_step_from_dict(_plain(step)) for step in audit["steps"])
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None
 
 
 def _audit(plan: _Plan, study: _Study) -> list[StepRecord]:
@@ -881,7 +893,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """Return a record, None where there is none or it cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

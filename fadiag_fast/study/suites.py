@@ -313,11 +313,11 @@ def load_suite(name: str) -> Suite:
         content = toml.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"--suite: expected a file {path}, got none") from None
-    except (toml.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (toml.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"--suite: {path}: expected TOML, got {error}") from None
     try:
         return suite_from(content, default_name=path.stem)
-    except ValueError as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 

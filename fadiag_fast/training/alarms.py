@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..protocol import DiagnosticThresholds, growth_ratios, middle_layer
-from .records import StepRecord
+from .records import StepRecord, is_of_kind
 
 _Array = npt.NDArray[np.float64]
 
@@ -163,6 +163,12 @@ def event_from_dict(values: Mapping[str, Any]) -> Event:
     if missing:
         raise ValueError(f"alarms: {values['event']}: expected {', '.join(missing)}, got none")
     found = {name: float(values[name]) if name in _NUMBERS else values[name] for name in names}
+    for one in fields(kind):
+        if not is_of_kind(str(one.type), found[one.name]):
+            raise ValueError(
+                f"alarms: {values['event']}: {one.name}: expected {one.type}, got "
+                f"{found[one.name]!r}"
+            )
     event: Event = kind(**found)
     return event
 

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ..checkpoints.errors import escaped
+from ..text import echo
 from .records import StepRecord
 from .sinks import read_jsonlines
 from .watch import Line, Tail, find_log, view
@@ -62,7 +64,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
 
 def _print(console: Console, lines: Sequence[Line]) -> None:
     if not console.is_terminal:
-        print("\n".join(line.text for line in lines))
+        echo("\n".join(escaped(line.text) for line in lines))
         return
     console.print(_text(lines))
 
@@ -70,7 +72,7 @@ def _print(console: Console, lines: Sequence[Line]) -> None:
 def _text(lines: Sequence[Line]) -> Text:
     drawn = Text(no_wrap=True, overflow="ellipsis")
     for line in lines:
-        drawn.append(line.text + "\n", style=line.style or None)
+        drawn.append(escaped(line.text) + "\n", style=line.style or None)
     return drawn
 
 
@@ -90,7 +92,7 @@ def _follow(console: Console, tail: Tail, others: Sequence[Path]) -> None:
                         flush=True,
                     )
             for event in tail.events[told:]:
-                print(event.sentence, flush=True)
+                echo(escaped(event.sentence), flush=True)
             told = len(tail.events)
     with Live(_text(view(tail, others)), console=console, auto_refresh=False) as live:
         while True:

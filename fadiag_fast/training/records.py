@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ..checkpoints.errors import printable
 from ..protocol import growth_ratios
 
 _TEXTS = ("layers", "unreached", "autocast", "loss_reduction")
@@ -59,6 +60,25 @@ class StepRecord:
     unreached: tuple[str, ...] = ()
     loss_reduction: str = "mean"
     world_size: int = 1
+
+    def _check(self) -> None:
+        """Check what a file may say otherwise: kinds of values, and one figure per layer.
+
+        Raises:
+            TypeError: a field holds a value of another kind.
+            ValueError: a number for each layer is missing, or one is beyond 64 bits.
+        """
+        for field in fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            if not is_of_kind(kind, value):
+                raise TypeError(
+                    f"StepRecord: {field.name}: expected {kind}, got {printable(repr(value))}"
+                )
+            if kind == "tuple[float, ...]" and len(value) != len(self.layers):
+                raise ValueError(
+                    f"StepRecord: {field.name}: expected {len(self.layers)} numbers, one for each "
+                    f"layer, got {len(value)}"
+                )
 
     @classmethod
     def of(cls, **values: Any) -> StepRecord:
@@ -113,15 +133,37 @@ class StepRecord:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> StepRecord:
-        """Return a record from the values of a JSON line."""
+        """Return a record from the values of a JSON line.
+
+        Raises:
+            TypeError: a field is missing, or holds a value of another kind.
+            ValueError: there is not one number for each layer.
+        """
         known = {field.name: field for field in fields(cls)}
-        return cls(
+        record = cls(
             **{
                 name: _from_json(value, text=name in _TEXTS)
                 for name, value in values.items()
                 if name in known
             }
         )
+        record._check()
+        return record
+
+
+def is_of_kind(kind: str, value: Any) -> bool:
+    """Say whether a value is of a kind, as annotations of the record's fields say it."""
+    if kind.startswith("tuple["):
+        item = kind[len("tuple[") :].partition(",")[0]
+        return isinstance(value, tuple | list) and all(is_of_kind(item, one) for one in value)
+    if kind.endswith(" | None"):
+        return value is None or is_of_kind(kind.removesuffix(" | None"), value)
+    if kind == "int":
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole and -(2**63) <= value < 2**63
+    if kind == "float":
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, {"bool": bool, "str": str}.get(kind, object))
 
 
 def _to_json(value: Any) -> Any:

@@ -232,7 +232,7 @@ def entry_of(path: Path, line: bytes) -> StepRecord | Event | dict[str, Any] | N
             if "event" in values:
                 return event_from_dict(values)
             return StepRecord.from_mapping(values)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
     if not isinstance(values, dict):
         return None

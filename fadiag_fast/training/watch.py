@@ -6,6 +6,7 @@ import json
 import math
 import os
 import statistics
+import warnings
 from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report import text_table
-from .alarms import Alarm, AlarmPolicy, Alarms, Event
+from .alarms import Alarm, AlarmPolicy, Alarms, Event, user_level
 from .records import StepRecord
 from .sinks import StepLog, entry_of, read_jsonlines
 
@@ -301,6 +302,9 @@ def scan_result_of(
     Returns:
         A :class:`~fadiag_fast.scanning.ScanResult`.
 
+    Warns:
+        UserWarning: lines of a file could not be read; their numbers.
+
     Raises:
         ValueError: a file holds no step records.
         MissingExtra: pyarrow is not installed.
@@ -319,7 +323,9 @@ def scan_result_of(
     for path in map(Path, paths):
         log: StepLog = read_jsonlines(path)
         if not log.records:
-            raise ValueError(f"{path}: expected step records, got none")
+            raise ValueError("; ".join([f"{path}: expected step records, got none", *log.notes]))
+        if log.damaged:
+            warnings.warn(f"{path}: {log.notes[-1]}", UserWarning, stacklevel=user_level())
         alarmed = {event.step: event.sentence for event in log.events}
         for record in log.records:
             kept = [l for l, name in enumerate(record.layers) if name not in record.unreached]

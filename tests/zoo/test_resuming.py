@@ -41,7 +41,7 @@ class OnDevice(Backpropagation):
 
 
 class Drawing(Backpropagation):
-    """Draw noise from a generator of one's own."""
+    """Draw noise from a generator of one's own, on the CPU."""
 
     name = "drawing"
 
@@ -52,7 +52,8 @@ class Drawing(Backpropagation):
         return torch.randn(shape, generator=self.draws["noise"])
 
     def losses(self, x, y):
-        return {"loss": F.cross_entropy(self.model(x + 0.1 * self.noise(x.shape)), y)}
+        noise = self.noise(x.shape).to(x)
+        return {"loss": F.cross_entropy(self.model(x + 0.1 * noise), y)}
 
 
 class DrawingByNumpy(Drawing):
