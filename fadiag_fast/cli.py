@@ -1,6 +1,6 @@
 """The command line: demo, train, diagnose, scan, audit-cnn, study, watch, doctor.
 
-Exit codes: 0 trustworthy, 1 needs walk-back, 2 not enough data, above 2 an error.
+Exit codes: 0 trustworthy, 1 needs walk-back, 2 not enough data, 3 an error, 130 after Ctrl-C.
 """
 
 import json
@@ -13,8 +13,6 @@ from typing import Annotated, Any, cast
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from typer.core import TyperGroup
 
@@ -46,10 +44,13 @@ from .options import (
     TrustCodeOption,
     UnsafePickleOption,
     build_network,
+    check_output_file,
+    check_output_folder,
     chosen_device,
     chosen_output,
     parse_options,
     sentence,
+    tell_unused,
 )
 from .packaged import is_program, load_packaged
 from .protocol import (
@@ -64,6 +65,7 @@ from .report import DiagnosticReport, SummaryRow, summary_table
 from .scanning.cli import register as register_scan_commands
 from .statistics import Reduction, SampleReduction
 from .study.cli import register as register_study
+from .terminal import EXIT_INTERRUPTED, draws_bars, progress_bars, say
 from .training.cli import register as register_watch
 from .zoo import (
     RULES,
@@ -107,17 +109,37 @@ _UsageError: Any = typer.BadParameter.__base__
 app = typer.Typer(
     name="fadiag",
     cls=_Commands,
-    help="Find out whether a network's hidden states and gradients can be trusted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"fadiag_fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Find out whether a network's hidden states and gradients can be trusted.
+
+    Exit codes: 0 trustworthy, 1 needs walk-back, 2 not enough data, 3 an error, 130 after Ctrl-C.
+    """
 
 
 @contextmanager
 def _reported_errors() -> Iterator[None]:
-    """Turn an expected failure into one line on stderr and exit code 3.
+    """Turn an expected failure into one line on stderr and exit code 3, and Ctrl-C into 130.
 
     Any other has that code too, for 1 is a verdict, and shows where it came from.
     """
@@ -125,10 +147,13 @@ def _reported_errors() -> Iterator[None]:
         yield
     except (typer.Exit, _UsageError):  # to Python a RuntimeError, to typer the normal way out
         raise
+    except KeyboardInterrupt:  # typer's own code for it is 1, a verdict
+        say("fadiag: interrupted")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     except Exception as error:
         if not isinstance(error, EXPECTED_ERRORS):
             traceback.print_exc()
-        errors.print(f"fadiag: {sentence(error)}", style="red", markup=False)
+        say(f"fadiag: {sentence(error)}", "red")
         raise typer.Exit(EXIT_ERROR) from None
 
 
@@ -137,29 +162,26 @@ def _progress(quiet: bool) -> Iterator[Callable[[str], Callable[[int, int, str],
     """Offer progress bars on a terminal, one line per finished task elsewhere."""
     if quiet:
         yield lambda name: lambda done, total, loss: None
-        return
-    if not errors.is_terminal:
+    elif draws_bars():
+        with progress_bars() as bars:
+
+            def bar(name: str) -> Callable[[int, int, str], None]:
+                update = bars(f"{name:<8}")
+                return lambda done, total, loss: update(
+                    done, total, f"{done}/{total} steps, loss {loss}"
+                )
+
+            yield bar
+    else:
 
         def line(name: str) -> Callable[[int, int, str], None]:
             def update(done: int, total: int, loss: str) -> None:
                 if done == total:
-                    errors.print(f"trained {name}: {total} steps, last loss {loss}", markup=False)
+                    say(f"trained {name}: {total} steps, last loss {loss}")
 
             return update
 
         yield line
-        return
-    columns = [TextColumn("{task.description:<8}"), BarColumn()]
-    columns += [TextColumn("{task.completed}/{task.total} steps, loss {task.fields[loss]}")]
-    with Progress(*columns, TimeRemainingColumn(), console=errors) as bars:
-
-        def bar(name: str) -> Callable[[int, int, str], None]:
-            task = bars.add_task(name, total=None, loss="-")
-            return lambda done, total, loss: bars.update(
-                task, completed=done, total=total, loss=loss
-            )
-
-        yield bar
 
 
 @app.command("train")
@@ -186,8 +208,11 @@ def train_command(
 ) -> None:
     """Train a zoo network with a credit rule and save it, feedback matrices included."""
     with _reported_errors():
+        # Before the work that it is to hold.
+        check_output_folder("--out", out.parent)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        check_output_file("--out", out)
         dataset = load_dataset(data, **parse_options(data_option))
-        out.parent.mkdir(parents=True, exist_ok=True)  # before the work that it is to hold
         with _progress(quiet) as progress:
             network = train(
                 model,
@@ -214,6 +239,7 @@ def _exit_code(verdicts: list[str]) -> int:
 
 @app.command("diagnose")
 def diagnose_command(
+    context: typer.Context,
     checkpoints: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -272,6 +298,19 @@ def diagnose_command(
     with _reported_errors():
         if not checkpoints and not init:
             raise ValueError("expected checkpoint files, or --init SEED for untrained weights")
+        check_output_file("--json", json_file, checkpoints or ())
+        check_output_file("--markdown", markdown_file, [*(checkpoints or ()), json_file])
+        if json_file is not None and json_file == markdown_file:
+            raise ValueError(f"--json and --markdown: expected two files, got {json_file} twice")
+        asks_frozen = frozen_acc is not None
+        tell_unused(
+            context,
+            ("rule", credit, "without --credit"),
+            ("frozen_test_size", asks_frozen, "without --frozen-acc"),
+            ("min_utility", asks_frozen, "without --frozen-acc"),
+            ("unsafe_pickle", bool(checkpoints), "without a checkpoint file"),
+            ("credit", bool(checkpoints), "without a checkpoint file: fresh weights have no rule"),
+        )
         dataset = load_dataset(data, **parse_options(data_option))
         options = parse_options(model_option)
         target = chosen_device(device)
@@ -294,6 +333,7 @@ def diagnose_command(
         rows: list[SummaryRow] = []
         records: list[dict[str, Any]] = []
         failed = 0
+        interrupted = False
         subjects: list[Path | int] = [*(checkpoints or []), *(init or [])]
         for path in subjects:
             try:
@@ -313,11 +353,14 @@ def diagnose_command(
                     credit=credit,
                     rule=rule,
                 )
+            except KeyboardInterrupt:  # what is finished is worth its figures
+                interrupted = True
+                break
             except Exception as error:  # a model's forward may raise anything
                 failed += 1
                 what = sentence(error)
                 records.append({"checkpoint": _name_of(path), "error": what})
-                errors.print(f"fadiag: {_name_of(path)}: {what}", style="red", markup=False)
+                say(f"fadiag: {_name_of(path)}: {what}", "red")
                 continue
             print(report, end="\n\n")
             rows.append(SummaryRow(report))
@@ -332,8 +375,11 @@ def diagnose_command(
             json_file.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n")
         if markdown_file is not None:
             markdown_file.write_text("\n".join(row.report.to_markdown() for row in rows))
+        if interrupted:
+            say(f"fadiag: interrupted after {len(records)} of {len(subjects)}")
+            raise typer.Exit(EXIT_INTERRUPTED)
         if failed:
-            errors.print(f"fadiag: {failed} of {len(subjects)} checkpoints could not be audited")
+            say(f"fadiag: {failed} of {len(subjects)} checkpoints could not be audited")
             raise typer.Exit(EXIT_ERROR)
         raise typer.Exit(_exit_code([row.report.verdict for row in rows]))
 
@@ -387,7 +433,7 @@ def _diagnose_one(
         beside = checkpoint.extra
         model, flat = build_network(model_name, dataset, options, beside.get("config"))
         for note in load_into(model, checkpoint):
-            errors.print(f"fadiag: {subject}: {note}", markup=False)
+            say(f"fadiag: {subject}: {note}")
         model = model.to(device)
     else:
         model = load_packaged(subject, map_location=device, trust_code=trust_code)
@@ -460,6 +506,7 @@ def audit_cnn_command(
 ) -> None:
     """Audit SmallCNN checkpoints of several rules and seeds; a missing file is only skipped."""
     with _reported_errors():
+        check_output_file("--out", out)
         audit = audit_cnn(
             folder,
             load_dataset(data),
@@ -474,7 +521,7 @@ def audit_cnn_command(
             out.write_text(audit.to_json() + "\n")
         broken = [row for row in audit.skipped if not row.missing]
         if broken:
-            errors.print(f"fadiag: {len(broken)} checkpoints could not be audited")
+            say(f"fadiag: {len(broken)} checkpoints could not be audited")
             raise typer.Exit(EXIT_ERROR)
         if not audit.rows:
             raise typer.Exit(EXIT_NOT_ENOUGH_DATA)
@@ -504,6 +551,7 @@ def demo_command(
 ) -> None:
     """Train four small networks on real images and audit each."""
     with _reported_errors():
+        check_output_folder("--out", out)
         dataset = load_dataset(data)
         out.mkdir(parents=True, exist_ok=True)
         surprises: list[str] = []
@@ -516,7 +564,7 @@ def demo_command(
         print("(d) is judged beside the verdict: it needs the frozen-blocks accuracy.")
         if surprises:
             for text in surprises:
-                errors.print(f"fadiag: unexpected: {text}", style="red", markup=False)
+                say(f"fadiag: unexpected: {text}", "red")
             raise typer.Exit(EXIT_ERROR)
 
 

@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 
 from ..checkpoints import load_checkpoint
 from ..options import (
@@ -37,11 +34,15 @@ from ..options import (
     TapsOption,
     UnsafePickleOption,
     build_network,
+    check_output_file,
+    check_output_folder,
     chosen_device,
     chosen_output,
     parse_options,
+    tell_unused,
 )
 from ..protocol import NOT_ENOUGH_DATA, TRUSTWORTHY, DiagnosticThresholds
+from ..terminal import EXIT_INTERRUPTED, draws_bars, progress_bars, say
 from ..training.watch import scan_result_of
 from ..zoo import load_dataset
 from .driver import Progress, find_entries, scan
@@ -49,10 +50,8 @@ from .html import write_report
 from .plots import write_plots
 from .records import NON_FINITE_WEIGHTS
 from .results import ScanResult
-from .series import Entry
+from .series import Entry, Pattern
 from .thresholds import sweep_thresholds
-
-_errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 FolderArgument = Annotated[Path, typer.Argument(help="A scan's folder.", show_default=False)]
 ConfigOption = Annotated[
@@ -71,6 +70,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
 
     @app.command("scan")
     def scan_command(
+        context: typer.Context,
         out: Annotated[Path, typer.Option(help="The folder of results; made if need be.")],
         checkpoints: Annotated[
             list[str] | None, typer.Argument(help="Files, folders or globs ('runs/**/*.pt').")
@@ -112,7 +112,19 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
     ) -> None:
         """Audit every checkpoint of a study; kill it and start it again, and nothing is lost."""
         with reported_errors():
+            check_output_folder("--out", out)
             target = chosen_device(device)
+            tell_unused(
+                context,
+                ("quiet", not json_lines, "beside --json, which prints nothing else"),
+                (
+                    "pattern",
+                    bool(checkpoints),
+                    "without checkpoints: --manifest gives run and step",
+                ),
+                ("min_utility", manifest is not None, "without the accuracies of a --manifest"),
+            )
+            _tell_fields(pattern)
             dataset = load_dataset(data, **parse_options(data_option))
             entries = _found(checkpoints, pattern, manifest)
             options = parse_options(model_option)
@@ -146,8 +158,8 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
                         on_progress=show,
                     )
                 except KeyboardInterrupt:
-                    _errors.print(f"fadiag: interrupted; what is finished is in {out}. Run again.")
-                    raise typer.Exit(130) from None
+                    say(f"fadiag: interrupted; what is finished is in {out}. Run again.")
+                    raise typer.Exit(EXIT_INTERRUPTED) from None
             if json_lines:
                 counts = result.counts
                 assert counts is not None
@@ -180,6 +192,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
 
     @app.command("report")
     def report_command(
+        context: typer.Context,
         folder: Annotated[
             Path,
             typer.Argument(
@@ -199,6 +212,9 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
     ) -> None:
         """Write a scan as one HTML file that needs no network, and its curves as pictures."""
         with reported_errors():
+            check_output_file("--out", out, [folder])
+            check_output_folder("--plots", plots)
+            tell_unused(context, ("most_plots", plots is not None, "without --plots"))
             steps = folder.suffix == ".jsonl"
             if steps and config is not None:
                 raise ValueError("--config: expected a scan's folder with it, got step records")
@@ -224,35 +240,36 @@ def _stack(text: str) -> int | Literal["auto"]:
 @contextmanager
 def _shown(quiet: bool, json_lines: bool) -> Iterator[Callable[[Progress], None] | None]:
     """Offer a bar on a terminal, a line per group elsewhere, or JSON lines."""
-    if quiet and not json_lines:
-        yield None
-    elif json_lines:
+    if json_lines:
         yield lambda at: print(json.dumps({**asdict(at), "rate": round(at.rate, 3)}), flush=True)
-    elif not _errors.is_terminal:
-        yield lambda at: _errors.print(
-            f"{at.done:,} of {at.total:,} checkpoints ({at.failed:,} failed), "
-            f"{at.bytes / 1e6:,.0f} MB, {at.rate:,.1f} a second, {at.seconds_left:,.0f} s left",
-            markup=False,
-        )
-    else:
-        columns = [
-            TextColumn("{task.completed:,}/{task.total:,} checkpoints"),
-            BarColumn(),
-            TextColumn("{task.fields[rate]:,.1f}/s, {task.fields[failed]:,} failed,"),
-            TextColumn("{task.fields[megabytes]:,.0f} MB, stack {task.fields[stack]}"),
-            TimeRemainingColumn(),
-        ]
-        with Bars(*columns, console=_errors) as bars:
-            task = bars.add_task("", total=None, rate=0.0, failed=0, megabytes=0.0, stack=1)
-            yield lambda at: bars.update(
-                task,
-                completed=at.done,
-                total=at.total,
-                rate=at.rate,
-                failed=at.failed,
-                megabytes=at.bytes / 1e6,
-                stack=at.stack,
+    elif quiet:
+        yield None
+    elif draws_bars():
+        with progress_bars() as bars:
+            update = bars("checkpoints")
+            yield lambda at: update(
+                at.done,
+                at.total,
+                f"{at.done:,}/{at.total:,}, {at.rate:,.1f}/s, {at.failed:,} failed, "
+                f"{at.bytes / 1e6:,.0f} MB, stack {at.stack}",
             )
+    else:
+        yield lambda at: say(
+            f"{at.done:,} of {at.total:,} checkpoints ({at.failed:,} failed), "
+            f"{at.bytes / 1e6:,.0f} MB, {at.rate:,.1f} a second, {at.seconds_left:,.0f} s left"
+        )
+
+
+def _tell_fields(patterns: Sequence[str] | None) -> None:
+    """Say what becomes of a pattern's fields that do not place a checkpoint."""
+    names = [name for text in patterns or () for name in Pattern(text).names]
+    others = [f"{{{name}}}" for name in dict.fromkeys(names) if name not in ("run", "step")]
+    if others:
+        say(
+            f"fadiag: --pattern: {', '.join(others)} only label a checkpoint: {{run}} and {{step}} "
+            f"say where it belongs",
+            "yellow",
+        )
 
 
 def _found(
@@ -264,7 +281,7 @@ def _found(
         entries = find_entries(checkpoints or [], pattern, manifest)
     for warning in caught:
         if str(warning.message).startswith("scan: "):
-            _errors.print(f"fadiag: {warning.message}", style="yellow", markup=False)
+            say(f"fadiag: {warning.message}", "yellow")
         else:  # of a library
             warnings.warn_explicit(
                 warning.message, warning.category, warning.filename, warning.lineno
@@ -283,11 +300,10 @@ def _saved_config(entries: Sequence[Entry], model: str, unsafe_pickle: bool) -> 
         except Exception:  # whatever it is, the checkpoint's row will say it
             continue
         if isinstance(config, dict) and config.get("model", model) != model:
-            _errors.print(
+            say(
                 f"fadiag: {entry.path}: expected a checkpoint of --model {model}, got one of "
                 f"{config['model']}",
-                style="yellow",
-                markup=False,
+                "yellow",
             )
         return config
     return None
