@@ -372,9 +372,13 @@ def diagnose_command(
         if len(rows) > 1:
             print(summary_table(rows))
         if json_file is not None:
-            json_file.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n")
+            json_file.write_text(
+                json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
         if markdown_file is not None:
-            markdown_file.write_text("\n".join(row.report.to_markdown() for row in rows))
+            markdown_file.write_text(
+                "\n".join(row.report.to_markdown() for row in rows), encoding="utf-8"
+            )
         if interrupted:
             say(f"fadiag: interrupted after {len(records)} of {len(subjects)}")
             raise typer.Exit(EXIT_INTERRUPTED)
@@ -518,7 +522,7 @@ def audit_cnn_command(
         )
         print(audit)
         if out is not None:
-            out.write_text(audit.to_json() + "\n")
+            out.write_text(audit.to_json() + "\n", encoding="utf-8")
         broken = [row for row in audit.skipped if not row.missing]
         if broken:
             say(f"fadiag: {len(broken)} checkpoints could not be audited")
@@ -595,8 +599,8 @@ def _demo_seed(
             notes=f"{_DEMO_NOTES[rule]} resmlp on {dataset.name}, seed {seed}, {steps} steps.",
         )
         stem = out / f"{rule}_s{seed}"
-        stem.with_suffix(".json").write_text(report.to_json() + "\n")
-        stem.with_suffix(".md").write_text(report.to_markdown())
+        stem.with_suffix(".json").write_text(report.to_json() + "\n", encoding="utf-8")
+        stem.with_suffix(".md").write_text(report.to_markdown(), encoding="utf-8")
         if not quiet:
             print(report, end="\n\n")
         rows.append(SummaryRow(report, _beside_frozen(report, rule, frozen_acc)))
@@ -624,34 +628,37 @@ def _unexpected(rows: list[SummaryRow]) -> list[str]:
 @app.command("doctor")
 def doctor_command() -> None:
     """Print versions, and which native libraries loaded, for what they were built, or why not."""
-    info = ops.build_info()
-    lines = [
-        ("fadiag_fast", __version__),
-        ("torch", f"{torch.__version__} (needs 2.10 or later)"),
-        ("python", platform.python_version()),
-        ("platform", platform.platform()),
-        ("cuda in torch", torch.version.cuda or "no"),
-    ]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(index)
-            name = torch.cuda.get_device_name(index)
-            lines.append((f"gpu {index}", f"{name}, compute capability {major}.{minor}"))
-    else:
-        lines.append(("gpu", "none available to torch"))
-    for device, library in ops.LIBRARIES.items():
-        built = {
-            "cpu": f"variants {', '.join(info.get('cpu_variants', [])) or 'none'}",
-            "cuda": f"architectures {', '.join(info.get('cuda_architectures', [])) or 'none'}"
-            + (f", with nvcc {info['cuda']}" if info.get("cuda") else ""),
-        }[device]
-        state = "loaded" if library.loaded else f"not loaded: {library.reason}"
-        lines.append((f"{device} library", f"{state}; built for {built}"))
-    lines.append(("built with", f"torch {info['torch_built_with']}" if info else "nothing built"))
-    lines.append(("FADIAG_BACKEND", ops.default_backend() or "not set"))
-    width = max(len(name) for name, _ in lines)
-    for name, text in lines:
-        print(f"{name:<{width}}  {text}")
+    with _reported_errors():
+        info = ops.build_info()
+        lines = [
+            ("fadiag_fast", __version__),
+            ("torch", f"{torch.__version__} (needs 2.10 or later)"),
+            ("python", platform.python_version()),
+            ("platform", platform.platform()),
+            ("cuda in torch", torch.version.cuda or "no"),
+        ]
+        if torch.cuda.is_available():
+            for index in range(torch.cuda.device_count()):
+                major, minor = torch.cuda.get_device_capability(index)
+                name = torch.cuda.get_device_name(index)
+                lines.append((f"gpu {index}", f"{name}, compute capability {major}.{minor}"))
+        else:
+            lines.append(("gpu", "none available to torch"))
+        for device, library in ops.LIBRARIES.items():
+            built = {
+                "cpu": f"variants {', '.join(info.get('cpu_variants', [])) or 'none'}",
+                "cuda": f"architectures {', '.join(info.get('cuda_architectures', [])) or 'none'}"
+                + (f", with nvcc {info['cuda']}" if info.get("cuda") else ""),
+            }[device]
+            state = "loaded" if library.loaded else f"not loaded: {library.reason}"
+            lines.append((f"{device} library", f"{state}; built for {built}"))
+        lines.append(
+            ("built with", f"torch {info['torch_built_with']}" if info else "nothing built")
+        )
+        lines.append(("FADIAG_BACKEND", ops.default_backend() or "not set"))
+        width = max(len(name) for name, _ in lines)
+        for name, text in lines:
+            print(f"{name:<{width}}  {text}")
 
 
 register_scan_commands(app, _reported_errors)

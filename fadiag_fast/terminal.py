@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -9,20 +10,25 @@ from rich.table import Column
 
 EXIT_INTERRUPTED = 130
 
-_errors = Console(stderr=True, highlight=False, soft_wrap=True)
-
 # done, total, text beside the bar.
 Update = Callable[[int, int, str], None]
 
 
+@cache
+def _errors() -> Console:
+    # Made when it is first needed: it looks at the terminal and the environment once.
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
 def say(text: str, style: str | None = None) -> None:
     """Print a line on stderr as it is: names of files may hold what rich takes for markup."""
-    _errors.print(text, style=style, markup=False)
+    _errors().print(text, style=style, markup=False)
 
 
 def draws_bars() -> bool:
     """Say whether stderr is a terminal that can redraw a line."""
-    return _errors.is_terminal and not _errors.is_dumb_terminal
+    console = _errors()
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 @contextmanager
@@ -39,7 +45,7 @@ def progress_bars(*, time_left: bool = True) -> Iterator[Callable[[str], Update]
     ]
     if time_left:
         columns.append(TimeRemainingColumn())
-    with Progress(*columns, console=_errors) as bars:
+    with Progress(*columns, console=_errors()) as bars:
 
         def add(name: str) -> Update:
             task = bars.add_task(name, total=None, text="")

@@ -347,7 +347,13 @@ class _Scan:
             for _ in range(ahead):
                 begin()
             while groups:
-                launched = self._launch(groups.popleft())
+                try:
+                    launched = self._launch(groups.popleft())
+                except KeyboardInterrupt:
+                    if computed is not None:  # the group before the one that was stopped is whole
+                        computed.wait()
+                        recorder.submit(record, computed.without_rows()).result()
+                    raise
                 if computed is not None:
                     finish(computed)
                 else:
