@@ -9,7 +9,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         # A terminal that has no ‖ or ━ shows a ? in its place.
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace" if stream.errors == "strict" else stream.errors)
+            stream.reconfigure(errors="replace")
     try:
         from .cli import app
     except KeyboardInterrupt:  # the import of torch takes seconds

@@ -630,6 +630,7 @@ def doctor_command() -> None:
     """Print versions, and which native libraries loaded, for what they were built, or why not."""
     with _reported_errors():
         info = ops.build_info()
+        built_with = info.get("torch_built_with")
         lines = [
             ("fadiag_fast", __version__),
             ("torch", f"{torch.__version__} (needs 2.10 or later)"),
@@ -652,9 +653,7 @@ def doctor_command() -> None:
             }[device]
             state = "loaded" if library.loaded else f"not loaded: {library.reason}"
             lines.append((f"{device} library", f"{state}; built for {built}"))
-        lines.append(
-            ("built with", f"torch {info['torch_built_with']}" if info else "nothing built")
-        )
+        lines.append(("built with", f"torch {built_with}" if built_with else "nothing built"))
         lines.append(("FADIAG_BACKEND", ops.default_backend() or "not set"))
         width = max(len(name) for name, _ in lines)
         for name, text in lines:

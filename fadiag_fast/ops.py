@@ -53,7 +53,9 @@ def _load(device: str) -> NativeLibrary:
             device, path, False, f"torch {torch.__version__} is built without CUDA"
         )
     if not path.exists():
-        decision = build_info().get("decision", "no native library was built")
+        decision = build_info().get(
+            "decision", "it was never built; pip install --no-build-isolation -e . builds it"
+        )
         return NativeLibrary(device, path, False, f"{path.name} is missing: {decision}")
     try:
         torch.ops.load_library(str(path))
