@@ -21,6 +21,7 @@ from .capture import choose_output, untouched
 from .checkpoints import load_checkpoint, load_into, save_checkpoint
 from .credit import CreditReport
 from .diagnosis import diagnose as run_diagnosis
+from .libraries import install_line
 from .options import (
     EXPECTED_ERRORS,
     BatchDimOption,
@@ -654,6 +655,7 @@ def doctor_command() -> None:
             state = "loaded" if library.loaded else f"not loaded: {library.reason}"
             lines.append((f"{device} library", f"{state}; built for {built}"))
         lines.append(("built with", f"torch {built_with}" if built_with else "nothing built"))
+        lines.append(("for torchvision", install_line()))
         lines.append(("FADIAG_BACKEND", ops.default_backend() or "not set"))
         width = max(len(name) for name, _ in lines)
         for name, text in lines:
