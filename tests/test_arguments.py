@@ -1,4 +1,4 @@
-"""What a newcomer hands over by mistake is an error that says what to hand over, before the work."""
+"""What is handed over by mistake is an error that says what to hand over, before the work."""
 
 import re
 import subprocess
@@ -70,7 +70,7 @@ def observe(request, tmp_path):
 def test_what_is_no_network(observe, model, message):
     with pytest.raises(TypeError, match=message):
         observe(model, BATCHES)
-    with pytest.raises(TypeError, match="StepProbe: model: expected a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"StepProbe: model: expected a torch\.nn\.Module"):
         StepProbe(model)
 
 
@@ -138,7 +138,7 @@ def test_what_are_no_batches(observe, make, error, message):
 
 @pytest.mark.parametrize("labels", [[0, 1, 2, 0], "abcd"])
 def test_labels_that_are_no_tensor(labels):
-    with pytest.raises(TypeError, match="batch 0: labels: expected a tensor, got .*as_tensor"):
+    with pytest.raises(TypeError, match=r"batch 0: labels: expected a tensor, got .*as_tensor"):
         diagnose(Net(), [(X, labels)])
 
 
@@ -187,7 +187,7 @@ def test_an_error_with_a_type_of_its_own_stays_as_it_is():
         def forward(self, x):
             raise Own("mine")
 
-    with pytest.raises(Own, match="^mine$"):
+    with pytest.raises(Own, match=r"^mine$"):
         diagnose(Raising(), BATCHES)
 
 
@@ -209,7 +209,7 @@ def test_options_of_another_type(observe, options, message):
 
 @pytest.mark.parametrize("value", ["0.9", True, torch.tensor(0.9)])
 def test_an_accuracy_of_another_type(value):
-    with pytest.raises(TypeError, match="headline_acc: expected a fraction from 0 to 1, got "):
+    with pytest.raises(TypeError, match=r"headline_acc: expected a fraction from 0 to 1, got .+"):
         diagnose(Net(), BATCHES, value)
     with pytest.raises(TypeError, match="test_size: expected a whole number"):
         diagnose(Net(), BATCHES, test_size="100")
@@ -221,12 +221,12 @@ def test_an_accuracy_of_another_type(value):
     [
         (
             X,
-            r"hiddens: expected a list of tensors, .*, got one tensor of shape \[4, 6\]; give \[hid",
+            r"hiddens: expected a list of tensors, .*, got one tensor of shape \[4, 6\]; give",
         ),
-        (iter([X]), r"got list_iterator; give list\(hiddens\)"),
-        ({"a": X}, r"got dict; give list\(hiddens.values\(\)\)"),
-        (None, "got NoneType"),
-        ("ab", "got str"),
+        (iter([X]), r".*, got list_iterator; give list\(hiddens\)"),
+        ({"a": X}, r".*, got dict; give list\(hiddens.values\(\)\)"),
+        (None, ".*, got NoneType"),
+        ("ab", ".*, got str"),
         ([X.numpy()], "layer 0: expected a tensor, got ndarray"),
         ([X, None], "layer 1: expected a tensor, got NoneType"),
         ([X.long()], "layer 0: expected float16, bfloat16, float32 or float64, got int64"),
@@ -306,7 +306,7 @@ def test_a_users_file_passes_mypy(tmp_path):
     )
     # The one error is the one that was put there: nothing else, and not by way of Any.
     (error, summary) = result.stdout.splitlines()
-    assert "user.py:23: error: Incompatible types in assignment" in error, result.stdout
+    assert "user.py:21: error: Incompatible types in assignment" in error, result.stdout
     assert re.search('expression has type "LayerStatistics"', error)
     assert "Found 1 error" in summary
 
