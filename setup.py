@@ -214,9 +214,10 @@ class BuildNative(build_ext):
             self.leave_out(target)
             return
         torch_folder()
+        ninja = find_ninja()
         cuda = plan_cuda()
         print(f"fadiag-fast build: CPU library; {cuda.reason}", file=sys.stderr, flush=True)
-        self.compile(target.resolve(), cuda, cxx)
+        self.compile(target.resolve(), cuda, cxx, ninja)
 
     def leave_out(self, target: Path) -> None:
         """Build the package without libraries: everything then runs in plain PyTorch."""
@@ -236,7 +237,7 @@ class BuildNative(build_ext):
         info = {"version": self.distribution.get_version(), "decision": decision}
         (target / "build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
-    def compile(self, target: Path, cuda: CudaPlan, cxx: str) -> None:
+    def compile(self, target: Path, cuda: CudaPlan, cxx: str, command: list[str]) -> None:
         import torch
 
         work = Path(self.build_temp).resolve() / "native"
@@ -267,7 +268,7 @@ class BuildNative(build_ext):
         if cuda.nvcc is not None:
             libraries.append(self.add_cuda(ninja, work, target, cuda, common, host))
         ninja.write(work / "build.ninja")
-        self.run_ninja(work)
+        self.run_ninja(command, work)
 
         info = {
             "version": self.distribution.get_version(),
@@ -346,11 +347,16 @@ class BuildNative(build_ext):
         for name in ("libtorch_cpu.so", "libtorch_cuda.so"):
             if not (folder / name).exists():
                 command = [*shlex.split(cxx), "-shared", "-fPIC", f"-Wl,-soname,{name}"]
-                subprocess.run([*command, "-o", folder / name, source], check=True)
+                command += ["-o", str(folder / name), str(source)]
+                if subprocess.run(command).returncode:
+                    raise SystemExit(
+                        f"fadiag-fast build: expected a C++ compiler that can link, got {cxx!r}; "
+                        f"its messages stand above. CXX= (empty) builds without it"
+                    )
 
     @staticmethod
-    def run_ninja(work: Path) -> None:
-        command = [*find_ninja(), "-C", str(work)]
+    def run_ninja(ninja: list[str], work: Path) -> None:
+        command = [*ninja, "-C", str(work)]
         if jobs := os.environ.get("MAX_JOBS"):
             command += ["-j", jobs]
         try:
