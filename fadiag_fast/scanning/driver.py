@@ -166,8 +166,6 @@ def scan(
     check_how(loss, batch_dim, "scan")
     check_protocol(protocol, "scan")
     check_count("workers", workers, "scan")
-    if stack != "auto":
-        check_count("stack", stack, "scan")
     entries = find_entries(checkpoints, pattern, manifest)
     model = unwrap(model)
     device = device_of(model)
