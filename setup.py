@@ -12,7 +12,9 @@ Environment:
     FORCE_ONLY_CPU=1       do not build the CUDA library
     CUDA_HOME              where to look for bin/nvcc first
     TORCH_CUDA_ARCH_LIST   for example "8.0;9.0+PTX"
-    CXX                    the C++ compiler
+    CXX                    the C++ compiler; empty for none
+
+Without a C++ compiler the package is built without libraries and runs in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -75,6 +77,47 @@ def nvcc_version(nvcc: Path) -> str:
     return match.group(1) if match else "unknown"
 
 
+def find_compiler() -> str | None:
+    """Return the C++ compiler's command, None where there is none."""
+    asked = os.environ.get("CXX")
+    command = "c++" if asked is None else asked
+    if command.strip() and shutil.which(shlex.split(command)[0]):
+        return command
+    if asked and asked.strip():
+        raise SystemExit(f"CXX: expected a C++ compiler, got {asked!r}, which is not found")
+    return None
+
+
+def find_ninja() -> list[str]:
+    """Return the command of the ninja package of this Python, or of the one on PATH."""
+    try:
+        import ninja  # noqa: F401
+    except ImportError:
+        if found := shutil.which("ninja"):
+            return [found]
+        raise SystemExit(
+            f"fadiag-fast build: expected ninja, got none. Install it: {sys.executable} -m pip "
+            f"install 'setuptools>=77' ninja"
+        ) from None
+    return [sys.executable, "-m", "ninja"]
+
+
+def torch_folder() -> Path:
+    """Return the folder of the torch whose headers are compiled against."""
+    try:
+        import torch
+    except ImportError as error:
+        raise SystemExit(
+            f"fadiag-fast build: expected torch 2.10 or later, got none ({error}). Install it "
+            f"first: {sys.executable} -m pip install torch"
+        ) from None
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        raise SystemExit(
+            f"fadiag-fast build: expected torch 2.10 or later, got {torch.__version__}"
+        )
+    return Path(torch.__file__).parent
+
+
 def choose_architectures() -> tuple[list[str], str]:
     import torch
 
@@ -107,7 +150,13 @@ def plan_cuda() -> CudaPlan:
         looked = "CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda"
         if is_set("FORCE_CUDA"):
             raise SystemExit(f"FORCE_CUDA is set: expected nvcc in one of {looked}, found none")
-        return CudaPlan(None, "", [], f"no CUDA library: no nvcc in {looked}")
+        return CudaPlan(
+            None,
+            "",
+            [],
+            f"no CUDA library: no nvcc in {looked}; install the CUDA toolkit, then fadiag-fast "
+            f"again",
+        )
     architectures, source = choose_architectures()
     version = nvcc_version(nvcc)
     names = ";".join(architectures)
@@ -160,20 +209,43 @@ class BuildNative(build_ext):
         package = (ROOT if in_place else Path(self.build_lib)) / "fadiag_fast"
         target = package / "_native"
         target.mkdir(parents=True, exist_ok=True)
+        cxx = find_compiler()
+        if cxx is None:
+            self.leave_out(target)
+            return
+        torch_folder()
+        ninja = find_ninja()
         cuda = plan_cuda()
         print(f"fadiag-fast build: CPU library; {cuda.reason}", file=sys.stderr, flush=True)
-        self.compile(target.resolve(), cuda)
+        self.compile(target.resolve(), cuda, cxx, ninja)
 
-    def compile(self, target: Path, cuda: CudaPlan) -> None:
+    def leave_out(self, target: Path) -> None:
+        """Build the package without libraries: everything then runs in plain PyTorch."""
+        if is_set("FORCE_CUDA"):
+            raise SystemExit("FORCE_CUDA is set: expected a C++ compiler, found none")
+        decision = (
+            "it was built without a C++ compiler; install one (for example: apt install g++), then "
+            "fadiag-fast again"
+        )
+        print(
+            f"fadiag-fast build: no libraries, plain PyTorch only, which is slower: {decision}",
+            file=sys.stderr,
+            flush=True,
+        )
+        for library in target.glob("libfadiag_*.so"):
+            library.unlink()
+        info = {"version": self.distribution.get_version(), "decision": decision}
+        (target / "build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+
+    def compile(self, target: Path, cuda: CudaPlan, cxx: str, command: list[str]) -> None:
         import torch
 
         work = Path(self.build_temp).resolve() / "native"
         work.mkdir(parents=True, exist_ok=True)
-        include = Path(torch.__file__).parent / "include"
+        include = torch_folder() / "include"
         defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DTORCH_STABLE_ONLY"]
         common = ["-std=c++17", "-O3", *defines, "-isystem", shlex.quote(str(include))]
         host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-g0"]
-        cxx = os.environ.get("CXX", "c++")
         ninja = NinjaFile()
         # -ffp-contract=off: the same bits with and without fused multiply-add.
         ninja.rule(
@@ -196,7 +268,7 @@ class BuildNative(build_ext):
         if cuda.nvcc is not None:
             libraries.append(self.add_cuda(ninja, work, target, cuda, common, host))
         ninja.write(work / "build.ninja")
-        self.run_ninja(work)
+        self.run_ninja(command, work)
 
         info = {
             "version": self.distribution.get_version(),
@@ -275,12 +347,16 @@ class BuildNative(build_ext):
         for name in ("libtorch_cpu.so", "libtorch_cuda.so"):
             if not (folder / name).exists():
                 command = [*shlex.split(cxx), "-shared", "-fPIC", f"-Wl,-soname,{name}"]
-                subprocess.run([*command, "-o", folder / name, source], check=True)
+                command += ["-o", str(folder / name), str(source)]
+                if subprocess.run(command).returncode:
+                    raise SystemExit(
+                        f"fadiag-fast build: expected a C++ compiler that can link, got {cxx!r}; "
+                        f"its messages stand above. CXX= (empty) builds without it"
+                    )
 
     @staticmethod
-    def run_ninja(work: Path) -> None:
-        # The ninja package of this Python, wherever PATH points: `python -m ninja`.
-        command = [sys.executable, "-m", "ninja", "-C", str(work)]
+    def run_ninja(ninja: list[str], work: Path) -> None:
+        command = [*ninja, "-C", str(work)]
         if jobs := os.environ.get("MAX_JOBS"):
             command += ["-j", jobs]
         try:
@@ -288,7 +364,8 @@ class BuildNative(build_ext):
         except subprocess.CalledProcessError as error:
             raise SystemExit(
                 "fadiag-fast build: the native libraries did not compile; the compiler's messages "
-                "stand above. FORCE_ONLY_CPU=1 leaves the CUDA library out."
+                "stand above. FORCE_ONLY_CPU=1 leaves the CUDA library out, CXX= (empty) both: "
+                "everything then runs in plain PyTorch."
             ) from error
 
     def get_outputs(self) -> list[str]:

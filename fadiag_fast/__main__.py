@@ -1,12 +1,20 @@
 """Run the command line: ``fadiag`` or ``python -m fadiag_fast``."""
 
+import io
 import sys
 
 
 def main() -> None:
     """Start the command line, or say which extra it needs."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that has no ‖ or ━ shows a ? in its place.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         from .cli import app
+    except KeyboardInterrupt:  # the import of torch takes seconds
+        print("fadiag: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise

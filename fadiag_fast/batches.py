@@ -62,6 +62,7 @@ def check_batch(
         raise TypeError(
             f"{caller}: batch {index}: expected a pair (x, y), got {type(batch).__name__}"
             + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
+            + _as_pair(batch)
         )
     x, y = batch
     x = dict(x) if isinstance(x, Mapping) else x
@@ -69,6 +70,7 @@ def check_batch(
         raise TypeError(
             f"{caller}: batch {index}: expected x to be a tensor, a tuple or a dict of tensors, "
             f"got {type(x).__name__}"
+            + ("; make one by torch.as_tensor(x)" if hasattr(x, "__array__") else "")
         )
     counts = sample_counts(x, batch_dim)
     if not counts:
@@ -85,20 +87,56 @@ def check_batch(
     return x, y
 
 
-def check_labels(index: int, y: Tensor, logits: torch.Size, caller: str = "diagnose") -> None:
-    """Raise ValueError where a class index has no logit.
+def _as_pair(batch: object) -> str:
+    """Return what to do with a batch that is no pair."""
+    if isinstance(batch, Tensor):
+        return "; give its labels too, (x, y)"
+    if isinstance(batch, tuple | list) and len(batch) > 2:
+        return "; give ((x, y) for x, y, *_ in batches), or ((a, b), y) for two inputs"
+    return ""
+
+
+def check_labels(index: int, y: object, logits: torch.Size, caller: str = "diagnose") -> None:
+    """Raise where labels are not what :func:`fadiag_fast.capture.classification_loss` takes.
 
     On a GPU a label out of range would abort the process's CUDA context instead of raising.
 
     Args:
         index: of the batch.
-        y: labels as :func:`fadiag_fast.capture.classification_loss` takes them.
+        y: labels.
         logits: their shape.
+        caller: for the message.
+
+    Raises:
+        TypeError: no tensor, or of a type that is neither class index nor probability.
+        ValueError: a class index has no logit, or the shape does not fit.
     """
-    if y.is_floating_point() or len(logits) < 2 or not y.numel():
+    where = f"{caller}: batch {index}: labels"
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"{where}: expected a tensor, got {type(y).__name__}; make one by torch.as_tensor(y), "
+            f"or give loss="
+        )
+    if len(logits) < 2:
         return
     per_token = len(logits) == 3 and y.shape == logits[:-1]
     classes = logits[-1 if per_token else 1]
+    shape = [*logits[:1], *logits[2:]]
+    expected = f"class indices, int64 {shape}"
+    if y.is_floating_point() or y.is_complex():
+        if y.shape != logits or y.is_complex():
+            fix = "; y.long() if they are indices" if list(y.shape) == shape else ""
+            raise TypeError(
+                f"{where}: expected {expected}, or probabilities {list(logits)}, got "
+                f"{_described(y)}{fix}; of another task, give loss="
+            )
+        return
+    if y.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(f"{where}: expected {expected}, got {_described(y)}; give y.long()")
+    if not per_token and list(y.shape) != shape:
+        one_hot = y.shape == logits and int(y.sum()) == y.shape[0]
+        fix = "y.argmax(1)" if one_hot else "y.squeeze(1)" if y.shape[1:2] == (1,) else "loss="
+        raise ValueError(f"{where}: expected {expected}, got {_described(y)}; give {fix}")
     counted = y[y != -100]
     low, high = (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
     if low < 0 or high >= classes:
@@ -106,3 +144,7 @@ def check_labels(index: int, y: Tensor, logits: torch.Size, caller: str = "diagn
             f"{caller}: batch {index}: expected labels from 0 to {classes - 1}, "
             f"got labels from {low} to {high}"
         )
+
+
+def _described(y: Tensor) -> str:
+    return f"{str(y.dtype).removeprefix('torch.')} {list(y.shape)}"

@@ -3,9 +3,11 @@
 The native kernels make the same checks and would raise RuntimeError; these give the error its type.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
+
+from .reference import LayerStatistics
 
 FLOATING = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 _FLOATING_TEXT = "float16, bfloat16, float32 or float64"
@@ -20,6 +22,41 @@ def _check_tensor(where: str, value: object) -> None:
         raise TypeError(f"{where}: expected a tensor, got {type(value).__name__}")
     if str(value.dtype) not in FLOATING:
         raise TypeError(f"{where}: expected {_FLOATING_TEXT}, got {_name(value.dtype)}")
+
+
+def check_lists(op: str, **lists: object) -> None:
+    """Raise TypeError where a list of tensors, one a layer, is something else.
+
+    A tensor has a length and elements too: its rows would be taken for layers.
+    """
+    for name, value in lists.items():
+        if isinstance(value, Tensor):
+            raise TypeError(
+                f"{op}: {name}: expected a list of tensors, one a layer, got one tensor of shape "
+                f"{list(value.shape)}; give [{name}] if it is one layer's"
+            )
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            hint = f"; give list({name})" if isinstance(value, Iterator) else ""
+            hint = f"; give list({name}.values())" if isinstance(value, Mapping) else hint
+            raise TypeError(
+                f"{op}: {name}: expected a list of tensors, one a layer, got "
+                f"{type(value).__name__}{hint}"
+            )
+
+
+def check_directions(grad_means: object) -> None:
+    """Raise TypeError where K batches of L tensors are something else."""
+    op = "direction_cosines"
+    check_lists(op, grad_means=grad_means)
+    assert isinstance(grad_means, Sequence)
+    for batch, layers in enumerate(grad_means):
+        if isinstance(layers, LayerStatistics):
+            raise TypeError(
+                f"{op}: batch {batch}: expected its mean gradients, a list of tensors, got "
+                f"LayerStatistics; give its .grad_mean"
+            )
+        if type(layers) not in (list, tuple):
+            check_lists(op, **{f"grad_means[{batch}]": layers})
 
 
 def check_statistics_input(

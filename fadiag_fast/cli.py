@@ -1,6 +1,6 @@
 """The command line: demo, train, diagnose, scan, audit-cnn, study, watch, doctor.
 
-Exit codes: 0 trustworthy, 1 needs walk-back, 2 not enough data, above 2 an error.
+Exit codes: 0 trustworthy, 1 needs walk-back, 2 not enough data, 3 an error, 130 after Ctrl-C.
 """
 
 import json
@@ -14,16 +14,15 @@ from typing import Annotated, Any, cast
 
 import torch
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from typer.core import TyperGroup
 
 from . import __version__, ops
 from .capture import choose_output, untouched
 from .checkpoints import load_checkpoint, load_into, save_checkpoint
-from .consoles import EscapingConsole
 from .credit import CreditReport
 from .diagnosis import diagnose as run_diagnosis
+from .libraries import install_line
 from .options import (
     EXPECTED_ERRORS,
     BatchDimOption,
@@ -48,10 +47,13 @@ from .options import (
     TrustCodeOption,
     UnsafePickleOption,
     build_network,
+    check_output_file,
+    check_output_folder,
     chosen_device,
     chosen_output,
     parse_options,
     sentence,
+    tell_unused,
 )
 from .packaged import is_program, load_packaged
 from .protocol import (
@@ -66,6 +68,7 @@ from .report import DiagnosticReport, SummaryRow, summary_table
 from .scanning.cli import register as register_scan_commands
 from .statistics import Reduction, SampleReduction
 from .study.cli import register as register_study
+from .terminal import EXIT_INTERRUPTED, draws_bars, progress_bars, say
 from .text import display_name, echo, for_terminal, json_bytes
 from .training.cli import register as register_watch
 from .zoo import (
@@ -111,17 +114,37 @@ _UsageError: Any = typer.BadParameter.__base__
 app = typer.Typer(
     name="fadiag",
     cls=_Commands,
-    help="Find out whether a network's hidden states and gradients can be trusted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-errors = EscapingConsole(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"fadiag_fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Find out whether a network's hidden states and gradients can be trusted.
+
+    Exit codes: 0 trustworthy, 1 needs walk-back, 2 not enough data, 3 an error, 130 after Ctrl-C.
+    """
 
 
 @contextmanager
 def _reported_errors() -> Iterator[None]:
-    """Turn an expected failure into one line on stderr and exit code 3.
+    """Turn an expected failure into one line on stderr and exit code 3, and Ctrl-C into 130.
 
     Any other has that code too, for 1 is a verdict, and shows where it came from. Warnings, which
     may name files, are fit for a terminal meanwhile.
@@ -132,10 +155,13 @@ def _reported_errors() -> Iterator[None]:
         yield
     except (typer.Exit, _UsageError):  # to Python a RuntimeError, to typer the normal way out
         raise
+    except KeyboardInterrupt:  # typer's own code for it is 1, a verdict
+        say("fadiag: interrupted")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     except Exception as error:
         if not isinstance(error, EXPECTED_ERRORS):
-            errors.print(traceback.format_exc(), markup=False)
-        errors.print(f"fadiag: {sentence(error)}", style="red", markup=False)
+            say(traceback.format_exc())
+        say(f"fadiag: {sentence(error)}", "red")
         raise typer.Exit(EXIT_ERROR) from None
     finally:
         warnings.formatwarning = plain
@@ -146,29 +172,26 @@ def _progress(quiet: bool) -> Iterator[Callable[[str], Callable[[int, int, str],
     """Offer progress bars on a terminal, one line per finished task elsewhere."""
     if quiet:
         yield lambda name: lambda done, total, loss: None
-        return
-    if not errors.is_terminal:
+    elif draws_bars():
+        with progress_bars() as bars:
+
+            def bar(name: str) -> Callable[[int, int, str], None]:
+                update = bars(f"{name:<8}")
+                return lambda done, total, loss: update(
+                    done, total, f"{done}/{total} steps, loss {loss}"
+                )
+
+            yield bar
+    else:
 
         def line(name: str) -> Callable[[int, int, str], None]:
             def update(done: int, total: int, loss: str) -> None:
                 if done == total:
-                    errors.print(f"trained {name}: {total} steps, last loss {loss}", markup=False)
+                    say(f"trained {name}: {total} steps, last loss {loss}")
 
             return update
 
         yield line
-        return
-    columns = [TextColumn("{task.description:<8}"), BarColumn()]
-    columns += [TextColumn("{task.completed}/{task.total} steps, loss {task.fields[loss]}")]
-    with Progress(*columns, TimeRemainingColumn(), console=errors) as bars:
-
-        def bar(name: str) -> Callable[[int, int, str], None]:
-            task = bars.add_task(name, total=None, loss="-")
-            return lambda done, total, loss: bars.update(
-                task, completed=done, total=total, loss=loss
-            )
-
-        yield bar
 
 
 @app.command("train")
@@ -195,8 +218,11 @@ def train_command(
 ) -> None:
     """Train a zoo network with a credit rule and save it, feedback matrices included."""
     with _reported_errors():
+        # Before the work that it is to hold.
+        check_output_folder("--out", out.parent)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        check_output_file("--out", out)
         dataset = load_dataset(data, **parse_options(data_option))
-        out.parent.mkdir(parents=True, exist_ok=True)  # before the work that it is to hold
         with _progress(quiet) as progress:
             network = train(
                 model,
@@ -223,6 +249,7 @@ def _exit_code(verdicts: list[str]) -> int:
 
 @app.command("diagnose")
 def diagnose_command(
+    context: typer.Context,
     checkpoints: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -284,6 +311,19 @@ def diagnose_command(
     with _reported_errors():
         if not checkpoints and not init:
             raise ValueError("expected checkpoint files, or --init SEED for untrained weights")
+        check_output_file("--json", json_file, checkpoints or ())
+        check_output_file("--markdown", markdown_file, [*(checkpoints or ()), json_file])
+        if json_file is not None and json_file == markdown_file:
+            raise ValueError(f"--json and --markdown: expected two files, got {json_file} twice")
+        asks_frozen = frozen_acc is not None
+        tell_unused(
+            context,
+            ("rule", credit, "without --credit"),
+            ("frozen_test_size", asks_frozen, "without --frozen-acc"),
+            ("min_utility", asks_frozen, "without --frozen-acc"),
+            ("unsafe_pickle", bool(checkpoints), "without a checkpoint file"),
+            ("credit", bool(checkpoints), "without a checkpoint file: fresh weights have no rule"),
+        )
         dataset = load_dataset(data, **parse_options(data_option))
         options = parse_options(model_option)
         target = chosen_device(device)
@@ -306,6 +346,7 @@ def diagnose_command(
         rows: list[SummaryRow] = []
         records: list[dict[str, Any]] = []
         failed = 0
+        interrupted = False
         subjects: list[Path | int] = [*(checkpoints or []), *(init or [])]
         for path in subjects:
             try:
@@ -326,11 +367,14 @@ def diagnose_command(
                     credit=credit,
                     rule=rule,
                 )
+            except KeyboardInterrupt:  # what is finished is worth its figures
+                interrupted = True
+                break
             except Exception as error:  # a model's forward may raise anything
                 failed += 1
                 what = sentence(error)
                 records.append({"checkpoint": _name_of(path), "error": what})
-                errors.print(f"fadiag: {_shown(path)}: {what}", style="red", markup=False)
+                say(f"fadiag: {_shown(path)}: {what}", "red")
                 continue
             echo(report, end="\n\n")
             rows.append(SummaryRow(report))
@@ -348,8 +392,11 @@ def diagnose_command(
         if markdown_file is not None:
             text = "\n".join(row.report.to_markdown() for row in rows)
             markdown_file.write_text(text, encoding="utf-8", errors="backslashreplace")
+        if interrupted:
+            say(f"fadiag: interrupted after {len(records)} of {len(subjects)}")
+            raise typer.Exit(EXIT_INTERRUPTED)
         if failed:
-            errors.print(f"fadiag: {failed} of {len(subjects)} checkpoints could not be audited")
+            say(f"fadiag: {failed} of {len(subjects)} checkpoints could not be audited")
             raise typer.Exit(EXIT_ERROR)
         raise typer.Exit(_exit_code([row.report.verdict for row in rows]))
 
@@ -409,7 +456,7 @@ def _diagnose_one(
         held = sum(tensor.numel() for tensor in checkpoint.state_dict.values())
         model, flat = build_network(model_name, dataset, options, beside.get("config"), held)
         for note in load_into(model, checkpoint):
-            errors.print(f"fadiag: {_shown(subject)}: {note}", markup=False)
+            say(f"fadiag: {_shown(subject)}: {note}")
         model = model.to(device)
     else:
         model = load_packaged(subject, map_location=device, trust_code=trust_code)
@@ -482,6 +529,7 @@ def audit_cnn_command(
 ) -> None:
     """Audit SmallCNN checkpoints of several rules and seeds; a missing file is only skipped."""
     with _reported_errors():
+        check_output_file("--out", out)
         audit = audit_cnn(
             folder,
             load_dataset(data),
@@ -496,7 +544,7 @@ def audit_cnn_command(
             out.write_bytes(json_bytes(audit.to_json() + "\n"))
         broken = [row for row in audit.skipped if not row.missing]
         if broken:
-            errors.print(f"fadiag: {len(broken)} checkpoints could not be audited")
+            say(f"fadiag: {len(broken)} checkpoints could not be audited")
             raise typer.Exit(EXIT_ERROR)
         if not audit.rows:
             raise typer.Exit(EXIT_NOT_ENOUGH_DATA)
@@ -526,6 +574,7 @@ def demo_command(
 ) -> None:
     """Train four small networks on real images and audit each."""
     with _reported_errors():
+        check_output_folder("--out", out)
         dataset = load_dataset(data)
         out.mkdir(parents=True, exist_ok=True)
         surprises: list[str] = []
@@ -538,7 +587,7 @@ def demo_command(
         print("(d) is judged beside the verdict: it needs the frozen-blocks accuracy.")
         if surprises:
             for text in surprises:
-                errors.print(f"fadiag: unexpected: {text}", style="red", markup=False)
+                say(f"fadiag: unexpected: {text}", "red")
             raise typer.Exit(EXIT_ERROR)
 
 
@@ -569,8 +618,8 @@ def _demo_seed(
             notes=f"{_DEMO_NOTES[rule]} resmlp on {dataset.name}, seed {seed}, {steps} steps.",
         )
         stem = out / f"{rule}_s{seed}"
-        stem.with_suffix(".json").write_text(report.to_json() + "\n")
-        stem.with_suffix(".md").write_text(report.to_markdown())
+        stem.with_suffix(".json").write_text(report.to_json() + "\n", encoding="utf-8")
+        stem.with_suffix(".md").write_text(report.to_markdown(), encoding="utf-8")
         if not quiet:
             echo(report, end="\n\n")
         rows.append(SummaryRow(report, _beside_frozen(report, rule, frozen_acc)))
@@ -598,34 +647,37 @@ def _unexpected(rows: list[SummaryRow]) -> list[str]:
 @app.command("doctor")
 def doctor_command() -> None:
     """Print versions, and which native libraries loaded, for what they were built, or why not."""
-    info = ops.build_info()
-    lines = [
-        ("fadiag_fast", __version__),
-        ("torch", f"{torch.__version__} (needs 2.10 or later)"),
-        ("python", platform.python_version()),
-        ("platform", platform.platform()),
-        ("cuda in torch", torch.version.cuda or "no"),
-    ]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(index)
-            name = torch.cuda.get_device_name(index)
-            lines.append((f"gpu {index}", f"{name}, compute capability {major}.{minor}"))
-    else:
-        lines.append(("gpu", "none available to torch"))
-    for device, library in ops.LIBRARIES.items():
-        built = {
-            "cpu": f"variants {', '.join(info.get('cpu_variants', [])) or 'none'}",
-            "cuda": f"architectures {', '.join(info.get('cuda_architectures', [])) or 'none'}"
-            + (f", with nvcc {info['cuda']}" if info.get("cuda") else ""),
-        }[device]
-        state = "loaded" if library.loaded else f"not loaded: {library.reason}"
-        lines.append((f"{device} library", f"{state}; built for {built}"))
-    lines.append(("built with", f"torch {info['torch_built_with']}" if info else "nothing built"))
-    lines.append(("FADIAG_BACKEND", ops.default_backend() or "not set"))
-    width = max(len(name) for name, _ in lines)
-    for name, text in lines:
-        echo(f"{name:<{width}}  {text}")
+    with _reported_errors():
+        info = ops.build_info()
+        built_with = info.get("torch_built_with")
+        lines = [
+            ("fadiag_fast", __version__),
+            ("torch", f"{torch.__version__} (needs 2.10 or later)"),
+            ("python", platform.python_version()),
+            ("platform", platform.platform()),
+            ("cuda in torch", torch.version.cuda or "no"),
+        ]
+        if torch.cuda.is_available():
+            for index in range(torch.cuda.device_count()):
+                major, minor = torch.cuda.get_device_capability(index)
+                name = torch.cuda.get_device_name(index)
+                lines.append((f"gpu {index}", f"{name}, compute capability {major}.{minor}"))
+        else:
+            lines.append(("gpu", "none available to torch"))
+        for device, library in ops.LIBRARIES.items():
+            built = {
+                "cpu": f"variants {', '.join(info.get('cpu_variants', [])) or 'none'}",
+                "cuda": f"architectures {', '.join(info.get('cuda_architectures', [])) or 'none'}"
+                + (f", with nvcc {info['cuda']}" if info.get("cuda") else ""),
+            }[device]
+            state = "loaded" if library.loaded else f"not loaded: {library.reason}"
+            lines.append((f"{device} library", f"{state}; built for {built}"))
+        lines.append(("built with", f"torch {built_with}" if built_with else "nothing built"))
+        lines.append(("for torchvision", install_line()))
+        lines.append(("FADIAG_BACKEND", ops.default_backend() or "not set"))
+        width = max(len(name) for name, _ in lines)
+        for name, text in lines:
+            echo(f"{name:<{width}}  {text}")
 
 
 register_scan_commands(app, _reported_errors)

@@ -11,6 +11,16 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from . import ops
+from .arguments import (
+    check_count,
+    check_fits_forward,
+    check_fraction,
+    check_how,
+    check_module,
+    check_thresholds,
+    each_batch,
+    named_failures,
+)
 from .batches import check_batch, check_labels, device_of, sample_counts, to_device
 from .calibrated import find_causes, judge_figures
 from .capture import Loss, Output, Probe, classification_loss, untouched
@@ -99,21 +109,24 @@ def diagnose(
     Raises:
         TapError: the hidden states cannot be found, or the loss does not depend on one.
         ValueError: an unknown protocol, an accuracy outside [0, 1], a test size below 1, labels
-            out of range, batches that do not fit, a loss that is no scalar.
-        TypeError: a batch is no (x, y) pair.
+            out of range, batches that do not fit, a loss that is no scalar, an iterator of batches
+            that has none left.
+        TypeError: an argument of another type; a batch is no (x, y) pair, or has other arguments
+            than the model's forward; labels that are no class indices.
+
+        An error inside the forward pass keeps its type, and names the batch and the layer.
 
     Source: "Beyond Accuracy and Alignment" (arXiv 2606.21126).
     """
     started = time.perf_counter()
-    for name, value in (
-        ("headline_acc", headline_acc),
-        ("frozen_baseline_acc", frozen_baseline_acc),
-    ):
-        if value is not None and not 0.0 <= value <= 1.0:
-            raise ValueError(f"diagnose: {name}: expected a fraction from 0 to 1, got {value}")
-    for name, size in (("test_size", test_size), ("frozen_test_size", frozen_test_size)):
-        if size is not None and size < 1:
-            raise ValueError(f"diagnose: {name}: expected at least 1 image, got {size}")
+    check_module(model, "diagnose")
+    given = each_batch(eval_batches, "diagnose")
+    check_fraction("headline_acc", headline_acc, "diagnose")
+    check_fraction("frozen_baseline_acc", frozen_baseline_acc, "diagnose")
+    check_count("test_size", test_size, "diagnose", " image")
+    check_count("frozen_test_size", frozen_test_size, "diagnose", " image")
+    check_thresholds(thresholds, "diagnose")
+    check_how(loss, batch_dim, "diagnose")
     check_protocol(protocol, "diagnose")
     limits = thresholds or DiagnosticThresholds()
     how = reduction if isinstance(reduction, SampleReduction) else SampleReduction(reduction)
@@ -131,15 +144,17 @@ def diagnose(
     batches: list[BatchStatistics] = []
     empty = 0
     with untouched(model):
-        for index, batch in enumerate(eval_batches):
+        for index, batch in enumerate(given):
             x, y = check_batch(index, batch, batch_dim)
+            check_fits_forward(index, model, x, "diagnose")
             x, y = to_device((x, y), device)
             if 0 in sample_counts(x, batch_dim):
                 empty += 1
                 continue
-            if default_loss and isinstance(y, Tensor):
+            if default_loss and y is not None:
                 probe.loss = _checked_cross_entropy(index, probe)
-            captured = probe.capture(x, y)
+            with named_failures(model, f"diagnose: batch {index}"):
+                captured = probe.capture(x, y)
             batches.append(batch_statistics(captured, y, reduction=how, backend=backend))
             del captured  # before the next batch's, not after
             _check_shapes(index, probe, batches)

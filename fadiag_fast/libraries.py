@@ -57,6 +57,15 @@ def build_from(
     return model
 
 
+def install_line() -> str:
+    """Return the command that installs torchvision and timm beside the torch that is here.
+
+    Each torchvision demands one torch: without its version in the same command pip would install
+    the newest of both.
+    """
+    return f"pip install torch=={torch.__version__.partition('+')[0]} torchvision timm pillow"
+
+
 def _imported(library: str) -> ModuleType:
     try:
         # timm needs torchvision, and says less about why it cannot be imported.
@@ -64,13 +73,13 @@ def _imported(library: str) -> ModuleType:
         return torchvision if library == "torchvision" else importlib.import_module(library)
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"--model {library}:NAME needs {error.name}, which is not installed: "
-            f"pip install 'fadiag-fast[vision]'"
+            f"--model {library}:NAME needs {error.name}, which is not installed: {install_line()}"
         ) from error
     except (RuntimeError, OSError) as error:
         # Its operators are compiled against one version and one build (CPU, CUDA) of torch.
         raise ImportError(
             f"--model {library}:NAME needs a torchvision that was built for torch "
             f"{torch.__version__}; the installed one cannot be imported ({error}). Install it from "
-            f"the index that torch came from, https://download.pytorch.org/whl/cpu for instance"
+            f"the index that torch came from: {install_line()} --index-url "
+            f"https://download.pytorch.org/whl/cpu for instance"
         ) from error

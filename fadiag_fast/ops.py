@@ -9,7 +9,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,7 +53,9 @@ def _load(device: str) -> NativeLibrary:
             device, path, False, f"torch {torch.__version__} is built without CUDA"
         )
     if not path.exists():
-        decision = build_info().get("decision", "no native library was built")
+        decision = build_info().get(
+            "decision", "it was never built; pip install --no-build-isolation -e . builds it"
+        )
         return NativeLibrary(device, path, False, f"{path.name} is missing: {decision}")
     try:
         torch.ops.load_library(str(path))
@@ -147,8 +149,8 @@ def _memory_order(sizes: Sequence[int], strides: Sequence[int]) -> list[int] | N
     return order
 
 
-class PackedStatistics:
-    """The figures of ``LayerStatistics`` as the operator returns them: cut up when they are read.
+class PackedStatistics(LayerStatistics):
+    """``LayerStatistics`` as the operator returns them: cut up when they are read.
 
     A training loop that only keeps them for later pays for no view, and keeps no gradient alive.
 
@@ -222,12 +224,6 @@ class PackedStatistics:
         start = self._norms_width() + sum(widths[:layer])
         return self.packed.narrow(-1, start, widths[layer])
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.hidden_norm, self.grad_norm, self.grad_mean))
-
-    def __repr__(self) -> str:
-        return repr(LayerStatistics(*self))
-
 
 def _shape_mean(mean: Tensor, sizes: tuple[int, ...], strides: Sequence[int]) -> Tensor:
     """Give a mean, which lies in the memory order of the grad's samples, their shape."""
@@ -255,7 +251,7 @@ def layer_statistics(
     *,
     stacked: bool = False,
     backend: Backend | None = None,
-) -> LayerStatistics | PackedStatistics:
+) -> LayerStatistics:
     """Compute per-sample norms and batch-mean gradients of all layers in one pass.
 
     Args:
@@ -268,12 +264,13 @@ def layer_statistics(
         backend: ``"native"`` or ``"torch"`` to force one.
 
     Returns:
-        An object with ``hidden_norm`` and ``grad_norm``, ``[L, B]`` float64, and ``grad_mean``, a
-        tuple of one tensor per layer, shaped like a sample; see :class:`LayerStatistics`. None of
-        them is differentiable.
+        :class:`LayerStatistics`: ``hidden_norm`` and ``grad_norm``, ``[L, B]`` float64, and
+        ``grad_mean``, a tuple of one tensor per layer, shaped like a sample. None of them is
+        differentiable.
 
     Raises:
-        TypeError: a tensor is of no floating type, or a pair differs in dtype.
+        TypeError: no list of tensors, a tensor of no floating type, or a pair that differs in
+            dtype.
         ValueError: the list is empty, or layers differ in samples, shape or device.
         RuntimeError: ``backend="native"`` and there is no kernel for the device.
 
@@ -288,6 +285,8 @@ def layer_statistics(
     >>> statistics.grad_mean[0]
     tensor([0.5000, 0.5000])
     """
+    if type(hiddens) is not list or type(grads) is not list:
+        checks.check_lists("layer_statistics", hiddens=hiddens, grads=grads)
     if (
         len(hiddens) == 0
         or not isinstance(hiddens[0], Tensor)
@@ -366,6 +365,7 @@ def direction_cosines(
     >>> direction_cosines([[x], [y]])[0, 0, 1]
     tensor(0.7071, dtype=torch.float64)
     """
+    checks.check_directions(grad_means)
     if (
         len(grad_means) == 0
         or len(grad_means[0]) == 0

@@ -1,8 +1,10 @@
 """What commands share: options with their help, and what is made of their values."""
 
 import ast
-import importlib
+import os
 import traceback
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -12,8 +14,10 @@ from torch import nn
 from .capture import Output
 from .checkpoints.errors import printable
 from .libraries import LIBRARIES, build_from
+from .named import accepted, load_named
 from .statistics import REDUCTIONS
 from .taps import SELECTOR_HELP
+from .terminal import say
 from .zoo import ImageDataset, build_model, model_spec
 
 # What says in a sentence what is wrong; any other error is a surprise.
@@ -38,7 +42,9 @@ ModelOption = Annotated[
     str,
     typer.Option(
         help="resmlp, smallcnn, student, vit-mini, torchvision:NAME, timm:NAME or "
-        "package.module:function."
+        "package.module:function, from the working directory too; it is called with the values of "
+        "--model-option, and with input_shape (C, H, W) and num_classes if it has parameters of "
+        "these names."
     ),
 ]
 OptionsOption = Annotated[
@@ -122,6 +128,60 @@ def chosen_device(name: str) -> torch.device:
             f"--device: expected a device that torch has here, got {name!r}: {why}"
         ) from None
     return device
+
+
+def check_output_file(option: str, path: Path | None, inputs: Iterable[object] = ()) -> None:
+    """Raise ValueError where a file cannot be written, before the work that it is to hold.
+
+    Args:
+        option: that names the file.
+        path: the file; None is no file.
+        inputs: files that are read, which it must not replace.
+    """
+    if path is None:
+        return
+    folder = path.parent
+    if path.is_dir():
+        raise ValueError(f"{option}: expected a file to write, got the folder {path}")
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise ValueError(
+            f"{option}: expected a file in a folder that exists, got {path}: {folder} {what}"
+        )
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(
+            f"{option}: expected a file that can be written, got {path}: no permission"
+        )
+    read = [Path(other) for other in inputs if isinstance(other, str | Path)]
+    if path.exists() and any(other.exists() and path.samefile(other) for other in read):
+        raise ValueError(f"{option}: expected another file than those that are read, got {path}")
+
+
+def check_output_folder(option: str, path: Path | None) -> None:
+    """Raise ValueError where a folder cannot be made or written to, before the work."""
+    if path is None:
+        return
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{option}: expected a folder, got {path}: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{option}: expected a folder that can be written, got {path}: no permission"
+        )
+
+
+def tell_unused(context: typer.Context, *cases: tuple[str, bool, str]) -> None:
+    """Say which of the options that were given change nothing.
+
+    Args:
+        context: of the command.
+        cases: the name of the command's parameter, whether it has an effect, and why not.
+    """
+    for name, effective, why in cases:
+        source = context.get_parameter_source(name)
+        if not effective and source is not None and source.name != "DEFAULT":
+            flag = next(p.opts[0] for p in context.command.params if p.name == name)
+            say(f"fadiag: {flag} has no effect {why}", "yellow")
 
 
 def sentence(error: BaseException) -> str:
@@ -232,7 +292,8 @@ def build_network(
     Args:
         name: the value of --model.
         dataset: gives the shape of the input and the number of classes.
-        options: for the builder.
+        options: for the builder. A function of the user's is also given `input_shape` and
+            `num_classes` where it has parameters of these names, and `options` go before them.
         config: what `fadiag train` saved beside the weights, if anything: for a network of the zoo
             its options count where `options` has none.
         held: numbers that the checkpoint holds: a configuration of a much larger network is refused
@@ -259,13 +320,14 @@ def build_network(
         return built, False
     # What a user's own code may raise has no bounds; a script that parses arguments exits.
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        function = load_named(name)
     except (Exception, SystemExit) as error:
         raise ValueError(
             f"--model: expected package.module:function, got {name!r}: {first_line(error)}"
         ) from None
+    offered = {"input_shape": dataset.input_shape, "num_classes": dataset.num_classes}
     try:
-        model = function(**options)
+        model = function(**{**accepted(function, offered), **options})
     except (Exception, SystemExit) as error:
         # The first frame is this one: options that the function does not take.
         inner = traceback.extract_tb(error.__traceback__)[1:]

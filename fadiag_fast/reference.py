@@ -8,18 +8,19 @@ Source: the diagnostic protocol of "Beyond Accuracy and Alignment" (arXiv 2606.2
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 # No sum of fewer than 2**64 float64 elements scaled by this can overflow.
 _MEAN_SCALE = 2.0**-64
 _LARGEST = torch.finfo(torch.float64).max
 
 
-class LayerStatistics(NamedTuple):
+class LayerStatistics:
     """What one batch says of L layers; a stack of C networks puts ``[C]`` in front of all shapes.
 
     Attributes:
@@ -28,11 +29,46 @@ class LayerStatistics(NamedTuple):
             reduction it carries the factor 1/B.
         grad_mean: per layer the mean over the batch of the raw gradients, shaped like one sample,
             float32 (float64 for float64 layers). The mean of no samples is NaN.
+
+    It can be taken apart: ``hidden_norm, grad_norm, grad_mean = statistics``.
     """
 
-    hidden_norm: Tensor
-    grad_norm: Tensor
-    grad_mean: tuple[Tensor, ...]
+    __slots__ = ("_figures",)
+
+    def __init__(
+        self, hidden_norm: Tensor, grad_norm: Tensor, grad_mean: tuple[Tensor, ...]
+    ) -> None:
+        self._figures = (hidden_norm, grad_norm, grad_mean)
+
+    @property
+    def hidden_norm(self) -> Tensor:
+        return self._figures[0]
+
+    @property
+    def grad_norm(self) -> Tensor:
+        return self._figures[1]
+
+    @property
+    def grad_mean(self) -> tuple[Tensor, ...]:
+        return self._figures[2]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.hidden_norm, self.grad_norm, self.grad_mean))
+
+    def __repr__(self) -> str:
+        return (
+            f"LayerStatistics(hidden_norm={self.hidden_norm}, grad_norm={self.grad_norm}, "
+            f"grad_mean={self.grad_mean})"
+        )
+
+
+# vmap, torch.compile and torch.export look into containers that they know.
+register_pytree_node(
+    LayerStatistics,
+    lambda found: (list(found), None),
+    lambda figures, _: LayerStatistics(*figures),
+    serialized_type_name="fadiag_fast.reference.LayerStatistics",
+)
 
 
 def sample_norm(states: Tensor, batch_dims: int = 1) -> Tensor:

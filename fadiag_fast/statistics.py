@@ -274,7 +274,7 @@ def batch_statistics(
 
 def _statistics(
     pairs: Sequence[tuple[Tensor, Tensor]], backend: ops.Backend | None
-) -> LayerStatistics | ops.PackedStatistics:
+) -> LayerStatistics:
     """Call the operator; layers in float64 beside others bring the others to float64."""
     wide = torch.float64
     if len({h.dtype == wide for h, _ in pairs}) == 2:

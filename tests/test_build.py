@@ -1,6 +1,7 @@
 """What setup.py decides before it compiles anything, and what it says."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,102 @@ def test_bad_architectures(tmp_path, listed, message):
     result = build(tmp_path, TORCH_CUDA_ARCH_LIST=listed)
     assert result.returncode != 0
     assert message in result.stderr
+
+
+def test_without_a_compiler_the_package_is_built_and_says_so_at_first_use(tmp_path):
+    result = build(tmp_path, PATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    (told,) = [line for line in result.stderr.splitlines() if line.startswith("fadiag-fast build")]
+    assert "no libraries, plain PyTorch only" in told
+    assert "apt install g++" in told
+    native = tmp_path / "lib" / "fadiag_fast" / "_native"
+    assert [path.name for path in native.iterdir()] == ["build_info.json"]
+    program = (
+        "import pathlib, sys, warnings, fadiag_fast.ops as ops\n"
+        "ops._FOLDER = pathlib.Path(sys.argv[1])\n"
+        "ops.LIBRARIES = ops._load_all()\n"
+        "ops._NATIVE_DEVICES = frozenset()\n"
+        "import torch\n"
+        "h = torch.tensor([[3.0, 4.0]])\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    norms = [ops.layer_statistics([h], [h]).hidden_norm.item() for _ in range(2)]\n"
+        "(warning,) = caught\n"
+        "print(norms, warning.message)\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", program, str(native)], capture_output=True, text=True, check=True
+    ).stdout
+    assert shown.startswith("[5.0, 5.0] fadiag_fast: using the slower PyTorch path on cpu")
+    assert "built without a C++ compiler; install one (for example: apt install g++)" in shown
+
+
+def test_a_wish_for_a_compiler_or_for_cuda_is_not_dropped(tmp_path):
+    result = build(tmp_path, CXX="no-such-compiler")
+    assert result.returncode != 0
+    assert (
+        "CXX: expected a C++ compiler, got 'no-such-compiler', which is not found" in result.stderr
+    )
+    result = build(tmp_path, CXX="", FORCE_CUDA="1")
+    assert result.returncode != 0
+    assert "FORCE_CUDA is set: expected a C++ compiler, found none" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("ninja", "expected ninja, got none. Install it: "),
+        ("torch", "expected torch 2.10 or later, got none ("),
+    ],
+)
+def test_a_missing_build_tool_is_named_with_the_command(tmp_path, module, message):
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folders = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    program = (
+        f"import runpy, sys; sys.modules[{module!r}] = None\n"
+        f"sys.argv = ['setup.py', '-q', 'build_ext', *{folders!r}]\n"
+        "sys.path.insert(0, '')\n"
+        "runpy.run_path('setup.py', run_name='__main__')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={"PATH": "/nowhere", "CXX": compiler, "FORCE_ONLY_CPU": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert f"{sys.executable} -m pip install" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (None, "expected setuptools, got none. Install it: "),
+        ("65.5.0", "expected setuptools 77 or later, got 65.5.0. Upgrade it: "),
+    ],
+)
+def test_setuptools_that_is_missing_or_too_old_is_named(version, message):
+    stand_in = "None" if version is None else f"types.SimpleNamespace(__version__={version!r})"
+    program = f"import sys, types; sys.modules['setuptools'] = {stand_in}; import build_backend"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert message in line
+    assert line.endswith(f"{sys.executable} -m pip install 'setuptools>=77' ninja")
+
+
+def test_the_vision_extra_leaves_torch_alone():
+    """A torchvision demands one torch: pip would install the newest of both."""
+    text = (ROOT / "pyproject.toml").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("vision = ")]
+    assert not {"torchvision", "timm", "torch"} & set(re.findall(r"[a-z]+", line.partition("[")[2]))
 
 
 def test_cpu_only_build_says_so_and_loads(tmp_path):

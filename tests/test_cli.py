@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fadiag_fast import cli
+from fadiag_fast import __version__, cli
 from fadiag_fast.checkpoints import save_checkpoint
 from fadiag_fast.zoo import build_model
 
@@ -226,6 +226,87 @@ def test_wrong_usage_is_an_error_and_no_verdict(tmp_path, monkeypatch, arguments
     result = fadiag(*arguments)
     assert result.exit_code == 3
     assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("diagnose", "x.pt", "--json", "no/a.json"),
+            "--json: expected a file in a folder that ex",
+        ),
+        (("diagnose", "x.pt", "--json", "."), "--json: expected a file to write, got the folder ."),
+        (("diagnose", "x.pt", "--markdown", "x.pt/a"), "--markdown: expected a file in a folder"),
+        (
+            ("diagnose", "x.pt", "--json", "x.pt"),
+            "--json: expected another file than those that are",
+        ),
+        (("diagnose", "x.pt", "--json", "a", "--markdown", "a"), "expected two files, got a twice"),
+        (("scan", "x.pt", "--out", "x.pt"), "--out: expected a folder, got x.pt: x.pt is a file"),
+        (("scan", "x.pt", "--out", "x.pt/s"), "--out: expected a folder, got x.pt/s"),
+        (("study", "--out", "x.pt/s"), "--out: expected a folder, got x.pt/s"),
+        (("demo", "--out", "x.pt"), "--out: expected a folder, got x.pt"),
+        (("train", "--out", "."), "--out: expected a file to write, got the folder ."),
+        (
+            ("audit-cnn", "--folder", ".", "--out", "no/a.json"),
+            "--out: expected a file in a folder",
+        ),
+        (("report", "s", "--out", "no/r.html"), "--out: expected a file in a folder that exists"),
+        (("report", "s", "--plots", "x.pt"), "--plots: expected a folder, got x.pt"),
+        (("scan", "x.pt", "--out", "s", "--pattern", "{run}/{steps}.pt"), "{step}, got {steps}"),
+        (("scan", ".", "--out", "s"), "got a folder that holds checkpoints; give './*.pt'"),
+    ],
+)
+def test_outputs_and_inputs_are_checked_before_the_work(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint({"w": torch.zeros(1)}, tmp_path / "x.pt")
+    for work in ("train", "run_diagnosis", "audit_cnn"):
+        monkeypatch.setattr(cli, work, lambda *_, **__: pytest.fail("it worked"))
+    before = (tmp_path / "x.pt").read_bytes()
+    result = fadiag(*arguments)
+    assert result.exit_code == 3, result.output
+    assert message in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+    assert (tmp_path / "x.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("diagnose", "x.pt", "--rule", "dfa"), "--rule has no effect without --credit"),
+        (
+            ("diagnose", "x.pt", "--frozen-test-size", 5),
+            "-test-size has no effect without --frozen-",
+        ),
+        (
+            ("diagnose", "x.pt", "--min-utility", 1),
+            "--min-utility has no effect without --frozen-acc",
+        ),
+        (
+            ("scan", "x.pt", "--out", "s", "--quiet", "--json"),
+            "--quiet has no effect beside --json",
+        ),
+        (("report", "s", "--most-plots", 3), "--most-plots has no effect without --plots"),
+        (
+            ("scan", "x.pt", "--out", "s", "--pattern", "{run}_{lr}.pt"),
+            "{lr} only label a checkpoint",
+        ),
+    ],
+)
+def test_options_without_effect_are_told(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = fadiag(*arguments)
+    assert message in result.stderr
+    assert "has no effect" not in fadiag("diagnose", "x.pt").stderr
+
+
+@pytest.mark.parametrize("command", [(), *((c.name,) for c in cli.app.registered_commands)])
+def test_help_and_version(command):
+    for flag in ("-h", "--help"):
+        result = fadiag(*command, flag)
+        assert result.exit_code == 0, result.output
+        assert "Usage: " in result.output
+    assert fadiag("--version").output == f"fadiag_fast {__version__}\n"
 
 
 def test_demo_runs_the_whole_chain(tmp_path):

@@ -3,6 +3,9 @@
 import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +22,12 @@ COMMANDS = [shlex.split(line) for line in re.findall(r"^\$ fadiag (.*)$", DOCUME
 
 @pytest.fixture(autouse=True)
 def _my_rules(tmp_path, monkeypatch):
+    """The folder that a reader works in."""
     (tmp_path / "my_rules.py").write_text(RULE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    yield
+    sys.modules.pop("my_rules", None)
 
 
 def test_the_rule_is_short():
@@ -47,15 +53,28 @@ def test_a_rule_of_ones_own_is_trained_saved_and_diagnosed_from_python(capsys):
     assert "Γ of fresh feedback" in capsys.readouterr().out
 
 
+def fadiag(*arguments):
+    """Run the installed command, which does not put the working directory on Python's path."""
+    script = shutil.which("fadiag", path=str(Path(sys.executable).parent))
+    if script is None:
+        pytest.skip("needs the command fadiag beside this Python")
+    return subprocess.run([script, *arguments], capture_output=True, encoding="utf-8")
+
+
 def test_a_rule_of_ones_own_on_the_command_line():
     train, diagnose = COMMANDS
-    result = CliRunner().invoke(cli.app, train)
-    assert result.exit_code == 0, result.output
-    result = CliRunner().invoke(cli.app, [*diagnose, "--json", "credit.json"])
-    assert result.exit_code in (0, 1), result.output
-    assert "Γ of fresh feedback" in result.output
-    (record,) = json.loads(Path("credit.json").read_text())
+    result = fadiag(*train)
+    assert result.returncode == 0, result.stderr
+    result = fadiag(*diagnose, "--json", "credit.json")
+    assert result.returncode in (0, 1), result.stderr
+    assert "Γ of fresh feedback" in result.stdout
+    (record,) = json.loads(Path("credit.json").read_text(encoding="utf-8"))
     assert len(record["credit"]["layers"]) == 4
-    # The checkpoint names the class, and yet does not get it imported.
-    result = CliRunner().invoke(cli.app, [*diagnose[:-2]])
+
+
+def test_a_checkpoint_does_not_get_its_rule_imported():
+    train, diagnose = COMMANDS
+    result = CliRunner().invoke(cli.app, [*train, "--steps", "1"])
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(cli.app, [*diagnose[:-2], "--batches", "2"])
     assert "credit: N/A: the checkpoint's rule 'my_rules:SparseFeedback'" in result.output

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 
-from ..consoles import EscapingConsole
 from ..options import (
     BatchDimOption,
     BatchesOption,
@@ -37,11 +34,15 @@ from ..options import (
     TapsOption,
     UnsafePickleOption,
     build_network,
+    check_output_file,
+    check_output_folder,
     chosen_device,
     chosen_output,
     parse_options,
+    tell_unused,
 )
 from ..protocol import NOT_ENOUGH_DATA, TRUSTWORTHY, DiagnosticThresholds
+from ..terminal import EXIT_INTERRUPTED, draws_bars, progress_bars, say
 from ..text import echo
 from ..training.watch import scan_result_of
 from ..zoo import load_dataset
@@ -51,10 +52,8 @@ from .plots import write_plots
 from .records import NON_FINITE_WEIGHTS
 from .results import ScanResult
 from .saved_configs import SavedNetwork
-from .series import Entry
+from .series import Entry, Pattern
 from .thresholds import sweep_thresholds
-
-_errors = EscapingConsole(stderr=True, highlight=False, soft_wrap=True)
 
 FolderArgument = Annotated[Path, typer.Argument(help="A scan's folder.", show_default=False)]
 ConfigOption = Annotated[
@@ -73,6 +72,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
 
     @app.command("scan")
     def scan_command(
+        context: typer.Context,
         out: Annotated[Path, typer.Option(help="The folder of results; made if need be.")],
         checkpoints: Annotated[
             list[str] | None, typer.Argument(help="Files, folders or globs ('runs/**/*.pt').")
@@ -115,7 +115,19 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
     ) -> None:
         """Audit every checkpoint of a study; kill it and start it again, and nothing is lost."""
         with reported_errors():
+            check_output_folder("--out", out)
             target = chosen_device(device)
+            tell_unused(
+                context,
+                ("quiet", not json_lines, "beside --json, which prints nothing else"),
+                (
+                    "pattern",
+                    bool(checkpoints),
+                    "without checkpoints: --manifest gives run and step",
+                ),
+                ("min_utility", manifest is not None, "without the accuracies of a --manifest"),
+            )
+            _tell_fields(pattern)
             dataset = load_dataset(data, **parse_options(data_option))
             entries = _found(checkpoints, pattern, manifest)
             options = parse_options(model_option)
@@ -156,11 +168,8 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
                         on_progress=show,
                     )
                 except KeyboardInterrupt:
-                    _errors.print(
-                        f"fadiag: interrupted; what is finished is in {out}. Run again.",
-                        markup=False,
-                    )
-                    raise typer.Exit(130) from None
+                    say(f"fadiag: interrupted; what is finished is in {out}. Run again.")
+                    raise typer.Exit(EXIT_INTERRUPTED) from None
             if json_lines:
                 counts = result.counts
                 assert counts is not None
@@ -193,6 +202,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
 
     @app.command("report")
     def report_command(
+        context: typer.Context,
         folder: Annotated[
             Path,
             typer.Argument(
@@ -212,6 +222,9 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
     ) -> None:
         """Write a scan as one HTML file that needs no network, and its curves as pictures."""
         with reported_errors():
+            check_output_file("--out", out, [folder])
+            check_output_folder("--plots", plots)
+            tell_unused(context, ("most_plots", plots is not None, "without --plots"))
             steps = folder.suffix == ".jsonl"
             if steps and config is not None:
                 raise ValueError("--config: expected a scan's folder with it, got step records")
@@ -237,35 +250,36 @@ def _stack(text: str) -> int | Literal["auto"]:
 @contextmanager
 def _shown(quiet: bool, json_lines: bool) -> Iterator[Callable[[Progress], None] | None]:
     """Offer a bar on a terminal, a line per group elsewhere, or JSON lines."""
-    if quiet and not json_lines:
-        yield None
-    elif json_lines:
+    if json_lines:
         yield lambda at: print(json.dumps({**asdict(at), "rate": round(at.rate, 3)}), flush=True)
-    elif not _errors.is_terminal:
-        yield lambda at: _errors.print(
-            f"{at.done:,} of {at.total:,} checkpoints ({at.failed:,} failed), "
-            f"{at.bytes / 1e6:,.0f} MB, {at.rate:,.1f} a second, {at.seconds_left:,.0f} s left",
-            markup=False,
-        )
-    else:
-        columns = [
-            TextColumn("{task.completed:,}/{task.total:,} checkpoints"),
-            BarColumn(),
-            TextColumn("{task.fields[rate]:,.1f}/s, {task.fields[failed]:,} failed,"),
-            TextColumn("{task.fields[megabytes]:,.0f} MB, stack {task.fields[stack]}"),
-            TimeRemainingColumn(),
-        ]
-        with Bars(*columns, console=_errors) as bars:
-            task = bars.add_task("", total=None, rate=0.0, failed=0, megabytes=0.0, stack=1)
-            yield lambda at: bars.update(
-                task,
-                completed=at.done,
-                total=at.total,
-                rate=at.rate,
-                failed=at.failed,
-                megabytes=at.bytes / 1e6,
-                stack=at.stack,
+    elif quiet:
+        yield None
+    elif draws_bars():
+        with progress_bars() as bars:
+            update = bars("checkpoints")
+            yield lambda at: update(
+                at.done,
+                at.total,
+                f"{at.done:,}/{at.total:,}, {at.rate:,.1f}/s, {at.failed:,} failed, "
+                f"{at.bytes / 1e6:,.0f} MB, stack {at.stack}",
             )
+    else:
+        yield lambda at: say(
+            f"{at.done:,} of {at.total:,} checkpoints ({at.failed:,} failed), "
+            f"{at.bytes / 1e6:,.0f} MB, {at.rate:,.1f} a second, {at.seconds_left:,.0f} s left"
+        )
+
+
+def _tell_fields(patterns: Sequence[str] | None) -> None:
+    """Say what becomes of a pattern's fields that do not place a checkpoint."""
+    names = [name for text in patterns or () for name in Pattern(text).names]
+    others = [f"{{{name}}}" for name in dict.fromkeys(names) if name not in ("run", "step")]
+    if others:
+        say(
+            f"fadiag: --pattern: {', '.join(others)} only label a checkpoint: {{run}} and {{step}} "
+            f"say where it belongs",
+            "yellow",
+        )
 
 
 def _found(
@@ -277,7 +291,7 @@ def _found(
         entries = find_entries(checkpoints or [], pattern, manifest)
     for warning in caught:
         if str(warning.message).startswith("scan: "):
-            _errors.print(f"fadiag: {warning.message}", style="yellow", markup=False)
+            say(f"fadiag: {warning.message}", "yellow")
         else:  # of a library
             warnings.warn_explicit(
                 warning.message, warning.category, warning.filename, warning.lineno
@@ -286,7 +300,7 @@ def _found(
 
 
 def _say(text: str) -> None:
-    _errors.print(f"fadiag: {text}", style="yellow", markup=False)
+    say(f"fadiag: {text}", "yellow")
 
 
 def _exit_code(result: ScanResult) -> int:

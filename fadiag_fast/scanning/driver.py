@@ -17,8 +17,19 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 from torch import nn
 
+from ..arguments import (
+    check_count,
+    check_fits_forward,
+    check_how,
+    check_module,
+    check_thresholds,
+    each_batch,
+    named_failures,
+)
 from ..batches import check_batch, device_of, sample_counts, to_device
 from ..capture import Loss, Output, untouched
+from ..checkpoints.errors import CheckpointError
+from ..checkpoints.folders import find_weights
 from ..checkpoints.remote import expand_url, is_url, open_filesystem
 from ..cuda_graphs import on_device
 from ..process import prompt_switches
@@ -43,6 +54,8 @@ _MOST_WORKERS = 16
 _MOST_AHEAD = 15
 # Of the memory that is free, what a stack may be expected to take.
 _MEMORY_SHARE = 0.6
+# Of files that are looked for in a folder that is given in place of a glob.
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pt2")
 
 
 _T = TypeVar("_T")
@@ -155,15 +168,19 @@ def scan(
     :class:`~fadiag_fast.scanning.records.CheckpointRecord`, and stops nothing. After Ctrl-C, what
     is finished is on the disk.
     """
+    check_module(model, "scan")
+    given = each_batch(eval_batches, "scan")
+    check_thresholds(thresholds, "scan")
+    check_how(loss, batch_dim, "scan")
     check_protocol(protocol, "scan")
-    if workers is not None and workers < 1:
-        raise ValueError(f"scan: workers: expected at least 1, got {workers}")
+    check_count("workers", workers, "scan")
     entries = find_entries(checkpoints, pattern, manifest)
     model = unwrap(model)
     device = device_of(model)
     batches = []
-    for index, batch in enumerate(eval_batches):
+    for index, batch in enumerate(given):
         x, y = check_batch(index, batch, batch_dim, "scan")
+        check_fits_forward(index, model, x, "scan")
         if 0 not in sample_counts(x, batch_dim):
             batches.append(to_device((x, y), device))
     if not batches:
@@ -178,7 +195,8 @@ def scan(
     ):
         loss = None if loss is nn.functional.cross_entropy else loss
         options = {"select": taps, "loss": loss, "output": output, "batch_dim": batch_dim}
-        auditor = Auditor(model, batches, options, how)
+        with named_failures(model, "scan: evaluation batches"):
+            auditor = Auditor(model, batches, options, how)
         where = [tap.where for tap in auditor.taps.points]
         config = writer.configure(
             configuration(
@@ -250,8 +268,24 @@ def find_entries(
 def _matches(item: str) -> list[str]:
     # A name with brackets is a name where there is such a file.
     if not glob.has_magic(item) or (not is_url(item) and os.path.lexists(item)):
+        if not is_url(item) and os.path.isdir(item):
+            _check_folder(item)
         return [item]
     return expand_url(item) if is_url(item) else sorted(glob.glob(item, recursive=True))
+
+
+def _check_folder(folder: str) -> None:
+    """Raise ValueError for a folder that is no checkpoint itself and holds some."""
+    try:
+        find_weights(Path(folder))
+    except CheckpointError as error:
+        for pattern in (f"*{suffix}" for suffix in _SUFFIXES):
+            for depth in (pattern, f"**/{pattern}"):
+                if next(Path(folder).glob(depth), None) is not None:
+                    raise ValueError(
+                        f"scan: {folder}: expected a checkpoint or a glob, got a folder that holds "
+                        f"checkpoints; give '{os.path.join(folder, depth)}'"
+                    ) from error
 
 
 def _once(items: Iterable[_T], path_of: Callable[[_T], str]) -> list[_T]:
@@ -359,7 +393,13 @@ class _Scan:
             for _ in range(ahead):
                 begin()
             while groups:
-                launched = self._launch(groups.popleft())
+                try:
+                    launched = self._launch(groups.popleft())
+                except KeyboardInterrupt:
+                    if computed is not None:  # the group before the one that was stopped is whole
+                        computed.wait()
+                        recorder.submit(record, computed.without_rows()).result()
+                    raise
                 if computed is not None:
                     finish(computed)
                 else:

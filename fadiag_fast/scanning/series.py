@@ -7,6 +7,7 @@ scanned all the same: as part of the run named by their folder, at no step.
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import os
 import posixpath
@@ -138,8 +139,9 @@ class Pattern:
         decimals: whether ``{step}`` may be the whole part of a number: 3 of ``epoch_3.5.pt``.
 
     Raises:
-        SeriesError: the pattern has no ``{run}`` or ``{step}``, a field twice, two fields with
-            nothing between them, or unbalanced braces.
+        SeriesError: the pattern has no ``{run}`` or ``{step}``, a field that is nearly one of these
+            (``{steps}``), a field twice, two fields with nothing between them, or unbalanced
+            braces.
     """
 
     def __init__(self, text: str, decimals: bool = True) -> None:
@@ -154,6 +156,10 @@ class Pattern:
                 raise self._error(f"expected a name in braces, got {{{name}}}")
             if names.count(name) > 1:
                 raise self._error(f"expected {{{name}}} once, got it {names.count(name)} times")
+        for name in names:
+            near = difflib.get_close_matches(name.lower(), ("run", "step"), n=1, cutoff=0.75)
+            if near and name not in near and near[0] not in names:
+                raise self._error(f"expected {{{near[0]}}}, got {{{name}}}")
         if not {"run", "step"} & set(names):
             raise self._error("expected {run} or {step}, or both")
         for before, literal, after in zip(names, literals[1:], names[1:], strict=False):

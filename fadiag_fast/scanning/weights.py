@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..checkpoints import SlabCheckpoint, TensorPlace, load_into
 from ..checkpoints.content import Checkpoint, plain_names
-from ..checkpoints.layouts import ALIGNMENT, aligned, last_byte
+from ..checkpoints.layouts import ALIGNMENT, aligned
+from ..checkpoints.places import last_byte
 from ..checkpoints.restoring import loads_in_its_own_way
 
 # Layouts whose answers are remembered.

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn
 
-from ..consoles import EscapingConsole
-from ..options import DeviceOption, chosen_device
+from ..options import DeviceOption, check_output_folder, chosen_device, tell_unused
 from ..report import _strict, text_table
-from ..text import echo, for_terminal
+from ..terminal import EXIT_INTERRUPTED, draws_bars, progress_bars, say
+from ..text import echo
 from ..zoo import load_dataset
 from .running import StudyProgress, run_study
 from .suites import SUITES, Suite, load_suite
@@ -29,8 +28,6 @@ from .tables import (
     run_rows,
     write_tables,
 )
-
-_errors = EscapingConsole(stderr=True, highlight=False, soft_wrap=True)
 
 EXIT_DONE, EXIT_FAILED = 0, 3
 
@@ -45,6 +42,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
 
     @app.command("study")
     def study_command(
+        context: typer.Context,
         out: Annotated[Path, typer.Option(help="The study's folder; made if need be.")],
         suite: Annotated[
             str, typer.Option(help=f"{', '.join(SUITES)}, or a file that ends in .toml.")
@@ -87,6 +85,10 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
         failed; the others are in the tables.
         """
         with reported_errors():
+            check_output_folder("--out", out)
+            tell_unused(
+                context, ("quiet", not json_lines, "beside --json, which prints nothing else")
+            )
             chosen = _narrowed(
                 load_suite(suite), models, rules, seeds, penalties, steps, epochs, checkpoints
             )
@@ -103,10 +105,8 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
                         chosen, dataset, out, device=chosen_device(device), jobs=jobs, progress=show
                     )
                 except KeyboardInterrupt:
-                    _errors.print(
-                        f"fadiag: interrupted; the runs that are finished are in {out}. Run again."
-                    )
-                    raise typer.Exit(130) from None
+                    say(f"fadiag: interrupted; the runs that are finished are in {out}. Run again.")
+                    raise typer.Exit(EXIT_INTERRUPTED) from None
             written = write_tables(result, out, command=_command())
             if json_lines:
                 decisions = decision_table(result.runs, result.num_classes)
@@ -123,11 +123,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
                     echo("\n".join(text_table(*decision_lines(result, model))))
                 echo(f"\n{', '.join(path.name for path in written)} in {out}")
             for run in result.failed:
-                _errors.print(
-                    f"fadiag: {run.model}/{run.label}/seed_{run.seed}: {run.reason}",
-                    style="red",
-                    markup=False,
-                )
+                say(f"fadiag: {run.model}/{run.label}/seed_{run.seed}: {run.reason}", "red")
             raise typer.Exit(EXIT_FAILED if result.failed else EXIT_DONE)
 
 
@@ -197,26 +193,22 @@ def _shown(quiet: bool, json_lines: bool) -> Iterator[Callable[[StudyProgress], 
         yield lambda at: print(json.dumps(asdict(at)), flush=True)
     elif quiet:
         yield None
-    elif not _errors.is_terminal:
+    elif draws_bars():
+        with progress_bars(time_left=False) as bars:
+            update = bars("runs")
+            yield lambda at: update(
+                at.done,
+                at.total,
+                f"{at.done}/{at.total}, {at.run} {at.step}/{at.steps}, {at.rate:,.1f} steps/s, "
+                f"{at.seconds_left:,.0f} s left",
+            )
+    else:
 
         def line(at: StudyProgress) -> None:
             if at.state != "training":
-                _errors.print(
+                say(
                     f"{at.done} of {at.total} runs: {at.run} {at.state}; "
-                    f"{at.rate:,.1f} steps a second, {at.seconds_left:,.0f} s left",
-                    markup=False,
+                    f"{at.rate:,.1f} steps a second, {at.seconds_left:,.0f} s left"
                 )
 
         yield line
-    else:
-        columns = [TextColumn("{task.completed}/{task.total} runs"), BarColumn()]
-        columns += [TextColumn("{task.fields[now]}")]
-        with Progress(*columns, console=_errors) as bars:
-            task = bars.add_task("", total=None, now="")
-            yield lambda at: bars.update(
-                task,
-                completed=at.done,
-                total=at.total,
-                now=f"{for_terminal(at.run)} {at.step}/{at.steps}, {at.rate:,.1f} steps/s, "
-                f"{at.seconds_left:,.0f} s left",
-            )

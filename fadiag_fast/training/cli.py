@@ -43,7 +43,8 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
     ) -> None:
         """Draw the last steps of a training run: norms, gains, growth and alarms.
 
-        Exit codes: 0 all well, 1 an alarm stands, 2 too few records to judge, above 2 an error.
+        Exit codes: 0 all well, 1 an alarm stands, 2 too few records to judge, 3 an error; also
+        after Ctrl-C, which ends the following of a file.
         """
         console = Console(highlight=False)
         with reported_errors():
@@ -78,7 +79,7 @@ def _text(lines: Sequence[Line]) -> Text:
 
 def _follow(console: Console, tail: Tail, others: Sequence[Path]) -> None:
     """Draw anew whenever the file has grown, until the user has had enough."""
-    if not console.is_terminal:
+    if not console.is_terminal or console.is_dumb_terminal:
         _print(console, view(tail, others))
         told = len(tail.events)
         while True:

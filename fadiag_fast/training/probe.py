@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..arguments import check_how, check_module
 from ..capture import Output, Probe, check_model, choose_output, untouched
 from ..protocol import middle_layer
 from ..statistics import Reduction, SampleReduction
@@ -291,8 +292,9 @@ class StepProbe:
             raise ValueError(
                 f"StepProbe: first_step: expected a whole number from 0, got {first_step!r}"
             )
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"StepProbe: decay: expected a number in [0, 1), got {decay}")
+        check_how(None, batch_dim, "StepProbe")
+        if not isinstance(decay, int | float) or not 0.0 <= decay < 1.0:
+            raise ValueError(f"StepProbe: decay: expected a number in [0, 1), got {decay!r}")
         if directions not in ("middle", "all", "none"):
             raise ValueError(
                 f"StepProbe: directions: expected 'middle', 'all' or 'none', got {directions!r}"
@@ -301,6 +303,7 @@ class StepProbe:
             raise ValueError(
                 f"StepProbe: mode: expected 'auto', 'passing' or 'together', got {mode!r}"
             )
+        check_module(model, "StepProbe")
         self.model = unwrap(model)
         check_model(self.model)
         self.select = taps

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from torch import nn
 
+from ...named import load_named
 from .base import ForwardStates, Rule
 from .bp import Backpropagation
 from .credit_bridge import CreditBridge
@@ -49,11 +49,11 @@ def rule_class(name: str) -> type[Rule]:
     """Look a training rule up: a key of ``RULES``, or ``package.module:Class`` of one's own.
 
     ``state_bridge`` is ``state-bridge``, as in the names of the CNN audit's files.
-    The module is imported, so a name with a colon must come from a trusted place. Raises
-    ValueError that lists the names that exist, or says what was found in place of a rule.
+    The module is imported, from the working directory too, so a name with a colon must come from a
+    trusted place. Raises ValueError that lists the names that exist, or says what was found in
+    place of a rule.
     """
-    module_name, colon, class_name = name.partition(":")
-    if not colon:
+    if ":" not in name:
         known = RULES.get(name, RULES.get(name.replace("_", "-")))
         if known is None:
             names = ", ".join(sorted(RULES))
@@ -62,10 +62,12 @@ def rule_class(name: str) -> type[Rule]:
             )
         return known
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+        found = load_named(name)
+    # What a user's own code may raise has no bounds; a script that parses arguments exits.
+    except (Exception, SystemExit) as error:
+        what = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"make_rule: expected package.module:Class, got {name!r}: {error}"
+            f"make_rule: expected package.module:Class, got {name!r}: {what}"
         ) from None
     if not (isinstance(found, type) and issubclass(found, Rule)):
         raise ValueError(f"make_rule: expected {name} to be a subclass of Rule, got {found!r}")
