@@ -16,6 +16,7 @@ serves what torch.func refuses: autograd functions of the old style, saved-tenso
 that the forward pass updates, sharded parameters.
 """
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -234,11 +235,45 @@ def _with_item(result: Any, item: int, tensor: Tensor) -> Any:
     return type(result)(*values) if hasattr(result, "_fields") else type(result)(values)
 
 
-def choose_output(output: Any, choose: Output | None) -> Tensor:
-    """Return the tensor of a model's output that counts as its logits.
+def _first_output(value: object) -> Tensor | None:
+    """Return the first floating tensor that is no number, as a loss is; one at the top first."""
+    if isinstance(value, Mapping):
+        items = [item for key, item in value.items() if "loss" not in str(key).lower()]
+    elif isinstance(value, tuple | list):
+        items = list(value)
+    else:
+        items = list(vars(value).values()) if hasattr(value, "__dataclass_fields__") else []
+    direct = (item for item in items if isinstance(item, Tensor) and item.dim())
+    for item in direct:
+        if item.is_floating_point() or item.is_complex():
+            return item
+    inner = (_first_output(item) for item in items if not isinstance(item, Tensor))
+    return next((found for found in inner if found is not None), None)
+
+
+def output_of(output: Any, choose: Output | None) -> Tensor | None:
+    """Return the tensor of a model's output that counts as its logits; None where it has none.
 
     A tensor is taken itself; else ``logits``, ``out``, ``last_hidden_state`` or the first floating
-    tensor. ``choose`` names an attribute, key or index instead, or computes the tensor.
+    tensor. A number, such as a loss, is never taken. ``choose`` names an attribute, key or index
+    instead, or computes the tensor.
+
+    Raises:
+        TapError: there is no tensor where ``choose`` says.
+    """
+    if choose is not None:
+        return choose_output(output, choose)
+    if isinstance(output, Tensor):
+        return output if output.dim() else None
+    for name in ("logits", "out", "last_hidden_state"):
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(found, Tensor) and found.dim():
+            return found
+    return _first_output(output)
+
+
+def choose_output(output: Any, choose: Output | None) -> Tensor:
+    """Return the tensor that counts as logits as :func:`output_of` does.
 
     Raises:
         TapError: there is none.
@@ -253,15 +288,8 @@ def choose_output(output: Any, choose: Output | None) -> Tensor:
             )
         except (KeyError, IndexError, TypeError):
             found = None
-    elif isinstance(output, Tensor):
-        found = output
     else:
-        for name in ("logits", "out", "last_hidden_state"):
-            found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-            if isinstance(found, Tensor):
-                break
-        else:
-            found = state_in(output)
+        found = output_of(output, None)
     if not isinstance(found, Tensor):
         keys = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
         asked = f" at output={choose!r}" if choose is not None else " or something with logits"
@@ -270,6 +298,43 @@ def choose_output(output: Any, choose: Output | None) -> Tensor:
             f"{type(output).__name__}{keys}"
         )
     return found
+
+
+# What a model may end in that the losses of the field otherwise do themselves: ∂loss/∂logits is
+# taken in front of it. Its gradient behind is of another scale, and does not fall as a task is
+# solved.
+_LINKS = frozenset({"Softmax", "LogSoftmax", "Sigmoid", "LogSigmoid"})
+# What may stand between it and the output: the same numbers in another shape or type, and the
+# logarithm of a softmax with what keeps it finite.
+_BEHIND_LINKS = frozenset(
+    {"View", "UnsafeView", "ReshapeAlias", "Alias", "ToCopy", "Clone", "Transpose", "T", "Permute"}
+    | {"Squeeze", "Unsqueeze", "Expand", "Slice", "Select", "Log", "Clamp", "ClampMin", "Add"}
+)
+_MOST_BEHIND_LINKS = 8
+_NODE = re.compile(r"(\w+?)Backward\d*$")
+
+
+def before_link(output: Tensor) -> tuple[Any, int] | None:
+    """Return the node of the graph that makes the logits of a model that ends in a softmax.
+
+    Args:
+        output: what the model returns, with its graph.
+
+    Returns:
+        The node and which of its outputs they are; None where the output itself is the logits.
+    """
+    node = output.grad_fn
+    for _ in range(_MOST_BEHIND_LINKS):
+        found = None if node is None else _NODE.match(node.name())
+        if node is None or found is None:
+            return None
+        inputs = [(one, index) for one, index in node.next_functions if one is not None]
+        if found[1] in _LINKS:
+            return inputs[0] if inputs else None
+        if found[1] not in _BEHIND_LINKS or len(inputs) != 1:
+            return None
+        node = inputs[0][0]
+    return None
 
 
 def sample_rows(logits: Tensor, samples: int, batch_dim: int, name: str) -> Tensor:

@@ -83,6 +83,7 @@ class Taps:
         asked: how many modules were asked for.
         unseen: names among them that were never called.
         remarks: sentences that a reader of the figures should know.
+        chain_starts: indices of the states with which a second or later chain of blocks begins.
     """
 
     points: tuple[Tap, ...]
@@ -90,6 +91,7 @@ class Taps:
     asked: int
     unseen: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    chain_starts: tuple[int, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:

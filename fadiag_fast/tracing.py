@@ -19,6 +19,15 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .process import eager
 
+# What a model may end in though a loss could do it, and what may stand behind that: as in
+# :func:`fadiag_fast.capture.before_link`, by the names of torch's functions.
+_LINKS = frozenset({"softmax", "log_softmax", "sigmoid", "logsigmoid", "special_expit"})
+_BEHIND_LINKS = frozenset(
+    {"view", "reshape", "to", "float", "double", "contiguous", "clone", "transpose", "permute"}
+    | {"squeeze", "unsqueeze", "flatten", "log", "clamp", "clamp_min", "add", "__getitem__"}
+)
+_MOST_BEHIND_LINKS = 8
+
 
 class Source(NamedTuple):
     """Where a tensor comes from in a forward pass that is run again in the same way.
@@ -97,6 +106,8 @@ class Recorder(TorchFunctionMode):
         self._numbers_grow = True  # along every way from a tensor to what was computed from it
         self._constants = {id(constant) for constant in constants}
         self._made: dict[int, _Made] = {}
+        # By the id of what a softmax or the like returned: that tensor, the function, its argument.
+        self._changed: dict[int, tuple[Tensor, str, Tensor]] = {}
         self._inputs = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         self._versions = [leaf._version for leaf in self._inputs]
         for index, leaf in enumerate(tree_leaves(inputs)):
@@ -111,6 +122,11 @@ class Recorder(TorchFunctionMode):
             self._read[self._node(args[0])] |= read  # type: ignore[index]
             self._numbers_grow = False
         if found:
+            kind = getattr(func, "__name__", "")
+            if (kind in _LINKS or kind in _BEHIND_LINKS) and isinstance(result, Tensor):
+                first = args[0] if args else (kwargs or {}).get("input")
+                if isinstance(first, Tensor):
+                    self._changed[id(result)] = (result, kind, first)
             self._read.append(read)
             for item, tensor in enumerate(found):
                 # Dropout in eval mode, contiguous and others may return their argument as it is:
@@ -119,6 +135,17 @@ class Recorder(TorchFunctionMode):
                     self._note(tensor, Source("call", self.num_calls, item))
             self.num_calls += 1
         return result
+
+    def before_link(self, output: Tensor) -> Tensor:
+        """Return the logits of a model that ends in a softmax or the like; else its output."""
+        found = output
+        for _ in range(_MOST_BEHIND_LINKS):
+            if id(found) not in self._changed or self._changed[id(found)][0] is not found:
+                return output
+            _, kind, found = self._changed[id(found)]
+            if kind in _LINKS:
+                return found
+        return output
 
     def _note(self, tensor: Tensor, source: Source) -> None:
         self._made[id(tensor)] = _Made(weakref.ref(tensor), tensor._version, source)

@@ -520,12 +520,16 @@ class Alarms:
                 at = bad[0] if figure == HIDDEN_NORM else bad[-1]
                 note = ""
                 following = at + 1
-                if figure == GRAD_NORM and following < len(norms):
-                    if following not in record.chain_starts and math.isfinite(norms[following]):
-                        note = (
-                            f" At {record.layers[following]} it is {norms[following]:.3g}: it "
-                            f"breaks on the way back through that block."
-                        )
+                if (
+                    figure == GRAD_NORM
+                    and following < len(norms)
+                    and following not in record.chain_starts
+                    and math.isfinite(norms[following])
+                ):
+                    note = (
+                        f" At {record.layers[following]} it is {norms[following]:.3g}: it breaks "
+                        f"on the way back through that block."
+                    )
                 name = record.layers[at]
                 return [_Finding(NON_FINITE, figure, name, norms[at], math.inf, note=note)]
         return []

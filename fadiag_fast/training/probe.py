@@ -26,16 +26,25 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..capture import Output, Probe, check_model, choose_output, untouched
-from ..protocol import middle_layer
+from ..capture import Output, Probe, check_model, output_of, sample_rows, untouched
+from ..protocol import OUTPUT, middle_layer
 from ..statistics import Reduction, SampleReduction
 from ..taps import Select, TapError, Taps, find_taps, is_sum, sighting_at, unwrap
 from ..tracing import Trace, clean_name
-from .alarms import Alarms, TrainingStopped
+from .alarms import Alarms, TrainingStopped, user_level
 from .directions import Directions
 from .distributed import Exchange, Pending, default_group
-from .hooks import EndHook, Hook, InputHook, OutputHook, PrepareHook, RootHook
-from .passes import Figures, Observation, Parts, Pass, Settings, by_sample, merged
+from .hooks import EndHook, Hook, InputHook, LogitsHook, OutputHook, PrepareHook, RootHook
+from .passes import (
+    Figures,
+    Observation,
+    Parts,
+    Pass,
+    Settings,
+    by_sample,
+    merged,
+    root_of,
+)
 from .records import StepRecord
 from .replay import STEPS_BEFORE, Replay, like_of
 from .ring import Ring
@@ -74,10 +83,16 @@ def _flush_all() -> None:
 
 
 class _Meta(NamedTuple):
-    """What the host knows of a row on its way."""
+    """What the host knows of a row on its way.
+
+    Attributes:
+        sizes: features of each state; empty where the row has the root mean squares.
+        reference: what credit gains are relative to.
+    """
 
     step: int
     sizes: tuple[int, ...]
+    reference: str
     samples: int | None
     micro_batches: int
     autocast: str | None
@@ -89,7 +104,7 @@ class _Meta(NamedTuple):
 @functools.lru_cache
 def _roots(sizes: tuple[int, ...]) -> tuple[float, ...]:
     """Return what turns norms of so many features into root mean squares; NaN where unknown."""
-    return tuple([math.sqrt(size) if size else math.nan for size in sizes])
+    return tuple(map(root_of, sizes))
 
 
 class _Scaling:
@@ -352,6 +367,8 @@ class StepProbe:
         self._slot_parts = Parts()
         self._seconds = 0.0
         self._autocast: str | None = None
+        self._said_why = False
+        self._chain_starts: tuple[int, ...] = ()
         self._slots: Slots | None = None
         self._settings: Settings | None = None
         self._tensor_ranks: TensorRanks | None = None
@@ -444,6 +461,7 @@ class StepProbe:
         if n == 0:
             raise TapError(f"{type(self.model).__name__}: expected at least one state, got none")
         self._taps, self._n = found, n
+        self._chain_starts = found.chain_starts
         layers: tuple[int, ...] = {
             "middle": (middle_layer(n),),
             "all": tuple(range(n)),
@@ -461,6 +479,7 @@ class StepProbe:
             any(s is not None and s.tensor.is_complex() for s in sightings),
             {l for l, s in enumerate(sightings) if s is not None and s.overwritten},
             samples=self.samples,
+            remark=self._without_output,
         )
         self._settings.tensor_ranks = self._tensor_ranks
         names = (*found.labels, "output")
@@ -472,7 +491,6 @@ class StepProbe:
                 )
         if layers:
             self._directions = Directions(len(layers), self.window, self.sketch)
-        self._sizes = tuple(0 if s is None else self._features(s.tensor) for s in sightings)
         jobs, refusals = self._jobs(found, seen)
         modules: dict[str, nn.Module] = {
             clean_name(name): module for name, module in self.model.named_modules()
@@ -495,8 +513,7 @@ class StepProbe:
             if at == "output":
                 own = [job.slot for job in more if job.state and points[job.slot].at == "input"]
                 hook_at(name, at).stand_ins += tuple(own)
-        logits_hook = OutputHook(self, len(hooks))
-        logits_hook.taps, logits_hook.jobs = ((0, n),), (Job(n, False, True),)
+        logits_hook = LogitsHook(self, len(hooks))
         logits_hook.is_inner = logits_at != ""
         calls: dict[str, int] = {}
         for call in seen.calls:
@@ -516,11 +533,19 @@ class StepProbe:
                 )
         self._handles.append(modules[logits_at].register_forward_hook(logits_hook))
         self._handles.append(root.register_forward_hook(EndHook(self, -2), always_call=True))
-        self._make_slots(found, seen, refusals)
+        if self._make_slots(found, seen, refusals):
+            logits_hook.jobs = (Job(n, False, True),)
 
-    def _features(self, state: Tensor) -> int:
-        rows = by_sample(like_whole(state), self.batch_dim)
-        return math.prod(self.reduction.of_hidden(rows).shape[1:])
+    def _without_output(self, reason: str) -> None:
+        """Warn once that gains are relative to a state, and why."""
+        if not self._said_why:
+            self._said_why = True
+            warnings.warn(
+                f"{reason}. Credit gains are relative to the last observed state, "
+                f"{self.taps.labels[-1]}.",
+                RuntimeWarning,
+                stacklevel=user_level(),
+            )
 
     def _find_tensor_ranks(self) -> None:
         if self._tensor_ranks is None:
@@ -545,10 +570,13 @@ class StepProbe:
 
         A loss that the model computes in its own forward reads that tensor, not what it returns.
         """
-        logits = choose_output(seen.output, self.output)
         best = ""
         if callable(self.output):
             return best
+        logits = output_of(seen.output, self.output)
+        if logits is None:
+            return best
+        logits = seen.recorder.before_link(logits)
         calls: dict[str, int] = {}
         for call in seen.calls:
             calls[call.name] = calls.get(call.name, 0) + 1
@@ -622,7 +650,8 @@ class StepProbe:
             jobs.setdefault((point.module, "input"), []).append(Job(l, True, False))
         return jobs, refusals
 
-    def _make_slots(self, found: Taps, seen: Trace, refusals: Mapping[int, str]) -> None:
+    def _make_slots(self, found: Taps, seen: Trace, refusals: Mapping[int, str]) -> bool:
+        """Make what a compiled pass is observed through; say whether logits are among it."""
         settings = self._settings
         assert settings is not None
         states = [sighting_at(seen, point) for point in found.points]
@@ -634,13 +663,19 @@ class StepProbe:
         samples = max(len(r) for r in reduced)
         per_sample = max(1, samples // max(1, rows[0].shape[0]))
         capacity = max(samples, self.max_samples or 0)
-        logits = choose_output(seen.output, self.output)
+        logits = output_of(seen.output, self.output)
+        if logits is not None:
+            try:
+                sample_rows(logits, batch, self.batch_dim, settings.name)
+            except TapError:
+                logits = None
         # Where logits count samples, and how many rows a sample has there: as sample_rows sees it.
         self._logits_dim, self._logits_per_sample = 0, 1
-        fits = self.batch_dim < logits.dim() and logits.shape[self.batch_dim] == batch
-        if fits and (logits.dim() > 2 or logits.shape[0] != batch):
+        shape = torch.Size() if logits is None else logits.shape
+        fits = self.batch_dim < len(shape) and shape[self.batch_dim] == batch
+        if logits is not None and fits and (len(shape) > 2 or shape[0] != batch):
             self._logits_dim = self.batch_dim
-        elif logits.dim() and batch and logits.shape[0] % batch == 0:
+        elif logits is not None and batch and logits.shape[0] % batch == 0:
             self._logits_per_sample = logits.shape[0] // batch
         self._slots = Slots(
             found.labels,
@@ -654,6 +689,7 @@ class StepProbe:
             self.samples,
             self._slot_parts.add,  # not of the probe, which the slots would keep alive
         )
+        return logits is not None
 
     # ---- in the forward pass
 
@@ -833,7 +869,8 @@ class StepProbe:
         self._backward_of = None
         self._replay(tensors)
         observation.forget()
-        meta = _Meta(step, self._sizes, tensors[-1].shape[0], 1, of.autocast, (), False)
+        sizes = tuple([math.prod(shape[1:]) for shape, _ in self._replay.like[: self._n]])
+        meta = _Meta(step, sizes, OUTPUT, tensors[-1].shape[0], 1, of.autocast, (), False)
         self._emit(self._ring.written(meta))
         return True
 
@@ -907,7 +944,7 @@ class StepProbe:
         device = figures.norms.device
         self._make_ring(device)
         found_group = self._exchange_group()
-        meta = self._meta(figures, step)
+        meta = self._meta(figures, step, found_group is not None)
         scaling = self._scaling(figures)
         if found_group is None:
             self._write_row(figures, scaling)
@@ -933,7 +970,8 @@ class StepProbe:
             mean if mean is None else torch.zeros_like(mean) if empty else mean * figures.weight
             for mean in figures.means
         ]
-        pending = self._exchange.start(figures.norms.flatten(0, 1), sums)
+        rows = torch.cat([figures.norms.flatten(0, 1), figures.root_mean_squares()])
+        pending = self._exchange.start(rows, sums)
         self._pending = (pending, meta, scaling)
 
     def _settle(self) -> None:
@@ -944,13 +982,15 @@ class StepProbe:
         found = pending.wait()
         copies = len(found.counts)
         samples = found.counts.double().sum()
-        norms = found.samples.view(2, self._n + 1, -1)
+        # Behind the norms the root mean squares: ranks pad their batches to lengths of their own.
+        norms = found.samples[: 2 * self._n + 2].view(2, self._n + 1, -1)
+        rms = found.samples[2 * self._n + 2 :]
         # The optimiser sees the average of the copies' gradients, each of its own samples only.
         norms[1].div_(copies)
         means: list[Tensor | None] = [
             None if s is None else s / samples.to(s.dtype) for s in found.directions
         ]
-        figures = Figures(norms, means, set(meta.missing), None, samples)
+        figures = Figures(norms, means, set(meta.missing), None, samples, rms=rms)
         if scaling is not None:
             scaling.overflowed(self._overflowed(figures))
         assert self._exchange is not None
@@ -958,14 +998,16 @@ class StepProbe:
         self._write_row(figures, scaling)
         self._send(meta)
 
-    def _meta(self, figures: Figures, step: int) -> _Meta:
-        ranks = self._tensor_ranks
-        if ranks is not None and ranks.features:
-            known = ranks.features
-            self._sizes = tuple(known.get(l, size) for l, size in enumerate(self._sizes))
+    def _meta(self, figures: Figures, step: int, exchanged: bool = False) -> _Meta:
+        reference = OUTPUT
+        if not figures.has_error:
+            n = self._n
+            reference = self.taps.labels[-1]
+            figures.norms[1, n].copy_(figures.norms[1, n - 1])
         return _Meta(
             step,
-            self._sizes,
+            () if exchanged or figures.rms is not None else figures.sizes,
+            reference,
             figures.samples,
             figures.micro_batches,
             self._autocast,
@@ -1016,6 +1058,8 @@ class StepProbe:
             extras.append(norms.new_full((kept.num_layers * kept.width,), torch.nan))
         if scaling is not None:
             extras.append(scaling.figures())
+        if figures.rms is not None:
+            extras.append(torch.nanmedian(figures.rms, 1).values)
         if figures.samples is None and figures.count is not None:
             extras.append(figures.count.reshape(1).double())
         ops.step_row(
@@ -1035,11 +1079,12 @@ class StepProbe:
             self._emit(self._ring.drain())
         self._replay = None  # it writes into the ring that was
         kept = self._directions
-        # Behind medians and cosines; then whether a scaler skipped the step, and the samples.
+        # Behind medians and cosines; then the root mean squares where the host does not know the
+        # sizes, and the number of samples likewise.
         self._scaling_at = 3 * self._n + 2 + (kept.num_layers * kept.width if kept else 0)
         # A row that waits for what the scaler did needs a place beside the next one's.
         rows = self._ring_rows if self.scaler is None else max(2, self._ring_rows)
-        self._ring = Ring(rows, self._scaling_at + 3, device)
+        self._ring = Ring(rows, self._scaling_at + 3 + self._n, device)
 
     def _send(self, meta: _Meta) -> None:
         assert self._ring is not None
@@ -1060,10 +1105,11 @@ class StepProbe:
                 "StepProbe: expected a single process inside of a CUDA graph, got a process group; "
                 "give group=False to observe each rank's own samples"
             )
+        meta = self._meta(figures, -1)
         self._write_row(figures, self._scaling(figures), captured=True)
         kept = () if self._directions is None else self._directions.kept
         self._graph_memory.append((self._ring.device_rows, self._ring.places, *kept))
-        self._graphed = self._meta(figures, -1)
+        self._graphed = meta
 
     # ---- on the host
 
@@ -1094,12 +1140,17 @@ class StepProbe:
             scale, skipped = row[at], row[at + 1] != 0
             at += 2
             grad = [norm / scale for norm in grad]
+        if meta.sizes:
+            rms = tuple(map(truediv, hidden, _roots(meta.sizes)))
+        else:
+            rms = tuple(row[at : at + n])
+            at += n
         labels = settings.labels
         return StepRecord.of(
             step=meta.step,
             layers=labels,
             hidden_norms=tuple(hidden),
-            rms_norms=tuple(map(truediv, hidden, _roots(meta.sizes))),
+            rms_norms=rms,
             grad_norms=tuple(grad),
             credit_gains=tuple(gain),
             output_grad_norm=error / scale,
@@ -1114,6 +1165,8 @@ class StepProbe:
             unreached=tuple([labels[l] for l in meta.missing]) if meta.missing else (),
             loss_reduction=self.loss_reduction,
             world_size=meta.world_size,
+            chain_starts=self._chain_starts,
+            gain_reference=meta.reference,
         )
 
     def _emit(self, rows: Sequence[tuple[_Meta, list[float]]]) -> None:
@@ -1192,4 +1245,12 @@ def _joined(eager: Figures, compiled: Figures) -> Figures:
         [a if a is not None else b for a, b in zip(eager.means, compiled.means, strict=True)],
         eager.missing & compiled.missing,
         eager.samples,
+        rms=_of_both(eager, compiled),
+        has_error=eager.has_error or compiled.has_error,
     )
+
+
+def _of_both(eager: Figures, compiled: Figures) -> Tensor:
+    seen = eager.root_mean_squares()
+    other = compiled.root_mean_squares()[..., : seen.shape[1]]
+    return torch.where(torch.isnan(seen), other, seen)

@@ -135,13 +135,12 @@ class StepRecord:
     def from_mapping(cls, values: Mapping[str, Any]) -> StepRecord:
         """Return a record from the values of a JSON line."""
         known = {field.name: field for field in fields(cls)}
-        return cls(
-            **{
-                name: tuple(value) if name in _WHOLE else _from_json(value, text=name in _TEXTS)
-                for name, value in values.items()
-                if name in known
-            }
-        )
+        found: dict[str, Any] = {
+            name: tuple(value) if name in _WHOLE else _from_json(value, text=name in _TEXTS)
+            for name, value in values.items()
+            if name in known
+        }
+        return cls(**found)
 
 
 def _to_json(value: Any) -> Any:
