@@ -25,6 +25,14 @@ _backward_task = torch._C._current_graph_task_id
 _compiler_of_frames: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
 
 
+def autocast_dtype() -> torch.dtype | None:
+    """Return the dtype of autocast where it is on, in compiled code too."""
+    for device in ("cuda", "cpu"):
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    return None
+
+
 class Inert:
     """What is left of the probe's hooks in a copy of a probed model."""
 
@@ -153,8 +161,11 @@ class RootHook(Hook):
     """The forward pre-hook of the model: a pass begins."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.probe._begin(args, kwargs)
+        if torch.compiler.is_compiling():
+            # Compiled for each state of autocast anew, and set with every call of what is compiled.
+            self.probe._compiled_autocast = autocast_dtype()
+            return
+        self.probe._begin(args, kwargs)
 
 
 class EndHook(Hook):

@@ -34,7 +34,16 @@ from ..tracing import Trace, clean_name
 from .alarms import Alarms, TrainingStopped, user_level
 from .directions import Directions
 from .distributed import Exchange, Pending, default_group
-from .hooks import EndHook, Hook, InputHook, LogitsHook, OutputHook, PrepareHook, RootHook
+from .hooks import (
+    EndHook,
+    Hook,
+    InputHook,
+    LogitsHook,
+    OutputHook,
+    PrepareHook,
+    RootHook,
+    autocast_dtype,
+)
 from .passes import (
     Figures,
     Observation,
@@ -99,6 +108,10 @@ class _Meta(NamedTuple):
     missing: tuple[int, ...]
     scaled: bool
     world_size: int = 1
+
+
+def _name_of(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 @functools.lru_cache
@@ -367,6 +380,7 @@ class StepProbe:
         self._slot_parts = Parts()
         self._seconds = 0.0
         self._autocast: str | None = None
+        self._compiled_autocast: torch.dtype | None = None
         self._said_why = False
         self._chain_starts: tuple[int, ...] = ()
         self._slots: Slots | None = None
@@ -727,12 +741,7 @@ class StepProbe:
             self._in_compiled = self._find_compiled()
             self._find_tensor_ranks()  # it may have been spread since the example was run
         self._reduce_finished()
-        autocast = None
-        for device in ("cuda", "cpu"):
-            if torch.is_autocast_enabled(device):
-                autocast = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
-                break
-        self._current = Pass(self._settings, self._opened, autocast)
+        self._current = Pass(self._settings, self._opened, _name_of(autocast_dtype()))
 
     def _find_compiled(self) -> frozenset[int]:
         """Return the states whose module, or one around it, is compiled on its own."""
@@ -917,6 +926,8 @@ class StepProbe:
         eager, compiled = self._parts, list(self._slot_parts)
         if compiled and self._tensor_ranks is not None:
             raise RuntimeError(_NOT_COMPILED)
+        if compiled and not eager:
+            self._autocast = _name_of(self._compiled_autocast)
         if eager and len(eager) == len(compiled):  # some modules are compiled, others not
             return [_joined(a, b) for a, b in zip(eager, compiled, strict=True)]
         return eager + compiled

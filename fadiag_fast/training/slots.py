@@ -28,7 +28,8 @@ _STATE_SCALE = 2.0**-32
 _GRAD_SCALE = 2.0**32
 # Features of a position whose sum is kept from the forward to the backward.
 _WIDE = 128
-# The state's sum of squares, the gradient's, and the features of a sample that was there.
+# The state's sum of squares, the gradient's, and one more than the features of a sample that was
+# there.
 _ROWS = 3
 
 
@@ -88,7 +89,7 @@ def _rows_of(state: Tensor | None, grad: Tensor | None, like: Tensor, features: 
     nothing = like.new_zeros(())
     count = nothing
     if grad is not None:
-        count = torch.where(first, torch.full_like(nothing, features), nothing)
+        count = torch.where(first, torch.full_like(nothing, features + 1), nothing)
     chosen = torch.where(row == 1, nothing if grad is None else grad, count)
     return torch.where(row == 0, nothing if state is None else state, chosen).sum(-1)
 
@@ -294,7 +295,7 @@ class Slots:
         # A copy too: what a graph of the compiler returned is overwritten by its next replay.
         rows = torch.stack([got.get(l, empty) for l in range(n + beside)], 1)
         norms = self._norms(rows)
-        rms = norms[0, :n] / rows[2, :n].double().sqrt()
+        rms = norms[0, :n] / (rows[2, :n].double() - 1).sqrt()
         there = (rows[2, :n] > 0).any(0).float()
         if not beside:
             error = norms.new_full((2, 1, norms.shape[2]), torch.nan)
