@@ -161,6 +161,13 @@ class Recorder(TorchFunctionMode):
             return None
         return made.source
 
+    def inputs(self) -> "list[Sighting]":
+        """Return the tensors of the model's input."""
+        return [
+            Sighting(leaf, version, self.source_of(leaf))
+            for leaf, version in zip(self._inputs, self._versions, strict=True)
+        ]
+
     @property
     def wrote_input(self) -> bool:
         """Whether the pass wrote into the model's input."""
@@ -248,6 +255,7 @@ class ModuleCall:
         call: how often that module had been called before.
         begin, end: moments, counted over all modules' entries and exits.
         input, output: the states, None where there is no floating tensor.
+        others: further floating tensors among the arguments, as the state of a recurrent cell.
         output_type: what the module returned, for messages.
     """
 
@@ -258,6 +266,7 @@ class ModuleCall:
     end: int = -1
     output: Sighting | None = None
     output_type: str = ""
+    others: tuple[Sighting, ...] = ()
 
 
 @dataclass
@@ -365,9 +374,11 @@ def trace(model: nn.Module, x: Any, **options: Any) -> Trace:
         with torch.no_grad():
             return _trace(model, x, options)
     except RuntimeError as error:
-        if "not require grad" not in str(error):
+        # What autograd says of a tensor without a graph: to differentiate it, or to hook it.
+        if "not require grad" not in str(error) and "n't require gradient" not in str(error):
             raise
-    # A model that differentiates in its own forward (forces from an energy) needs the graph.
+    # A model that differentiates in its own forward (forces from an energy) needs the graph, and
+    # so does a hook of the user's that hooks the tensors it sees.
     with torch.enable_grad():
         return _trace(model, x, options)
 
@@ -385,7 +396,13 @@ def _trace(model: nn.Module, x: Any, options: Mapping[str, Any]) -> Trace:
     def entered(name: str, args: Any, kwargs: Any) -> None:
         nonlocal moment
         counts[name] = counts.get(name, -1) + 1
-        found = ModuleCall(name, counts[name], moment, sighting(argument_state(args, kwargs)))
+        state = argument_state(args, kwargs)
+        found = ModuleCall(name, counts[name], moment, sighting(state))
+        found.others = tuple(
+            recorder.sighting(leaf)
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor) and leaf is not state and leaf.is_floating_point()
+        )
         calls.append(found)
         open_calls.append(found)
         moment += 1

@@ -444,7 +444,12 @@ class StepProbe:
             checker = Probe(self.model, batch_dim=self.batch_dim, output=self.output)
             with untouched(self.model):
                 found, seen = find_taps(
-                    self.model, x, self.select, lambda state: checker.counts_samples(x, state)
+                    self.model,
+                    x,
+                    self.select,
+                    lambda state: checker.counts_samples(x, state),
+                    batch_dim=self.batch_dim,
+                    several=self.reduction.kind != "token",
                 )
                 if found.hands_out:
                     raise TapError(
