@@ -433,6 +433,8 @@ def explain_disagreement(
     """
     if floor.value is None or not figures.credit_gains or not math.isfinite(floor.value):
         return None
+    if figures.gain_reference != OUTPUT:
+        return None
     gain = figures.credit_gains[-1]
     if math.isnan(gain):
         return (

@@ -255,12 +255,21 @@ def is_sum(state: Tensor, before: Tensor, branch: Tensor) -> bool:
     if any(t.layout is not torch.strided for t in (state, before, branch)):
         return False
     tolerance = _SUM_TOLERANCE.get(state.dtype, _COARSE_TOLERANCE)
+    away = state - before - branch
+    known = away.isfinite()
+    if not known.all():  # broken weights: what is left must do
+        if not known.any() or not torch.equal(known, (before + branch).isfinite()):
+            return False
+        state, away = state[known], away[known]
     scale = torch.linalg.vector_norm(state)
-    return bool(torch.linalg.vector_norm(state - before - branch) <= tolerance * scale)
+    return bool(torch.linalg.vector_norm(away) <= tolerance * scale)
 
 
-def _link(block: ModuleCall, state: Sighting | None) -> Literal["state", "branch"] | None:
+def _link(
+    seen: Trace, block: ModuleCall, following: ModuleCall | None
+) -> Literal["state", "branch"] | None:
     """Say what a block returned, judged by the state that the next module received."""
+    state = None if following is None else following.input
     if state is None or block.input is None or block.output is None:
         return None
     if state.tensor is block.output.tensor and state.version == block.output.version:
@@ -269,13 +278,17 @@ def _link(block: ModuleCall, state: Sighting | None) -> Literal["state", "branch
         return "branch"  # h += block(h)
     if is_sum(state.tensor, block.input.tensor, block.output.tensor):
         return "branch"
+    if following is not None and state.tensor.shape == block.output.tensor.shape:
+        # By broken weights nothing can be told of sums; the label must be as by others.
+        broken = not state.tensor.isfinite().any()
+        if broken and _leads_around(seen, block, following):
+            return "branch"
     return None
 
 
 def _links(seen: Trace, blocks: Sequence[ModuleCall]) -> list[Literal["state", "branch"] | None]:
-    closer = _after(seen, blocks[-1])
-    following = [*(block.input for block in blocks[1:]), None if closer is None else closer.input]
-    return [_link(block, state) for block, state in zip(blocks, following, strict=True)]
+    following = [*blocks[1:], _after(seen, blocks[-1])]
+    return [_link(seen, block, after) for block, after in zip(blocks, following, strict=True)]
 
 
 def _after(seen: Trace, block: ModuleCall, around: bool = False) -> ModuleCall | None:
@@ -409,7 +422,9 @@ def _chain(
     if returns_states:
         # The output of the network is no hidden state either, where that can be left out.
         plain = "state" not in links[:-1] and _is_output(seen, blocks[-1])
-        if plain and len(blocks) == 2:  # what comes to the head shows more than what a layer hands on
+        if (
+            plain and len(blocks) == 2
+        ):  # what comes to the head shows more than what a layer hands on
             name = f"input of {label(blocks[1])}"
             return [*taps, Tap(blocks[1].name, "input", blocks[1].call, name)], remarks
         kept = blocks[:-1] if plain else blocks
