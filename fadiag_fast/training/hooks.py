@@ -48,6 +48,7 @@ class Hook:
         self.number = number
         self.taps: tuple[tuple[int, int], ...] = ()  # (which call, which state)
         self.several = False
+        self.name = ""
         self.jobs: tuple[Job, ...] = ()
         # States of a module that is compiled on its own, seen where they are made: eagerly.
         self.stand_ins: tuple[int, ...] = ()
@@ -176,6 +177,12 @@ class EndHook(Hook):
             return
         probe = self.probe
         current, probe._current = probe._current, None
+        if current is not None and (
+            current.again
+            or any(current.calls.get(hook.number, 0) > known for hook, known in probe._looped)
+        ):
+            probe._called_more(current)
+        probe._given = None
         # There is no result after an error.
         if current is not None and result is not None and not current.logit_shapes:
             logits = output_of(result, probe.output)

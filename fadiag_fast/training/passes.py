@@ -441,6 +441,9 @@ class Pass:
         self.sizes = [0] * n
         self.calls: dict[int, int] = {}
         self.logit_shapes: list[torch.Size] = []  # of each call of what makes logits
+        self.again: set[int] = (
+            set()
+        )  # states that came once more; in a backward pass of no interest
         self._recomputed = 0  # of these calls, inside of the backward pass
         self.unusable = False  # the logits: it cannot be told which sample a row belongs to
         self.seconds = 0.0
@@ -451,6 +454,7 @@ class Pass:
     def see(self, l: int, state: Tensor) -> None:
         """Take note of a state; index n is the logits."""
         if self._hooked[l]:
+            self.again.add(l)
             return
         started = perf_counter()
         settings = self.settings

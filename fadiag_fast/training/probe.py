@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import functools
 import inspect
+import logging
 import math
 import os
 import sys
@@ -71,6 +72,8 @@ _NOT_COMPILED = (
     "StepProbe: expected a network under tensor parallelism to run eagerly, got states of compiled "
     "modules; compile what lies between the tapped modules, or name taps outside of compiled ones"
 )
+
+_log = logging.getLogger("fadiag_fast.training")
 
 _alive: weakref.WeakSet[StepProbe] = weakref.WeakSet()
 
@@ -382,6 +385,17 @@ class StepProbe:
         self._autocast: str | None = None
         self._compiled_autocast: torch.dtype | None = None
         self._said_why = False
+        self._observed = ""
+        # Modules with hooks, by name; those that are called several times with the known number.
+        self._hooked: list[tuple[str, nn.Module]] = []
+        self._looped: list[tuple[Hook, int]] = []
+        self._last_lack: tuple[frozenset[int], bool] = (frozenset(), False)
+        self._looks_again = False
+        self._given: tuple[Any, Any] | None = None  # to the pass under way
+        self._looks_with: tuple[Any, Any] | None = None
+        self._example = (example,) if isinstance(example, Tensor) else example
+        self._said_calls: set[str] = set()
+        self._calls_looked_at: dict[str, int] | None = None
         self._chain_starts: tuple[int, ...] = ()
         self._slots: Slots | None = None
         self._settings: Settings | None = None
@@ -407,7 +421,7 @@ class StepProbe:
         self._preparing: list[Any] = []
         _alive.add(self)
         if example is not None:
-            self._prepare(example if not isinstance(example, Tensor) else (example,))
+            self._prepare(self._example)
         else:
             hook = PrepareHook(self, -1)
             self._preparing.append(
@@ -422,6 +436,15 @@ class StepProbe:
         if self._taps is None:
             raise RuntimeError("StepProbe.taps: expected an example, or one training pass first")
         return self._taps
+
+    def describe(self) -> str:
+        """Return what is observed, in one line: the first step logs it, and each record has it."""
+        if self._taps is None:
+            return "nothing observed yet: the taps are chosen in the first training pass"
+        return self._taps.observed
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.model).__name__}, {self.describe()})"
 
     def _awaits_first_pass(self) -> bool:
         return not self._prepared and self._observes()
@@ -480,6 +503,8 @@ class StepProbe:
         if n == 0:
             raise TapError(f"{type(self.model).__name__}: expected at least one state, got none")
         self._taps, self._n = found, n
+        self._observed = found.observed
+        _log.info("%s: %s", type(self.model).__name__, self._observed)
         self._chain_starts = found.chain_starts
         layers: tuple[int, ...] = {
             "middle": (middle_layer(n),),
@@ -544,12 +569,17 @@ class StepProbe:
         for (name, at), hook in hooks.items():
             hook.several = calls.get(name, 0) > 1
             module = modules[name]
+            self._hooked.append((name, module))
+            if hook.several:
+                self._looped.append((hook, calls[name]))
+            hook.name = name
             if at == "output":
                 self._handles.append(module.register_forward_hook(hook))
             else:
                 self._handles.append(
                     module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
                 )
+        self._hooked.append((logits_at, modules[logits_at]))
         self._handles.append(modules[logits_at].register_forward_hook(logits_hook))
         self._handles.append(root.register_forward_hook(EndHook(self, -2), always_call=True))
         if self._make_slots(found, seen, refusals):
@@ -741,12 +771,97 @@ class StepProbe:
             return
         if not self._prepared:
             self._prepare_from_call(args, kwargs)
+        elif self._looks_again and not (self._parts or self._slot_parts or self._observations):
+            self._look_again(args, kwargs)
+            if not self._active:
+                return
+        self._given = (args, kwargs)
         assert self._settings is not None
         if self._in_compiled is None:
             self._in_compiled = self._find_compiled()
             self._find_tensor_ranks()  # it may have been spread since the example was run
         self._reduce_finished()
         self._current = Pass(self._settings, self._opened, _name_of(autocast_dtype()))
+
+    def _look_again(self, args: Any, kwargs: Any) -> None:
+        """Choose the taps anew, in a pass that has other calls or modules than the first one."""
+        self._looks_again = False
+        before = self.taps.points
+        x = self._example
+        if self._looks_with is not None:
+            args, kwargs = self._looks_with
+            self._looks_with = x = None
+        self._resolve()
+        if self._ring is not None:
+            self._emit(self._ring.drain())
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._hooked, self._looped = [], [], []
+        self._ring = self._directions = self._replay = self._in_compiled = None
+        self._prepared = False
+        try:
+            self._prepare(_as_input(self.model, args, kwargs) if x is None else x)
+        except TapError as error:
+            # The training goes on, come what may.
+            warnings.warn(
+                f"StepProbe: step {self._step}: {error}. Nothing is observed from here on.",
+                RuntimeWarning,
+                stacklevel=user_level(),
+            )
+            self._active = self._wanted = False
+            return
+        if self.taps.points != before:
+            _log.info("%s: step %d: %s", type(self.model).__name__, self._step, self._observed)
+
+    def _may_look_again(self) -> bool:
+        """Say whether the taps can be chosen anew: not by one rank alone, nor inside of a graph."""
+        return self._exchange_group() is None and self._graphed is None
+
+    def _called_more(self, current: Pass) -> None:
+        """Note that a pass has called modules more often than the one that showed the taps."""
+        more = {
+            hook.name for hook, known in self._looped if current.calls.get(hook.number, 0) > known
+        }
+        more |= {self.taps.points[l].module for l in current.again}
+        new = more - self._said_calls
+        if not new:
+            return
+        # A longer sequence shows all calls to whoever looks; what it cannot show is told.
+        counts = {hook.name: known for hook, known in self._looped}
+        if self._may_look_again() and self._calls_looked_at != counts:
+            self._calls_looked_at, self._looks_again = counts, True
+            self._looks_with = self._given
+            return
+        self._said_calls |= new
+        warnings.warn(
+            f"StepProbe: step {self._step}: {', '.join(sorted(new))}: expected as many calls as in "
+            f"the pass that showed the taps, got more: the later ones are not observed; name taps "
+            f"that are called once, or give example= with an input that shows them all",
+            RuntimeWarning,
+            stacklevel=user_level(),
+        )
+
+    def _look_for_replaced(self, figures: Figures, step: int) -> None:
+        """Find modules that took the place of others since the hooks were put there."""
+        lack = (frozenset(figures.missing), not figures.has_error)
+        if lack == self._last_lack:
+            return
+        self._last_lack = lack
+        if not (figures.missing or not figures.has_error):
+            return
+        now = {clean_name(name): module for name, module in self.model.named_modules()}
+        replaced = [name for name, module in self._hooked if now.get(name) is not module]
+        if not replaced:
+            return
+        again = self._may_look_again()
+        self._looks_again = again
+        warnings.warn(
+            f"StepProbe: step {step}: {', '.join(replaced)} replaced since the probe was "
+            f"installed: what the new modules do is not in this step's record"
+            + ("; from the next one on it is" if again else "; build the probe anew"),
+            RuntimeWarning,
+            stacklevel=user_level(),
+        )
 
     def _find_compiled(self) -> frozenset[int]:
         """Return the states whose module, or one around it, is compiled on its own."""
@@ -959,6 +1074,7 @@ class StepProbe:
     def _finish(self, figures: Figures, step: int) -> None:
         device = figures.norms.device
         self._make_ring(device)
+        self._look_for_replaced(figures, step)
         found_group = self._exchange_group()
         meta = self._meta(figures, step, found_group is not None)
         scaling = self._scaling(figures)
@@ -1183,6 +1299,7 @@ class StepProbe:
             world_size=meta.world_size,
             chain_starts=self._chain_starts,
             gain_reference=meta.reference,
+            observed=self._observed,
         )
 
     def _emit(self, rows: Sequence[tuple[_Meta, list[float]]]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..protocol import OUTPUT, growth_ratios
 
-_TEXTS = ("layers", "unreached", "autocast", "loss_reduction", "gain_reference")
+_TEXTS = ("layers", "unreached", "autocast", "loss_reduction", "gain_reference", "observed")
 _WHOLE = ("chain_starts",)
 # A NaN there says that the state or its gradient is not finite, not that nothing was measured.
 _NEVER_NAN = ("hidden_norm", "grad_norm")
@@ -49,6 +49,7 @@ class StepRecord:
             growth is compared inside a chain only.
         gain_reference: what credit gains are relative to: ``output``, or the name of the last
             observed state where the step has shown no logits with a row for each sample.
+        observed: what is observed, in words; see :attr:`fadiag_fast.taps.Taps.observed`.
     """
 
     step: int
@@ -71,6 +72,7 @@ class StepRecord:
     world_size: int = 1
     chain_starts: tuple[int, ...] = ()
     gain_reference: str = OUTPUT
+    observed: str = ""
 
     @classmethod
     def of(cls, **values: Any) -> StepRecord:

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ..protocol import OUTPUT
 from ..report import text_table
 from .alarms import Alarm, AlarmPolicy, Alarms, Event
 from .records import StepRecord
@@ -235,6 +236,10 @@ def view(tail: Tail, others: Iterable[Path] = ()) -> list[Line]:
         lines.append(Line(event.sentence, "red" if event in standing else "dim"))
     lines += [Line(f"also here: {other}", "dim") for other in list(others)[:3]]
     skipped = sum(record.skipped for record in records)
+    if last.observed:
+        lines.append(Line(last.observed, "dim"))
+    if last.gain_reference != OUTPUT:
+        lines.append(Line(f"credit gains are relative to {last.gain_reference}", "dim"))
     remarks = [
         f"{tail.damaged} lines could not be read" if tail.damaged else "",
         f"{tail.superseded} records of earlier sessions are replaced by later ones"
@@ -385,7 +390,13 @@ def scan_result_of(
             )
             session = {
                 "record": len(rows),
-                "config": json.dumps({"source": "step records of a training run"}),
+                "config": json.dumps(
+                    {
+                        "source": "step records of a training run",
+                        "observed": record.observed,
+                        "credit gains relative to": record.gain_reference,
+                    }
+                ),
                 "session_started_at": row["finished_at"],
             }
             rows.append({**row, **session})
