@@ -278,10 +278,11 @@ def _link(
         return "branch"  # h += block(h)
     if is_sum(state.tensor, block.input.tensor, block.output.tensor):
         return "branch"
-    if following is not None and state.tensor.shape == block.output.tensor.shape:
+    if following is not None and not state.tensor.isfinite().any():
         # By broken weights nothing can be told of sums; the label must be as by others.
-        broken = not state.tensor.isfinite().any()
-        if broken and _leads_around(seen, block, following):
+        parts = (block.input.tensor, block.output.tensor)
+        added = seen.recorder.is_sum_with(state.tensor, parts)
+        if added and _leads_around(seen, block, following):
             return "branch"
     return None
 
@@ -623,7 +624,10 @@ def _is_passed_on(a: Sighting | None, b: Sighting | None) -> bool:
         return False
     if a.tensor.layout is not torch.strided or b.tensor.layout is not torch.strided:
         return a.tensor is b.tensor
-    return a.tensor.untyped_storage().data_ptr() == b.tensor.untyped_storage().data_ptr()
+    try:
+        return a.tensor.untyped_storage().data_ptr() == b.tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # a DTensor has no memory of its own
+        return a.tensor is b.tensor
 
 
 def _is_nested(inner: _Candidate, outer: _Candidate) -> bool:
@@ -697,7 +701,8 @@ def _trunk(model: nn.Module, seen: Trace, counts_samples: _CountsSamples) -> _Ca
     for before, after in pairwise(layers):
         if not seen.depends(after.input, before.output):
             return None
-    if any(_leads_around(seen, a, b) for a, b in pairwise(layers)):
+    first, last = layers[0].output, layers[-1].output
+    if any(seen.depends(last, first, without=[one.output]) is not False for one in layers[1:-1]):
         return None
     kinds = [type(modules[layer.name]).__name__ for layer in layers]
     return _Candidate(
@@ -743,7 +748,8 @@ def _automatic(
         ):
             continue
         if not chosen:
-            layers = None if candidate.passed else _trunk(model, seen, counts_samples)
+            plain = not candidate.passed and not _is_composite(modules[candidate.names[0]])
+            layers = _trunk(model, seen, counts_samples) if plain else None
             if layers is not None and _is_poor(candidate, layers):
                 chosen, chains = [layers], [layers.blocks]
                 break

@@ -147,6 +147,13 @@ class Recorder(TorchFunctionMode):
                 return found
         return output
 
+    def is_sum_with(self, total: Tensor, parts: Iterable[Tensor]) -> bool:
+        """Return whether an addition made a tensor, one of these being its first summand."""
+        made = self._changed.get(id(total))
+        if made is None or made[0] is not total or made[1] != "add":
+            return False
+        return any(made[2] is part for part in parts)
+
     def _note(self, tensor: Tensor, source: Source) -> None:
         self._made[id(tensor)] = _Made(weakref.ref(tensor), tensor._version, source)
 
