@@ -662,7 +662,8 @@ def _is_further(
     candidate: _Candidate, best: _Candidate, modules: Mapping[str, nn.Module], batch_dim: int | None
 ) -> bool:
     """Return whether blocks beside the best ones are a chain of their own worth to be observed."""
-    if not candidate.passed and best.passed:
+    # A stem, or what lies between stages, is small beside the stages.
+    if (not candidate.passed and best.passed) or 4 * candidate.matrices < best.matrices:
         return False
     if not all(_is_composite(modules[name]) for name in candidate.names):
         alike = set(candidate.kinds) == set(best.kinds)
