@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -71,6 +71,13 @@ class Settings:
         """Return how many features a sample of a state ``[..., B, ...]`` has."""
         rows = by_sample(like_whole(state), self.batch_dim)
         return math.prod(self.reduction.of_hidden(rows).shape[1:])
+
+    def whole_sizes(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Return the features of whole states, of which this rank may have parts."""
+        if self.tensor_ranks is None:
+            return tuple(sizes)
+        shares = self.tensor_ranks.shares
+        return tuple(round(size * shares.get(l, 1.0)) for l, size in enumerate(sizes))
 
     def observed(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """Return the samples along a dimension that are observed."""
@@ -369,7 +376,7 @@ class Observation:
             [means.get(l) for l in settings.direction_layers],
             missing,
             norms.shape[2],
-            sizes=tuple(sizes),
+            sizes=settings.whole_sizes(sizes),
             # Logits that the loss does not use have no gradient: that is no lack of logits.
             has_error=bool(of.logit_shapes) and not of.unusable,
         )
