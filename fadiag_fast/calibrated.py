@@ -23,6 +23,7 @@ from itertools import pairwise
 
 from .protocol import (
     NOT_ENOUGH_DATA,
+    OUTPUT,
     Diagnostic,
     DiagnosticThresholds,
     Figures,
@@ -204,6 +205,11 @@ def credit_gain(figures: Figures, thresholds: DiagnosticThresholds) -> Diagnosti
         return short(f"the output error is {what} in every sample")
     if figures.equal_logits and not any(gains):
         return short("all logits are equal in every sample, as a head of zeros makes them")
+    if figures.gain_reference != OUTPUT and not any(gain == 0.0 for gain in gains):
+        return short(
+            f"the network has no output with a row for each sample: gains are relative to the "
+            f"gradient at {figures.gain_reference} itself"
+        )
     where = f"median ‖g_L‖ / ‖∂loss/∂logits‖ at {names[layer]}"
     if count is None or measurable is None:
         where += f" over {figures.batch_size} samples"

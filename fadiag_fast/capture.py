@@ -16,6 +16,7 @@ serves what torch.func refuses: autograd functions of the old style, saved-tenso
 that the forward pass updates, sharded parameters.
 """
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,7 +60,9 @@ class Captured(NamedTuple):
         hiddens: one per tap, ``[B, ...]`` each.
         grads: the gradients of the loss at ``hiddens``, same shapes and dtypes. A loss with mean
             reduction puts the factor 1/B into them.
-        logits: the network's output, or the tensor chosen from it.
+        logits: the network's output, or the tensor chosen from it; what goes into a softmax or the
+            like where it ends in one. Of a network that has no output with a row for each sample,
+            the last hidden state.
         logit_grads: the gradient of the loss at ``logits``.
         loss: scalar.
     """
@@ -180,7 +183,9 @@ class Plan:
         spots: the tensors to be differentiated.
         of_tap: per tap the index of its spot; None where its source is not known.
         overwritten: per tap whether something writes into the state after the tap.
-        output: index of the logits' spot.
+        output: index of the logits' spot; of the last state's where there are none.
+        has_output: whether there are.
+        before_link: whether the logits' spot is in front of a softmax or the like.
         writes_input: whether the model writes into its input.
         unreachable: why ``torch.func`` cannot reach the taps; "" where it can.
     """
@@ -189,12 +194,28 @@ class Plan:
     of_tap: list[int | None] = field(default_factory=list)
     overwritten: list[bool] = field(default_factory=list)
     output: int = -1
+    has_output: bool = True
+    before_link: bool = False
     writes_input: bool = False
     unreachable: str = ""
 
 
 class _Mismatch(RuntimeError):
     """Report a forward pass that went another way than the one that was traced."""
+
+
+class _NotRequired(RuntimeError):
+    """Report a hook of the user's on a tensor in front of where the graph begins."""
+
+
+@contextmanager
+def _hooks_explained(start: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if start == "parameters" or "n't require gradient" not in str(error):
+            raise
+        raise _NotRequired(str(error)) from error
 
 
 class _Unreached(TapError):
@@ -239,11 +260,64 @@ def _with_item(result: Any, item: int, tensor: Tensor) -> Any:
     return type(result)(*values) if hasattr(result, "_fields") else type(result)(values)
 
 
-def choose_output(output: Any, choose: Output | None) -> Tensor:
-    """Return the tensor of a model's output that counts as its logits.
+def _first_output(value: object) -> Tensor | None:
+    """Return the first floating tensor that is no number, as a loss is; one at the top first."""
+    if isinstance(value, Mapping):
+        items = [item for key, item in value.items() if "loss" not in str(key).lower()]
+    elif isinstance(value, tuple | list):
+        items = list(value)
+    else:
+        items = list(vars(value).values()) if hasattr(value, "__dataclass_fields__") else []
+    direct = (item for item in items if isinstance(item, Tensor) and item.dim())
+    for item in direct:
+        if item.is_floating_point() or item.is_complex():
+            return item
+    inner = (_first_output(item) for item in items if not isinstance(item, Tensor))
+    return next((found for found in inner if found is not None), None)
+
+
+def output_of(output: Any, choose: Output | None) -> Tensor | None:
+    """Return the tensor of a model's output that counts as its logits; None where it has none.
 
     A tensor is taken itself; else ``logits``, ``out``, ``last_hidden_state`` or the first floating
-    tensor. ``choose`` names an attribute, key or index instead, or computes the tensor.
+    tensor. A number, such as a loss, is never taken. ``choose`` names an attribute, key or index
+    instead, or computes the tensor.
+
+    Raises:
+        TapError: there is no tensor where ``choose`` says.
+    """
+    if choose is not None:
+        return choose_output(output, choose)
+    if isinstance(output, Tensor):
+        return output if output.dim() else None
+    for name in ("logits", "out", "last_hidden_state"):
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(found, Tensor) and found.dim():
+            return found
+    return _first_output(output)
+
+
+def _loss_in(output: Any) -> Any:
+    """Return the loss that a model returns: ``loss``, the first number, or the sum of a dict's."""
+    if isinstance(output, Tensor):
+        return output if output.dim() == 0 else None
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(found, Tensor):
+        return found
+    numbers = [
+        value
+        for value in (output.values() if isinstance(output, Mapping) else ())
+        if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
+    ]
+    if numbers and len(numbers) == len(output):  # the parts of a detector's loss
+        return torch.stack(numbers).sum()
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0] if output[0].dim() == 0 else None
+    return found
+
+
+def choose_output(output: Any, choose: Output | None) -> Tensor:
+    """Return the tensor that counts as logits as :func:`output_of` does.
 
     Raises:
         TapError: there is none.
@@ -258,15 +332,8 @@ def choose_output(output: Any, choose: Output | None) -> Tensor:
             )
         except (KeyError, IndexError, TypeError):
             found = None
-    elif isinstance(output, Tensor):
-        found = output
     else:
-        for name in ("logits", "out", "last_hidden_state"):
-            found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-            if isinstance(found, Tensor):
-                break
-        else:
-            found = state_in(output)
+        found = output_of(output, None)
     if not isinstance(found, Tensor):
         keys = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
         asked = f" at output={choose!r}" if choose is not None else " or something with logits"
@@ -275,6 +342,43 @@ def choose_output(output: Any, choose: Output | None) -> Tensor:
             f"{type(output).__name__}{keys}"
         )
     return found
+
+
+# What a model may end in that the losses of the field otherwise do themselves: ∂loss/∂logits is
+# taken in front of it. Its gradient behind is of another scale, and does not fall as a task is
+# solved.
+_LINKS = frozenset({"Softmax", "LogSoftmax", "Sigmoid", "LogSigmoid"})
+# What may stand between it and the output: the same numbers in another shape or type, and the
+# logarithm of a softmax with what keeps it finite.
+_BEHIND_LINKS = frozenset(
+    {"View", "UnsafeView", "ReshapeAlias", "Alias", "ToCopy", "Clone", "Transpose", "T", "Permute"}
+    | {"Squeeze", "Unsqueeze", "Expand", "Slice", "Select", "Log", "Clamp", "ClampMin", "Add"}
+)
+_MOST_BEHIND_LINKS = 8
+_NODE = re.compile(r"(\w+?)Backward\d*$")
+
+
+def before_link(output: Tensor) -> tuple[Any, int] | None:
+    """Return the node of the graph that makes the logits of a model that ends in a softmax.
+
+    Args:
+        output: what the model returns, with its graph.
+
+    Returns:
+        The node and which of its outputs they are; None where the output itself is the logits.
+    """
+    node = output.grad_fn
+    for _ in range(_MOST_BEHIND_LINKS):
+        found = None if node is None else _NODE.match(node.name())
+        if node is None or found is None:
+            return None
+        inputs = [(one, index) for one, index in node.next_functions if one is not None]
+        if found[1] in _LINKS:
+            return inputs[0] if inputs else None
+        if found[1] not in _BEHIND_LINKS or len(inputs) != 1:
+            return None
+        node = inputs[0][0]
+    return None
 
 
 def sample_rows(logits: Tensor, samples: int, batch_dim: int, name: str) -> Tensor:
@@ -321,11 +425,13 @@ class Probe:
         batch_dim: the dimension of every state that counts samples.
         path: ``"torch.func"`` or ``"autograd"`` to force one; by default autograd for the model's
             own parameters and torch.func for given ones.
+        several: whether more than one chain of blocks may be chosen.
 
     Attributes:
         taps: from the first batch on.
         path: the way taken, from the first batch on, and ``path_reason`` why not the other.
         reordered: whether a forward pass reached the taps in another order than the first one.
+        has_output: whether the network has an output with a row for each sample.
     """
 
     def __init__(
@@ -337,6 +443,7 @@ class Probe:
         output: Output | None = None,
         batch_dim: int = 0,
         path: Path | None = None,
+        several: bool = True,
     ) -> None:
         check_model(model)
         self.model = model
@@ -347,6 +454,9 @@ class Probe:
         self.path: Path | None = path
         self.path_reason = ""
         self.reordered = False
+        self.several = several
+        self.has_output = True
+        self._order: list[int] = []
         if path is None and is_sharded(model):
             self.path = "autograd"
         self._captured_once = False
@@ -379,7 +489,12 @@ class Probe:
             x = tree_map_only(Tensor, torch.clone, x)  # some models write into their input
         if self._taps is None:
             self._taps, seen = find_taps(
-                self.model, x, self.select, lambda state: self.counts_samples(x, state)
+                self.model,
+                x,
+                self.select,
+                lambda state: self.counts_samples(x, state),
+                batch_dim=self.batch_dim,
+                several=self.several,
             )
         else:
             options = {"return_hidden": True} if self.taps.hands_out else {}
@@ -392,6 +507,7 @@ class Probe:
         name = type(self.model).__name__
         spots: dict[Source, int] = {}
         devices: dict[str, str] = {}
+        sightings: list[Tensor] = []
 
         for tap in self.taps.points:
             sighting = sighting_at(seen, tap)
@@ -401,6 +517,7 @@ class Probe:
                     f"forward pass depends on its input"
                 )
             self._check_state(x, tap, sighting.tensor)
+            sightings.append(sighting.tensor)
             devices.setdefault(str(sighting.tensor.device), tap.where)
             plan.overwritten.append(sighting.overwritten)
             if sighting.source is None:
@@ -417,9 +534,18 @@ class Probe:
         if len(devices) > 1:
             places = ", ".join(f"{where} on {device}" for device, where in devices.items())
             raise TapError(f"{name}: expected all states on one device, got {places}")
-        logits = self.logits_of(seen.output)
+        logits = self._output_of(seen.output)
+        plan.has_output = self._has_rows(logits, sightings)
+        if logits is None or not plan.has_output:
+            plan.output = -1 if not plan.of_tap or plan.of_tap[-1] is None else plan.of_tap[-1]
+            self.has_output = False
+            return plan
+        made = seen.recorder.before_link(logits)
         source = None
-        if not (isinstance(seen.output, Tensor) or self.taps.hands_out):
+        if made is not logits and seen.recorder.source_of(made) is not None:
+            plan.before_link, logits = True, made
+            source = seen.recorder.source_of(made)
+        elif not (isinstance(seen.output, Tensor) or self.taps.hands_out):
             # The loss reads the structure, so that the tensor inside has to be the slotted one.
             source = seen.recorder.source_of(logits)
             if source is None:
@@ -430,6 +556,25 @@ class Probe:
             plan.output = len(plan.spots)
             plan.spots.append(_Spot(source, logits.shape, logits.dtype, logits.device, False))
         return plan
+
+    def _output_of(self, output: Any) -> Tensor | None:
+        if self.taps.hands_out and not isinstance(output, Tensor):
+            return split_hidden(output, type(self.model).__name__)[0]
+        return output_of(output, self.output)
+
+    def _has_rows(self, logits: Tensor | None, states: Sequence[Tensor]) -> bool:
+        """Return whether a network's output can be told apart by the samples of its states."""
+        if logits is None or not states:
+            return logits is not None
+        try:
+            samples = states[0].shape[self.batch_dim]
+            sample_rows(logits, samples, self.batch_dim, type(self.model).__name__)
+        except TapError:
+            # What is asked for by name must fit.
+            if self.output is not None:
+                raise
+            return False
+        return True
 
     def _sample_counts(self, x: Any) -> set[int]:
         """Return how many samples an input may hold: the lengths of its tensors' dimensions.
@@ -590,15 +735,18 @@ class Probe:
                 f"it is run again, got one in which {mismatch}"
             ) from None
 
-    def _loss_of(self, output: Any, logits: Tensor, y: Any) -> Tensor:
+    def _note_order(self, met: list[int]) -> None:
+        self._order = self._order or list(met)
+        self.reordered |= met != self._order
+
+    def _loss_of(self, output: Any, logits: Tensor | None, y: Any) -> Tensor:
         found: Any
         if self.loss is not None:
             found = self.loss(output, y)
-        elif y is not None:
+        elif y is not None and logits is not None:
             found = classification_loss(logits, y)
         else:
-            given = isinstance(output, Mapping)
-            found = output.get("loss") if given else getattr(output, "loss", None)
+            found = _loss_in(output)
             if found is None:
                 raise TapError(
                     f"{type(self.model).__name__}: expected labels, a loss function, or a model "
@@ -683,12 +831,19 @@ class Probe:
             if len(met) < num_taps:
                 missing = next(l for l in range(num_taps) if l not in met)
                 raise _Mismatch(f"{self.taps.points[missing].where} was not reached")
-            self.reordered |= met != sorted(met)
-            logits = self.logits_of(output)
-            if plan.spots[plan.output].source is None:
-                logits = slot(plan.output, logits)
-            elif passed.get(plan.output) is not logits:
-                raise _Mismatch("the output is not the tensor that was traced")
+            self._note_order(met)
+            logits = self._output_of(output)
+            if plan.output < 0:
+                raise _Mismatch("there is no output with a row for each sample")
+            if plan.has_output and not plan.before_link:
+                if logits is None:
+                    raise _Mismatch("there is no output")
+                if plan.spots[plan.output].source is None:
+                    logits = slot(plan.output, logits)
+                elif passed.get(plan.output) is not logits:
+                    raise _Mismatch("the output is not the tensor that was traced")
+            elif plan.output not in passed:
+                raise _Mismatch("the output is not what was traced")
             loss = self._loss_of(self._for_loss(output, logits), logits, y)
             hiddens = [values[index] for index in of_tap]
             return loss, (hiddens, values[plan.output])
@@ -721,9 +876,11 @@ class Probe:
                 # A model may keep something from its first pass: relative positions, for example.
                 del self._plans[signature(x)]
                 plan = self.prepare(x)
+            except _NotRequired:
+                pass
         try:
             return self._autograd_pass(plan, x, y, constants, "input")
-        except _Unreached:
+        except (_Unreached, _NotRequired):
             return self._autograd_pass(plan, x, y, constants, "parameters")
 
     def _autograd_pass(
@@ -780,7 +937,7 @@ class Probe:
                 inputs, counted = with_leaves(inputs, leaves), _Calls(plan, change)
             with self._watch(see), counted:
                 output = self._forward(inputs, None)
-            logits = self.logits_of(output)
+            logits = self._output_of(output)
             if self.taps.hands_out:
                 for l, state in enumerate(split_hidden(output, "the model")[1][:num_taps]):
                     see(l, state)
@@ -790,9 +947,20 @@ class Probe:
                     raise self._changed(tap)
                 if start == "states":
                     edges[l] = get_gradient_edge(seen)
-            self.reordered |= met != sorted(met)
+            self._note_order(met)
             loss = self._loss_of(self._for_loss(output, logits), logits, y)
-            targets = [*edges, get_gradient_edge(logits) if logits.requires_grad else None]
+            if logits is not None and plan.has_output:
+                edge = get_gradient_edge(logits) if logits.requires_grad else None
+                made = before_link(logits) if edge is not None else None
+                if plan.before_link and plan.output in values:
+                    logits = values[plan.output]
+                    edge = get_gradient_edge(logits) if logits.requires_grad else None
+                elif made is not None:
+                    edge = GradientEdge(*made)
+            else:
+                logits, edge = hiddens[-1], edges[-1]
+            assert logits is not None  # a tap has been seen
+            targets = [*edges, edge]
             at = {i: target for i, target in enumerate(targets) if target is not None}
             found: Sequence[Tensor | None] = ()
             if at and loss.requires_grad:
@@ -808,7 +976,7 @@ class Probe:
                 loss.detach(),
             )
 
-        with torch.inference_mode(False), torch.enable_grad(), eager():
+        with torch.inference_mode(False), torch.enable_grad(), eager(), _hooks_explained(start):
             if constants is None and is_sharded(self.model):
                 return run()
             constants = constants_of(self.model) if constants is None else constants
@@ -838,14 +1006,18 @@ class Probe:
             ) from None
 
     def logits_of(self, output: Any) -> Tensor:
-        """Return the part of the model's output that counts as its logits."""
-        if self.taps.hands_out and not isinstance(output, Tensor):
-            return split_hidden(output, type(self.model).__name__)[0]
-        return choose_output(output, self.output)
+        """Return the part of the model's output that counts as its logits.
 
-    def _for_loss(self, output: Any, logits: Tensor) -> Any:
+        Raises:
+            TapError: there is none.
+        """
+        found = self._output_of(output)
+        return choose_output(output, self.output) if found is None else found
+
+    def _for_loss(self, output: Any, logits: Tensor | None) -> Any:
         """Return what a loss function is given: a structured output as it is, else the logits."""
-        return logits if self.taps.hands_out or isinstance(output, Tensor) else output
+        whole = self.taps.hands_out or isinstance(output, Tensor)
+        return logits if whole and logits is not None else output
 
     def _changed(self, tap: Tap) -> TapError:
         return TapError(
@@ -881,12 +1053,14 @@ class Probe:
         def by_sample(tensor: Tensor) -> Tensor:
             return tensor if self.batch_dim == 0 else tensor.movedim(self.batch_dim, 0)
 
-        if hiddens:
+        if hiddens and self.has_output:
             samples = by_sample(hiddens[0]).shape[0]
             name = type(self.model).__name__
             logits, logit_grads = (
                 sample_rows(t, samples, self.batch_dim, name) for t in (logits, logit_grads)
             )
+        elif hiddens:
+            logits, logit_grads = by_sample(logits), by_sample(logit_grads)
         return Captured(
             [by_sample(h) for h in hiddens],
             [by_sample(g) for g in grads],

@@ -186,6 +186,7 @@ class CompiledProbe:
             output=output,
             batch_dim=batch_dim,
             path="torch.func",
+            several=self.reduction.kind != "token",
         )
         self._programs: dict[tuple[Any, ...], Program] = {}
         self._runs: dict[tuple[Any, ...], Any] = {}
@@ -254,7 +255,9 @@ class CompiledProbe:
             x, y = tree_unflatten(given, layout)
             named = dict(zip(names, tensors[: len(names)], strict=True))
             captured = self._probe.capture(x, y, constants=named)
-            found = reduce_captured(_without_grad(captured), self.reduction)
+            found = reduce_captured(
+                _without_grad(captured), self.reduction, has_output=self._probe.has_output
+            )
             scalars = (
                 found.hidden_norm,
                 found.grad_norm,

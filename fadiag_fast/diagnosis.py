@@ -26,6 +26,7 @@ from .calibrated import find_causes, judge_figures
 from .capture import Loss, Output, Probe, classification_loss, untouched
 from .packaged import as_module
 from .protocol import (
+    OUTPUT,
     DiagnosticThresholds,
     Figures,
     Protocol,
@@ -139,6 +140,7 @@ def diagnose(
         loss=None if default_loss else loss,
         output=output,
         batch_dim=batch_dim,
+        several=how.kind != "token",
     )
 
     batches: list[BatchStatistics] = []
@@ -155,7 +157,11 @@ def diagnose(
                 probe.loss = _checked_cross_entropy(index, probe)
             with named_failures(model, f"diagnose: batch {index}"):
                 captured = probe.capture(x, y)
-            batches.append(batch_statistics(captured, y, reduction=how, backend=backend))
+            batches.append(
+                batch_statistics(
+                    captured, y, reduction=how, backend=backend, has_output=probe.has_output
+                )
+            )
             del captured  # before the next batch's, not after
             _check_shapes(index, probe, batches)
 
@@ -260,6 +266,8 @@ def _figures(
         grad_dtype=str(first.grad_dtype).removeprefix("torch."),
         stability_errors=directions.error.tolist(),
         stability_nulls=directions.null.tolist(),
+        chain_starts=probe.taps.chain_starts,
+        gain_reference=OUTPUT if probe.has_output else probe.taps.labels[-1],
         headline_acc=headline_acc,
         frozen_baseline_acc=frozen_baseline_acc,
     )
@@ -286,20 +294,27 @@ def _remarks(
         lost = ", ".join(probe.taps.unseen)
         remarks.append(f"Bypassed: the forward pass does not call {lost}.")
     first = batches[0]
+    rows = len(first.output_grad_norm)
+    kind = "samples" if rows == first.batch_size else "positions"
     for name, norms in (("hidden states", first.hidden_norm), ("gradients", first.grad_norm)):
         bad = (~norms.isfinite()).sum(dim=1).tolist()
         for l, count in enumerate(bad):
             if count:
                 remarks.append(
-                    f"{count} of {norms.shape[1]} samples have non-finite {name} at "
+                    f"{count} of {rows} {kind} have non-finite {name} at "
                     f"{figures.layers[l]}; medians are over those that are not NaN."
                 )
                 break
     without_error = int((first.output_grad_norm == 0).sum())
     if without_error:
         remarks.append(
-            f"{without_error} of {first.batch_size} samples have no output error at all; they have "
+            f"{without_error} of {rows} {kind} have no output error at all; they have "
             f"no credit gain."
+        )
+    if not probe.has_output:
+        remarks.append(
+            f"The network has no output with a row for each sample: credit gains are relative to "
+            f"the gradient at the last observed state, {probe.taps.labels[-1]}, where they are 1."
         )
     if first.batch_size == 1:
         remarks.append("The first batch holds one sample: its medians are that sample's figures.")

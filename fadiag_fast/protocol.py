@@ -5,11 +5,14 @@ here is arithmetic on Python numbers: a scan, a training probe and ``diagnose`` 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from itertools import pairwise
 from typing import Literal, get_args
+
+# What credit gains are relative to where the network has logits.
+OUTPUT = "output"
 
 # How figures are judged: as published, or calibrated (see fadiag_fast.calibrated).
 Protocol = Literal["paper", "calibrated"]
@@ -155,6 +158,10 @@ class Figures:
             directions, ``n``: as far as chance takes them without a common direction.
         test_size: images behind ``headline_acc``.
         frozen_test_size: images behind ``frozen_baseline_acc``; None: as many as ``test_size``.
+        chain_starts: indices of the states with which a second or later chain of blocks begins;
+            growth is compared inside a chain only.
+        gain_reference: what credit gains are relative to: ``output``, or the name of the last
+            observed state where the network has no output with a row for each sample.
     """
 
     layers: Sequence[str]
@@ -182,6 +189,8 @@ class Figures:
     stability_nulls: Sequence[float] = ()
     test_size: int | None = None
     frozen_test_size: int | None = None
+    chain_starts: Sequence[int] = ()
+    gain_reference: str = OUTPUT
 
     @property
     def rms_norms(self) -> list[float]:
@@ -192,15 +201,27 @@ class Figures:
         ]
 
 
-def growth_ratios(residual_norms: Sequence[float]) -> list[float]:
-    """Return ‖h_{l+1}‖ / ‖h_l‖ for consecutive norms, the denominator floored at 1e-30."""
-    return [
+def growth_ratios(
+    residual_norms: Sequence[float], chain_starts: Collection[int] = ()
+) -> list[float]:
+    """Return ‖h_{l+1}‖ / ‖h_l‖ for consecutive norms, the denominator floored at 1e-30.
+
+    Args:
+        residual_norms: of the n states.
+        chain_starts: indices of states with which another chain of blocks begins: no block leads
+            from the state before to such a one, and the ratio is NaN.
+    """
+    ratios = [
         # A NaN is unequal to itself. A scan asks this three times of each checkpoint.
         later / (earlier if earlier > _NORM_FLOOR else _NORM_FLOOR)
         if earlier == earlier
         else math.nan
         for earlier, later in pairwise(residual_norms)
     ]
+    for start in chain_starts:
+        if 0 < start <= len(ratios):
+            ratios[start - 1] = math.nan
+    return ratios
 
 
 def middle_layer(num_states: int) -> int:
@@ -224,7 +245,7 @@ def scale_growth(figures: Figures, thresholds: DiagnosticThresholds) -> Diagnost
             Status.NOT_ENOUGH_DATA, NOT_ENOUGH_DATA, None, None, "no batch with a sample"
         )
     undefined = next((l for l, norm in enumerate(norms) if math.isnan(norm)), None)
-    ratios = growth_ratios(norms)
+    ratios = growth_ratios(norms, figures.chain_starts)
     defined = [(ratio, l + 1) for l, ratio in enumerate(ratios) if not math.isnan(ratio)]
     value, layer = max(defined, key=lambda pair: pair[0], default=(1.0, 0))
     if value > thresholds.scale_growth:
@@ -412,6 +433,8 @@ def explain_disagreement(
     """
     if floor.value is None or not figures.credit_gains or not math.isfinite(floor.value):
         return None
+    if figures.gain_reference != OUTPUT:
+        return None
     gain = figures.credit_gains[-1]
     if math.isnan(gain):
         return (
@@ -458,11 +481,12 @@ def explain_shapes(figures: Figures, growth: Diagnostic) -> str | None:
     """
     if len(set(figures.sizes)) < 2 or growth.layer is None or growth.value is None:
         return None
-    ratios = [ratio for ratio in growth_ratios(figures.rms_norms) if not math.isnan(ratio)]
-    if not ratios:
+    ratios = growth_ratios(figures.rms_norms, figures.chain_starts)
+    known = [ratio for ratio in ratios if not math.isnan(ratio)]
+    if not known:
         return None
-    largest = max(ratios)
-    where = figures.layers[growth_ratios(figures.rms_norms).index(largest) + 1]
+    largest = max(known)
+    where = figures.layers[ratios.index(largest) + 1]
     return (
         f"The states differ in size, and (a) compares only like shapes: by root mean square per "
         f"feature the largest growth is {largest:.3g}, at {where}."

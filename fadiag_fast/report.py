@@ -135,8 +135,12 @@ class DiagnosticReport:
 
     def layer_rows(self) -> list[list[str]]:
         """Return the per-layer table as text, the columns of :meth:`layer_header`."""
-        growth = ["", *(_number(ratio) for ratio in growth_ratios(self.residual_norms))]
-        rms_growth = ["", *(_number(ratio) for ratio in growth_ratios(self.figures.rms_norms))]
+        starts = self.figures.chain_starts
+        growth = ["", *(_number(ratio) for ratio in growth_ratios(self.residual_norms, starts))]
+        rms_growth = [
+            "",
+            *(_number(ratio) for ratio in growth_ratios(self.figures.rms_norms, starts)),
+        ]
         return [
             [
                 f"h_{l}",

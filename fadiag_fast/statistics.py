@@ -129,8 +129,11 @@ def reduce_captured(
     captured: Captured,
     reduction: SampleReduction | None = None,
     backend: ops.Backend | None = None,
+    has_output: bool = True,
 ) -> Reduced:
     """Reduce all layers and the logits in one call of the operator.
+
+    Without an output gains are relative to the last state, reduced as all states are.
 
     Raises:
         ValueError: ``token`` with states of different numbers of positions.
@@ -145,14 +148,17 @@ def reduce_captured(
             f"shapes {', '.join(str(list(h.shape)) for h in captured.hiddens)}; name taps of one "
             f"shape"
         )
+    n = len(pairs)
     error = SampleReduction().apply(captured.logits, captured.logit_grads)
+    if not has_output:
+        error = pairs[-1]
+        batch_size = samples
     together = samples == batch_size
     # The logits go along as one more layer: their gradient's norm is the output error.
     statistics = _statistics([*pairs, error] if together else pairs, backend)
     output_grad_norm = (statistics if together else _statistics([error], backend)).grad_norm[-1]
     if not together:
         output_grad_norm = output_grad_norm.repeat_interleave(samples // batch_size)
-    n = len(pairs)
     return Reduced(
         hidden_norm=statistics.hidden_norm[:n],
         grad_norm=statistics.grad_norm[:n],
@@ -243,12 +249,17 @@ def batch_statistics(
     *,
     reduction: SampleReduction | None = None,
     backend: ops.Backend | None = None,
+    has_output: bool = True,
 ) -> BatchStatistics:
-    """Compute :class:`BatchStatistics`; raises what :func:`reduce_captured` raises."""
-    reduced = reduce_captured(captured, reduction, backend)
+    """Compute :class:`BatchStatistics`; raises what :func:`reduce_captured` raises.
+
+    ``has_output`` says whether the captured logits are logits: see :class:`Captured`.
+    """
+    reduced = reduce_captured(captured, reduction, backend, has_output)
     correct = None
     if (
-        isinstance(labels, Tensor)
+        has_output
+        and isinstance(labels, Tensor)
         and labels.dim() == 1
         and not labels.is_floating_point()
         and captured.logits.dim() == 2
@@ -266,8 +277,10 @@ def batch_statistics(
         correct=correct,
         batch_size=len(captured.logits),
         measurable=measurable_errors(reduced.output_grad_norm, captured.logit_grads.dtype),
-        class_error=class_errors(captured.logits, labels) if captured.logits.dim() == 2 else None,
-        equal_logits=bool(equal_logits(captured.logits[None])),
+        class_error=class_errors(captured.logits, labels)
+        if has_output and captured.logits.dim() == 2
+        else None,
+        equal_logits=has_output and bool(equal_logits(captured.logits[None])),
         grad_dtype=(captured.grads[-1] if captured.grads else captured.logit_grads).dtype,
     )
 

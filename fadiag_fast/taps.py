@@ -6,10 +6,14 @@ that the model hands out itself. Taps are named by the caller, or chosen from on
 1. the residual contract: a model with ``blocks`` and ``out_head`` (and ``embed``, ``out_ln``) is
    observed along its blocks;
 2. a forward with ``return_hidden=True`` hands out its states;
-3. else the longest chain of repeated sibling blocks, one class, names that differ in their numbers;
+3. else the longest chain of repeated sibling blocks, one class, names that differ in their numbers,
+   in the deepest part of the network, and further chains beside it: a decoder's, a second tower's,
+   those of a second call;
 4. else the caller must name the taps, and the error lists what there is.
 
 A chain of L blocks has L + 1 states: the input of the first block and the state after every block.
+A name stands for one tensor: what is called ``blocks.0`` in a chain is what that block returned,
+or, where its caller adds the skip, the sum; what else comes to a block is ``input of blocks.1``.
 Where the blocks return the next state, that is their output. Where they return only the branch and
 the caller adds the skip, it is the input of whatever comes next: which of the two holds is seen in
 the pass and not assumed.
@@ -18,13 +22,14 @@ the pass and not assumed.
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .tracing import ModuleCall, Sighting, Trace, clean_name, trace
 
@@ -33,6 +38,11 @@ Select = str | type[nn.Module] | nn.Module | Sequence["Select"]
 _CountsSamples = Callable[[Tensor], bool]
 
 _MOST_LISTED = 12
+_MOST_PASSED_OVER = 4
+# That one pattern of names may make, as in a network that is called for each of three inputs.
+_MOST_CHAINS = 4
+# Of a network of more layers, one after the other, blocks are found; to look would take long.
+_LONGEST_TRUNK = 64
 # h + f(h) done twice may be fused or ordered otherwise; a wrong reading is off by the order of one.
 _SUM_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE_TOLERANCE = 5e-2
@@ -83,6 +93,8 @@ class Taps:
         asked: how many modules were asked for.
         unseen: names among them that were never called.
         remarks: sentences that a reader of the figures should know.
+        chain_starts: indices of the states with which a second or later chain of blocks begins.
+        passed_over: other chains that might have been observed, in words.
     """
 
     points: tuple[Tap, ...]
@@ -90,6 +102,8 @@ class Taps:
     asked: int
     unseen: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    chain_starts: tuple[int, ...] = ()
+    passed_over: tuple[str, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -105,6 +119,18 @@ class Taps:
         """What was asked for and what was seen."""
         seen = self.asked - len(self.unseen)
         return f"{self.chosen}: asked for {self.asked}, saw {seen}, {len(self.points)} states"
+
+    @property
+    def observed(self) -> str:
+        """What is observed and what is not, in one line."""
+        seen = self.asked - len(self.unseen)
+        line = f"observed: {self.chosen}, asked for {self.asked}, saw {seen}"
+        if self.unseen:
+            line += f" (not called: {_listed(self.unseen)})"
+        line += f"; {len(self.points)} states, {self.points[0].label} to {self.points[-1].label}"
+        if self.passed_over:
+            line += f"; passed over: {', '.join(self.passed_over)}"
+        return line
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -134,6 +160,9 @@ def find_taps(
     x: Any,
     select: Select | None = None,
     counts_samples: _CountsSamples = lambda state: True,
+    *,
+    batch_dim: int | None = None,
+    several: bool = True,
 ) -> tuple[Taps, Trace]:
     """Find the hidden states of a network with one forward pass (two to read ``return_hidden``).
 
@@ -147,6 +176,9 @@ def find_taps(
             for blocks of which the states before, between and after are meant.
         counts_samples: says whether a tensor can be a state of this batch; a chain is chosen only
             among blocks whose states are.
+        batch_dim: the dimension of the states that counts samples: several chains are chosen only
+            where all have as many.
+        several: whether more than one chain may be chosen.
 
     Returns:
         The taps and the trace they were found in.
@@ -166,7 +198,7 @@ def find_taps(
     elif contract:
         found = _contract(model, seen)
     else:
-        found = _automatic(model, seen, counts_samples)
+        found = _automatic(model, seen, counts_samples, batch_dim, several)
     if found is None:
         raise TapError(
             f"{type(model).__name__}: expected the residual contract (embed, blocks, out_head), a "
@@ -223,12 +255,21 @@ def is_sum(state: Tensor, before: Tensor, branch: Tensor) -> bool:
     if any(t.layout is not torch.strided for t in (state, before, branch)):
         return False
     tolerance = _SUM_TOLERANCE.get(state.dtype, _COARSE_TOLERANCE)
+    away = state - before - branch
+    known = away.isfinite()
+    if not known.all():  # broken weights: what is left must do
+        if not known.any() or not torch.equal(known, (before + branch).isfinite()):
+            return False
+        state, away = state[known], away[known]
     scale = torch.linalg.vector_norm(state)
-    return bool(torch.linalg.vector_norm(state - before - branch) <= tolerance * scale)
+    return bool(torch.linalg.vector_norm(away) <= tolerance * scale)
 
 
-def _link(block: ModuleCall, state: Sighting | None) -> Literal["state", "branch"] | None:
+def _link(
+    seen: Trace, block: ModuleCall, following: ModuleCall | None
+) -> Literal["state", "branch"] | None:
     """Say what a block returned, judged by the state that the next module received."""
+    state = None if following is None else following.input
     if state is None or block.input is None or block.output is None:
         return None
     if state.tensor is block.output.tensor and state.version == block.output.version:
@@ -237,39 +278,128 @@ def _link(block: ModuleCall, state: Sighting | None) -> Literal["state", "branch
         return "branch"  # h += block(h)
     if is_sum(state.tensor, block.input.tensor, block.output.tensor):
         return "branch"
+    if following is not None and not state.tensor.isfinite().any():
+        # By broken weights nothing can be told of sums; the label must be as by others.
+        parts = (block.input.tensor, block.output.tensor)
+        added = seen.recorder.is_sum_with(state.tensor, parts)
+        if added and _leads_around(seen, block, following):
+            return "branch"
     return None
 
 
 def _links(seen: Trace, blocks: Sequence[ModuleCall]) -> list[Literal["state", "branch"] | None]:
-    closer = _after(seen, blocks[-1])
-    following = [*(block.input for block in blocks[1:]), None if closer is None else closer.input]
-    return [_link(block, state) for block, state in zip(blocks, following, strict=True)]
+    following = [*blocks[1:], _after(seen, blocks[-1])]
+    return [_link(seen, block, after) for block, after in zip(blocks, following, strict=True)]
 
 
-def _after(seen: Trace, block: ModuleCall) -> ModuleCall | None:
-    """Return the first module called after a block ended that takes a state of the stream's shape.
+def _after(seen: Trace, block: ModuleCall, around: bool = False) -> ModuleCall | None:
+    """Return the first module called after a block ended that takes a state of the stream.
 
-    The stream's shape is that of the block's output.
+    The stream's shape is that of the block's output, and it comes from there; with ``around`` it
+    comes from the block's input too.
     """
     if block.output is None:
         return None
     shape = block.output.tensor.shape
     for call in seen.calls:
-        if call.begin > block.end and call.input is not None and call.input.tensor.shape == shape:
+        if (
+            call.begin > block.end
+            and call.input is not None
+            and call.input.tensor.shape == shape
+            and seen.depends(call.input, block.output) is not False
+            and (not around or _leads_around(seen, block, call))
+        ):
             return call
     return None
 
 
-def _is_model_input(sighting: Sighting) -> bool:
-    return sighting.source is not None and sighting.source.kind == "input"
+def _is_model_input(seen: Trace, sighting: Sighting) -> bool:
+    """Return whether a state is the network's input itself, or a part of it as it stands."""
+    if sighting.source is not None and sighting.source.kind == "input":
+        return True
+    return any(_is_passed_on(sighting, given) for given in seen.recorder.inputs())
+
+
+def _split(seen: Trace, blocks: Sequence[ModuleCall]) -> list[list[ModuleCall]] | None:
+    """Return the chains that blocks make: in one of them each block sees what the last returned.
+
+    A network that is called twice, or two towers of one kind, make two. None where the blocks make
+    none, as those of parallel branches.
+    """
+    chains: list[list[ModuleCall]] = []
+    passed_by: list[tuple[list[ModuleCall], int]] = []  # chains that lead to a block of another
+    for block in blocks:
+        leading = []
+        for chain in sorted(chains, key=lambda chain: chain[-1].end, reverse=True):
+            depends = _reads(seen, block, chain[-1].output)
+            if depends is not False:
+                leading.append(chain)
+            if depends is None:  # it cannot be told: the last one called comes first
+                break
+        if not leading:
+            chains.append([block])
+            continue
+        leading[0].append(block)
+        passed_by += [(chain, len(chain)) for chain in leading[1:]]
+    if any(len(chain) > length for chain, length in passed_by):
+        return None
+    if len(chains) > 1 and any(len(chain) < 2 for chain in chains):
+        return None
+    return chains if len(chains) <= _MOST_CHAINS else None
+
+
+def _reads(seen: Trace, block: ModuleCall, state: Sighting | None) -> bool | None:
+    """Return whether any of a block's arguments was computed from a state; None if unknown."""
+    found = [seen.depends(given, state) for given in (block.input, *block.others)]
+    if any(found):
+        return True
+    return None if None in found else False
+
+
+def _leads_around(seen: Trace, block: ModuleCall, following: ModuleCall) -> bool:
+    """Return whether a block's input comes to the next block beside its output too."""
+    return seen.depends(following.input, block.input, without=[block.output]) is not False
+
+
+def _is_output(seen: Trace, block: ModuleCall) -> bool:
+    """Return whether what a block returns is what the model returns, but for a softmax."""
+    given = [leaf for leaf in tree_leaves(seen.output) if isinstance(leaf, Tensor)]
+    return block.output is not None and any(
+        block.output.tensor is leaf or block.output.tensor is seen.recorder.before_link(leaf)
+        for leaf in given
+    )
+
+
+def _chains(
+    seen: Trace, chains: Sequence[Sequence[ModuleCall]], first_label: str | None
+) -> tuple[list[Tap], list[str], tuple[int, ...]]:
+    """Return the taps of chains one after another, remarks, and where further chains begin."""
+    several = {block.name for blocks in chains for block in blocks if block.call}
+    taps: list[Tap] = []
+    remarks: list[str] = []
+    starts: list[int] = []
+    for blocks in chains:
+        found, more = _chain(seen, blocks, None if taps else first_label, several)
+        places = [(tap.module, tap.at, tap.call) for tap in found]
+        if taps and (taps[-1].module, taps[-1].at, taps[-1].call) in places:
+            taps.pop()  # two chains end in one state: it is the last one's
+        if taps and found:
+            last, first = sighting_at(seen, taps[-1]), sighting_at(seen, found[0])
+            if last is not None and first is not None and last.tensor is first.tensor:
+                found = found[1:]  # what one chain hands on to the next
+            else:
+                starts.append(len(taps))
+        taps += found
+        remarks += [remark for remark in more if remark not in remarks]
+    return taps, remarks, tuple(starts)
 
 
 def _chain(
-    seen: Trace, blocks: Sequence[ModuleCall], first_label: str | None
+    seen: Trace, blocks: Sequence[ModuleCall], first_label: str | None, several: set[str]
 ) -> tuple[list[Tap], list[str]]:
     """Return the taps before, between and after blocks that are called one after another."""
     links = _links(seen, blocks)
-    several = {block.name for block in blocks if block.call}
+    pairs = list(pairwise(blocks))
 
     def label(block: ModuleCall) -> str:
         return f"{block.name} (call {block.call + 1})" if block.name in several else block.name
@@ -278,30 +408,41 @@ def _chain(
     remarks: list[str] = []
     taps: list[Tap] = []
     # The network's input itself is no hidden state.
-    if first.input is not None and not _is_model_input(first.input):
+    if first.input is not None and not _is_model_input(seen, first.input):
         taps.append(Tap(first.name, "input", first.call, first_label or f"input of {label(first)}"))
-    # A sum that another module's call cannot show (0.5·f(h), say) also comes as an input.
     returns_states = links.count("state") > links.count("branch")
-    if not returns_states and "branch" not in links:
+    if not returns_states and 2 * links.count("branch") < len(links):
+        # Other operations stand between the blocks. A sum that another module's call cannot show
+        # (h + 0.5·f(h), say) comes as an input; without a way around the blocks they are the way.
         returns_states = any(
             block.output is None
             or following.input is None
             or block.output.tensor.shape != following.input.tensor.shape
-            for block, following in pairwise(blocks)
-        )
+            for block, following in pairs
+        ) or 2 * sum(_leads_around(seen, a, b) for a, b in pairs) <= len(pairs)
     if returns_states:
-        return taps + [Tap(b.name, "output", b.call, label(b)) for b in blocks], remarks
-    for block, following in pairwise(blocks):
-        taps.append(Tap(following.name, "input", following.call, label(block)))
-    closer = _after(seen, blocks[-1])
+        # The output of the network is no hidden state either, where that can be left out.
+        plain = "state" not in links[:-1] and _is_output(seen, blocks[-1])
+        if (
+            plain and len(blocks) == 2
+        ):  # what comes to the head shows more than what a layer hands on
+            name = f"input of {label(blocks[1])}"
+            return [*taps, Tap(blocks[1].name, "input", blocks[1].call, name)], remarks
+        kept = blocks[:-1] if plain else blocks
+        return taps + [Tap(b.name, "output", b.call, label(b)) for b in kept], remarks
+    for link, (block, following) in zip(links[:-1], pairs, strict=True):
+        name = label(block) if link == "branch" else f"input of {label(following)}"
+        taps.append(Tap(following.name, "input", following.call, name))
+    closer = _after(seen, blocks[-1], around=links[-1] is None)
     if closer is None:
         remarks.append(
             f"The state after {label(blocks[-1])} is no module's input: it was not seen."
         )
     else:
         # Something may lie between the last block and what receives a state of its shape.
-        alike = links[-1] is not None or None in links[:-1]
-        last = label(blocks[-1]) if alike else f"input of {closer.name}"
+        last = label(blocks[-1]) if links[-1] == "branch" else f"input of {closer.name}"
+        if links[-1] != "branch" and closer.call:
+            last += f" (call {closer.call + 1})"
         taps.append(Tap(closer.name, "input", closer.call, last))
     return taps, remarks
 
@@ -330,7 +471,7 @@ def _contract(model: Any, seen: Trace) -> Taps:
             raise TapError(f"{name}: {block.name}: expected to be called with a floating tensor")
     asked = len(names)
     if blocks:
-        taps, remarks = _chain(seen, blocks, "embed")
+        taps, remarks, starts = _chains(seen, _split(seen, blocks) or [blocks], "embed")
         if called != [path for path in names if path in called]:
             remarks.append(f"The forward pass calls the blocks in the order {_listed(called)}.")
     elif asked:
@@ -339,8 +480,8 @@ def _contract(model: Any, seen: Trace) -> Taps:
         )
     else:
         closer = "out_ln" if getattr(model, "out_ln", None) is not None else "out_head"
-        taps, remarks = [Tap(closer, "input", 0, "embed")], []
-    return Taps(tuple(taps), "residual contract", asked, tuple(unseen), tuple(remarks))
+        taps, remarks, starts = [Tap(closer, "input", 0, "embed")], [], ()
+    return Taps(tuple(taps), "residual contract", asked, tuple(unseen), tuple(remarks), starts)
 
 
 @dataclass(frozen=True)
@@ -353,10 +494,15 @@ class _Candidate:
     passed: int  # states that visibly go from one block to the next
     matrices: int  # parameters of two and more dimensions
     size: int  # elements of all parameters
+    chains: int = 1  # that they make
 
     @property
     def kinds(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(self.kind_of))
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(block.name for block in self.blocks))
 
     @property
     def rank(self) -> tuple[int, int, int, int]:
@@ -378,14 +524,6 @@ def _pattern(names: Sequence[str]) -> str:
 
 def _is_composite(module: nn.Module) -> bool:
     return any(next(child.parameters(), None) is not None for child in module.children())
-
-
-def _is_chain(seen: Trace, candidate: _Candidate) -> bool:
-    """Say whether every block sees what the one before it returned: not so in parallel branches."""
-    return all(
-        seen.depends(after.input, before.output) is not False
-        for before, after in pairwise(candidate.blocks)
-    )
 
 
 def _mixed(modules: dict[str, nn.Module], calls: Sequence[ModuleCall]) -> list[ModuleCall]:
@@ -486,33 +624,182 @@ def _is_passed_on(a: Sighting | None, b: Sighting | None) -> bool:
         return False
     if a.tensor.layout is not torch.strided or b.tensor.layout is not torch.strided:
         return a.tensor is b.tensor
-    return a.tensor.untyped_storage().data_ptr() == b.tensor.untyped_storage().data_ptr()
+    try:
+        return a.tensor.untyped_storage().data_ptr() == b.tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # a DTensor has no memory of its own
+        return a.tensor is b.tensor
 
 
-def _automatic(model: nn.Module, seen: Trace, counts_samples: _CountsSamples) -> Taps | None:
-    """Return the longest chain of repeated sibling blocks that no residual branch hides."""
-    candidates = sorted(
-        _candidates(model, seen, counts_samples), key=lambda found: found.rank, reverse=True
+def _is_nested(inner: _Candidate, outer: _Candidate) -> bool:
+    return all(any(name.startswith(f"{whole}.") for whole in outer.names) for name in inner.names)
+
+
+def _depth(candidate: _Candidate, candidates: Sequence[_Candidate]) -> int:
+    """Return how many layers the part of the network has that blocks make up.
+
+    Blocks, the stages around them and the layers inside are of one part.
+    """
+    return max(
+        other.matrices
+        for other in candidates
+        if other is candidate
+        or _is_nested(other, candidate)
+        or (_is_nested(candidate, other) and 2 * candidate.matrices >= other.matrices)
     )
-    best = next(
-        (
-            found
-            for found in candidates
-            if _is_chain(seen, found)
-            and not any(
-                _repeats_in(found, other) or _is_inside_a_branch(seen, found, other)
-                for other in candidates
-            )
-        ),
-        None,
+
+
+def _is_apart(candidate: _Candidate, chosen: Sequence[_Candidate]) -> bool:
+    """Return whether no block is part of a chosen one, or the reverse."""
+    names = {name for one in chosen for name in one.names}
+    return all(
+        name not in names
+        and not any(a.startswith(f"{name}.") or name.startswith(f"{a}.") for a in names)
+        for name in candidate.names
     )
-    if best is None:
+
+
+def _is_further(
+    candidate: _Candidate, best: _Candidate, modules: Mapping[str, nn.Module], batch_dim: int | None
+) -> bool:
+    """Return whether blocks beside the best ones are a chain of their own worth to be observed."""
+    # A stem, or what lies between stages, is small beside the stages.
+    if (not candidate.passed and best.passed) or 4 * candidate.matrices < best.matrices:
+        return False
+    if not all(_is_composite(modules[name]) for name in candidate.names):
+        alike = set(candidate.kinds) == set(best.kinds)
+        if not alike or 2 * len(candidate.blocks) < len(best.blocks):
+            return False
+    if batch_dim is None:
+        return True
+    lengths = {
+        state.tensor.shape[batch_dim]
+        for one in (candidate, best)
+        for block in one.blocks
+        for state in (block.input, block.output)
+        if state is not None
+    }
+    return len(lengths) == 1
+
+
+def _trunk(model: nn.Module, seen: Trace, counts_samples: _CountsSamples) -> _Candidate | None:
+    """Return all layers with weights of a network in which each leads to the next and nowhere else.
+
+    None for any other network.
+    """
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    layers = [
+        call
+        for call in seen.calls
+        if call.name
+        and not any(True for _ in modules[call.name].children())
+        and any(p.dim() > 1 for p in modules[call.name].parameters())
+    ]
+    if len(layers) < 3 or len(layers) > _LONGEST_TRUNK or any(layer.call for layer in layers):
         return None
-    taps, remarks = _chain(seen, best.blocks, None)
+    for layer in layers:
+        if layer.input is None or layer.output is None or not counts_samples(layer.output.tensor):
+            return None
+    for before, after in pairwise(layers):
+        if not seen.depends(after.input, before.output):
+            return None
+    first, last = layers[0].output, layers[-1].output
+    if any(seen.depends(last, first, without=[one.output]) is not False for one in layers[1:-1]):
+        return None
+    kinds = [type(modules[layer.name]).__name__ for layer in layers]
+    return _Candidate(
+        ", ".join(dict.fromkeys(_sibling_key(layer.name) for layer in layers)),
+        layers,
+        kinds,
+        0,
+        len(layers),
+        sum(p.numel() for layer in layers for p in modules[layer.name].parameters()),
+    )
+
+
+def _is_poor(candidate: _Candidate, layers: _Candidate) -> bool:
+    """Return whether blocks are a head behind other layers, or less than half of all layers."""
+    before = sum(layer.end < candidate.blocks[0].begin for layer in layers.blocks)
+    return before > 1 or 2 * candidate.matrices < layers.matrices
+
+
+def _automatic(
+    model: nn.Module,
+    seen: Trace,
+    counts_samples: _CountsSamples,
+    batch_dim: int | None,
+    several: bool,
+) -> Taps | None:
+    """Return the longest chain of repeated sibling blocks that no residual branch hides.
+
+    In the deepest part of the network; with ``several`` further chains too.
+    """
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    found = _candidates(model, seen, counts_samples)
+    candidates = sorted(found, key=lambda one: (_depth(one, found), *one.rank), reverse=True)
+    chosen: list[_Candidate] = []
+    passed_over: list[_Candidate] = []
+    chains: list[list[ModuleCall]] = []
+    for candidate in candidates:
+        if chosen and not _is_apart(candidate, [*chosen, *passed_over]):
+            continue
+        split = _split(seen, candidate.blocks)
+        if split is None or any(
+            _repeats_in(candidate, other) or _is_inside_a_branch(seen, candidate, other)
+            for other in candidates
+        ):
+            continue
+        if not chosen:
+            plain = not candidate.passed and not _is_composite(modules[candidate.names[0]])
+            layers = _trunk(model, seen, counts_samples) if plain else None
+            if layers is not None and _is_poor(candidate, layers):
+                chosen, chains = [layers], [layers.blocks]
+                break
+        if not chosen or (several and _is_further(candidate, chosen[0], modules, batch_dim)):
+            chosen.append(replace(candidate, chains=len(split)))
+            chains += split
+        else:
+            passed_over.append(candidate)
+    if not chosen:
+        return None
+    chains.sort(key=lambda blocks: blocks[0].begin)
+    taps, remarks, starts = _chains(seen, chains, None)
     called = {call.name for call in seen.calls}
-    inside = {block.name for block in best.blocks}
+    unseen: list[str] = []
+    for best in chosen:
+        missing, more = _beside(model, best, called)
+        unseen += missing
+        remarks += more
+    asked = sum(len(best.names) for best in chosen) + len(unseen)
+    return Taps(
+        tuple(taps),
+        " and ".join(
+            _described(best) for best in sorted(chosen, key=lambda one: one.blocks[0].begin)
+        ),
+        asked,
+        tuple(unseen),
+        tuple(remarks),
+        starts,
+        tuple(_counted(other) for other in passed_over[:_MOST_PASSED_OVER]),
+    )
+
+
+def _described(candidate: _Candidate) -> str:
+    if candidate.chains > 1:
+        return f"{candidate.chains} chains of together {_counted(candidate)}"
+    return f"chain of {_counted(candidate)}"
+
+
+def _counted(candidate: _Candidate) -> str:
+    return f"{len(candidate.blocks)} {', '.join(candidate.kinds)} in {candidate.pattern}"
+
+
+def _beside(model: nn.Module, best: _Candidate, called: set[str]) -> tuple[list[str], list[str]]:
+    """Return the names of a chain's siblings that were not called, and remarks on the others."""
+    inside = set(best.names)
     key = _sibling_key(best.blocks[0].name)
-    unseen, others = [], set()
+    unseen: list[str] = []
+    others: set[str] = set()
+    remarks: list[str] = []
     for name, module in model.named_modules():
         name, kind = clean_name(name), type(module).__name__
         if _sibling_key(name) != key or name in inside:
@@ -531,13 +818,12 @@ def _automatic(model: nn.Module, seen: Trace, counts_samples: _CountsSamples) ->
             f"Between the blocks of {best.pattern} other operations change the state; if they are "
             f"not the blocks that you mean, name the taps."
         )
-    what = f"chain of {len(best.blocks)} {', '.join(best.kinds)} in {best.pattern}"
-    return Taps(tuple(taps), what, len(inside) + len(unseen), tuple(unseen), tuple(remarks))
+    return unseen, remarks
 
 
 def _hint_at_samples(model: nn.Module, seen: Trace) -> str:
     """Name a chain whose states do not count samples where they were looked for."""
-    chains = [c for c in _candidates(model, seen, lambda state: True) if _is_chain(seen, c)]
+    chains = [c for c in _candidates(model, seen, lambda state: True) if _split(seen, c.blocks)]
     best = max(chains, key=lambda found: found.rank, default=None)
     if best is None or best.blocks[0].output is None or not best.passed:
         return ""
@@ -670,7 +956,8 @@ def _selected(model: nn.Module, seen: Trace, select: Select) -> Taps:
                 f"{_listed(names)}; called were {_listed(others)}"
             )
         if at == "chain":
-            found, more = _chain(seen, _plain(calls, names), None)
+            blocks = _plain(calls, names)
+            found, more, _ = _chains(seen, _split(seen, blocks) or [blocks], None)
             remarks += more
             position = {(c.name, c.call): c for c in seen.calls}
             for tap in found:
@@ -702,7 +989,26 @@ def _selected(model: nn.Module, seen: Trace, select: Select) -> Taps:
     if unseen:
         remarks.append(f"Asked for but never called: {_listed(unseen)}.")
     points = tuple(tap for _, tap in sorted(distinct.values(), key=lambda pair: pair[0]))
-    return Taps(points, "named", len(asked), tuple(unseen), tuple(remarks))
+    starts = _starts(seen, points)
+    return Taps(points, "named", len(asked), tuple(unseen), tuple(remarks), starts)
+
+
+def _starts(seen: Trace, points: Sequence[Tap]) -> tuple[int, ...]:
+    """Return which named taps begin a further chain.
+
+    Those that the state before does not lead to, and the first of several siblings behind several
+    others, as those of a decoder behind those of an encoder.
+    """
+    keys = [(_sibling_key(tap.module), tap.at) for tap in points]
+    starts = []
+    for l, (before, tap) in enumerate(pairwise(points), 1):
+        earlier, later = sighting_at(seen, before), sighting_at(seen, tap)
+        if earlier is not None and later is not None and earlier.tensor is later.tensor:
+            continue
+        behind = keys[l] != keys[l - 1] and keys.count(keys[l]) > 1 and keys.count(keys[l - 1]) > 1
+        if seen.depends(later, earlier) is False or behind:
+            starts.append(l)
+    return tuple(starts)
 
 
 def _plain(calls: Sequence[ModuleCall], names: Sequence[str]) -> list[ModuleCall]:

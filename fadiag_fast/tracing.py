@@ -19,6 +19,15 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .process import eager
 
+# What a model may end in though a loss could do it, and what may stand behind that: as in
+# :func:`fadiag_fast.capture.before_link`, by the names of torch's functions.
+_LINKS = frozenset({"softmax", "log_softmax", "sigmoid", "logsigmoid", "special_expit"})
+_BEHIND_LINKS = frozenset(
+    {"view", "reshape", "to", "float", "double", "contiguous", "clone", "transpose", "permute"}
+    | {"squeeze", "unsqueeze", "flatten", "log", "clamp", "clamp_min", "add", "__getitem__"}
+)
+_MOST_BEHIND_LINKS = 8
+
 
 class Source(NamedTuple):
     """Where a tensor comes from in a forward pass that is run again in the same way.
@@ -97,6 +106,8 @@ class Recorder(TorchFunctionMode):
         self._numbers_grow = True  # along every way from a tensor to what was computed from it
         self._constants = {id(constant) for constant in constants}
         self._made: dict[int, _Made] = {}
+        # By the id of what a softmax or the like returned: that tensor, the function, its argument.
+        self._changed: dict[int, tuple[Tensor, str, Tensor]] = {}
         self._inputs = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         self._versions = [leaf._version for leaf in self._inputs]
         for index, leaf in enumerate(tree_leaves(inputs)):
@@ -111,6 +122,11 @@ class Recorder(TorchFunctionMode):
             self._read[self._node(args[0])] |= read  # type: ignore[index]
             self._numbers_grow = False
         if found:
+            kind = getattr(func, "__name__", "")
+            if (kind in _LINKS or kind in _BEHIND_LINKS) and isinstance(result, Tensor):
+                first = args[0] if args else (kwargs or {}).get("input")
+                if isinstance(first, Tensor):
+                    self._changed[id(result)] = (result, kind, first)
             self._read.append(read)
             for item, tensor in enumerate(found):
                 # Dropout in eval mode, contiguous and others may return their argument as it is:
@@ -119,6 +135,24 @@ class Recorder(TorchFunctionMode):
                     self._note(tensor, Source("call", self.num_calls, item))
             self.num_calls += 1
         return result
+
+    def before_link(self, output: Tensor) -> Tensor:
+        """Return the logits of a model that ends in a softmax or the like; else its output."""
+        found = output
+        for _ in range(_MOST_BEHIND_LINKS):
+            if id(found) not in self._changed or self._changed[id(found)][0] is not found:
+                return output
+            _, kind, found = self._changed[id(found)]
+            if kind in _LINKS:
+                return found
+        return output
+
+    def is_sum_with(self, total: Tensor, parts: Iterable[Tensor]) -> bool:
+        """Return whether an addition made a tensor, one of these being its first summand."""
+        made = self._changed.get(id(total))
+        if made is None or made[0] is not total or made[1] != "add":
+            return False
+        return any(made[2] is part for part in parts)
 
     def _note(self, tensor: Tensor, source: Source) -> None:
         self._made[id(tensor)] = _Made(weakref.ref(tensor), tensor._version, source)
@@ -133,6 +167,13 @@ class Recorder(TorchFunctionMode):
         if made is None or made.tensor() is not tensor or made.version != tensor._version:
             return None
         return made.source
+
+    def inputs(self) -> "list[Sighting]":
+        """Return the tensors of the model's input."""
+        return [
+            Sighting(leaf, version, self.source_of(leaf))
+            for leaf, version in zip(self._inputs, self._versions, strict=True)
+        ]
 
     @property
     def wrote_input(self) -> bool:
@@ -221,6 +262,7 @@ class ModuleCall:
         call: how often that module had been called before.
         begin, end: moments, counted over all modules' entries and exits.
         input, output: the states, None where there is no floating tensor.
+        others: further floating tensors among the arguments, as the state of a recurrent cell.
         output_type: what the module returned, for messages.
     """
 
@@ -231,6 +273,7 @@ class ModuleCall:
     end: int = -1
     output: Sighting | None = None
     output_type: str = ""
+    others: tuple[Sighting, ...] = ()
 
 
 @dataclass
@@ -338,9 +381,11 @@ def trace(model: nn.Module, x: Any, **options: Any) -> Trace:
         with torch.no_grad():
             return _trace(model, x, options)
     except RuntimeError as error:
-        if "not require grad" not in str(error):
+        # What autograd says of a tensor without a graph: to differentiate it, or to hook it.
+        if "not require grad" not in str(error) and "n't require gradient" not in str(error):
             raise
-    # A model that differentiates in its own forward (forces from an energy) needs the graph.
+    # A model that differentiates in its own forward (forces from an energy) needs the graph, and
+    # so does a hook of the user's that hooks the tensors it sees.
     with torch.enable_grad():
         return _trace(model, x, options)
 
@@ -358,7 +403,13 @@ def _trace(model: nn.Module, x: Any, options: Mapping[str, Any]) -> Trace:
     def entered(name: str, args: Any, kwargs: Any) -> None:
         nonlocal moment
         counts[name] = counts.get(name, -1) + 1
-        found = ModuleCall(name, counts[name], moment, sighting(argument_state(args, kwargs)))
+        state = argument_state(args, kwargs)
+        found = ModuleCall(name, counts[name], moment, sighting(state))
+        found.others = tuple(
+            recorder.sighting(leaf)
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor) and leaf is not state and leaf.is_floating_point()
+        )
         calls.append(found)
         open_calls.append(found)
         moment += 1

@@ -30,8 +30,9 @@ from ..capture import (
     own_attributes,
 )
 from ..cuda_graphs import mark_unwritten, on_device, record
-from ..protocol import Figures
+from ..protocol import OUTPUT, Figures
 from ..statistics import (
+    Reduced,
     SampleReduction,
     class_errors,
     direction_figures,
@@ -103,12 +104,15 @@ class Measured:
 class _Unit:
     """Samples of one batch in one pass, of S checkpoints: what is kept of them."""
 
-    def __init__(self, batch: int, reduced: Sequence[Any], index: int, y: Any) -> None:
+    def __init__(
+        self, batch: int, reduced: Sequence[Any], index: int, y: Any, has_output: bool
+    ) -> None:
         self.batch = batch
         hidden, grad, error, gain, means, logits, _ = reduced
         self.norms = (hidden[:, index], grad[:, index], gain[:, index], error[:, index])
         self.means = [mean[:, index] for mean in means]
-        self.logits = logits[:, index]
+        # A state in their place has no classes, and no figure of logits is taken of it.
+        self.logits = logits[:, index] if has_output else logits[:, index].flatten(2)[..., 0]
         self.y = y
 
     def measurable_gain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -217,7 +221,7 @@ class Auditor:
         alone = self._probe(False, 0)
         for index, (x, y) in enumerate(batches):
             plan = alone.prepare(x)
-            if options["loss"] is None and isinstance(y, Tensor):
+            if options["loss"] is None and isinstance(y, Tensor) and plan.has_output:
                 check_labels(index, y, plan.spots[plan.output].shape, "scan")
         self.device = plan.spots[plan.output].device
         self._shareable = self._batches_alike()
@@ -279,7 +283,7 @@ class Auditor:
     def _probe(self, stacked: bool, samples: int) -> Probe:
         key = (stacked, samples)
         if key not in self._probes:
-            options = dict(self._options)
+            options = dict(self._options, several=self.reduction.kind != "token")
             if samples:
                 units = max(1, samples // self.batch_size)
                 size = self.batch_size if self._plain_labels() else None
@@ -417,6 +421,10 @@ class Auditor:
         hiddens, grads, logits, logit_grads, loss = captured
         self._dtypes = (logit_grads.dtype, (grads[-1] if len(grads) else logit_grads).dtype)
         n = len(parts)
+        self._has_output = probe.has_output
+
+        def reduce(of: Captured) -> Reduced:
+            return reduce_captured(of, self.reduction, has_output=probe.has_output)
 
         def by_unit(state: Tensor) -> Tensor:
             return state.unflatten(1, (n, -1)).flatten(0, 1) if n > 1 else state
@@ -430,13 +438,14 @@ class Auditor:
         )
         if count * n == 1:
             alone = Captured(*tree_map(lambda t: t[0], tuple(together)))
-            reduced = tree_map(lambda t: t[None], tuple(reduce_captured(alone, self.reduction)))
+            reduced = tree_map(lambda t: t[None], tuple(reduce(alone)))
         else:
-            reduced = torch.vmap(lambda *c: tuple(reduce_captured(Captured(*c), self.reduction)))(
-                *together
-            )
+            reduced = torch.vmap(lambda *c: tuple(reduce(Captured(*c))))(*together)
         reduced = tree_map(lambda t: t.unflatten(0, (count, n)), reduced)
-        return [_Unit(batch, reduced, i, labels) for i, (batch, labels) in enumerate(parts)]
+        return [
+            _Unit(batch, reduced, i, labels, probe.has_output)
+            for i, (batch, labels) in enumerate(parts)
+        ]
 
     def _directions(self, units: Sequence[_Unit]) -> list[list[Tensor]]:
         """Return per batch the mean gradients of all states."""
@@ -463,6 +472,8 @@ class Auditor:
             "sizes": tuple(math.prod(shape) for shape in self._shapes),
             "num_samples": self._samples,
             "grad_dtype": str(self._dtypes[1]).removeprefix("torch."),
+            "chain_starts": self._probe(False, 0).taps.chain_starts,
+            "gain_reference": OUTPUT if self._has_output else self.labels[-1],
         }
         each: list[dict[str, Any]] = []
         finite: list[bool] = []

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from ..calibrated import find_causes, judge_figures
 from ..protocol import (
+    OUTPUT,
     DiagnosticThresholds,
     Figures,
     Protocol,
@@ -159,9 +161,10 @@ def row_of(
 def _figure_columns(figures: Figures) -> Row:
     states = len(figures.layers)
     middle = middle_layer(states) if states else 0
-    ratios = [ratio for ratio in growth_ratios(figures.residual_norms) if not math.isnan(ratio)]
+    ratios = growth_ratios(figures.residual_norms, figures.chain_starts)
+    known = [ratio for ratio in ratios if not math.isnan(ratio)]
     return {
-        "growth": max(ratios, default=1.0) if states else None,
+        "growth": max(known, default=1.0) if states else None,
         "grad_norm": float(figures.bp_grad_norms[-1]) if states else None,
         "credit_gain": float(figures.credit_gains[-1]) if states else None,
         "stability": float(figures.stabilities[middle]) if states else None,
@@ -211,7 +214,10 @@ def judgement(
 
 
 def _layers(figures: Figures, shapes: Sequence[Sequence[int]] | None) -> list[Row]:
-    growth: list[float | None] = [None, *growth_ratios(figures.residual_norms)]
+    growth: list[float | None] = [
+        None,
+        *growth_ratios(figures.residual_norms, figures.chain_starts),
+    ]
     pooled_norms, pooled_gains, errors, nulls = (
         _recorded_or_none(values, len(figures.layers))
         for values in (
@@ -289,7 +295,33 @@ def figures_of(row: Row, layers: Sequence[Row]) -> Figures:
         stability_nulls=_recorded(layers, "stability_null"),
         test_size=row.get("test_size"),
         frozen_test_size=row.get("frozen_test_size"),
+        chain_starts=_chain_starts(layers),
+        gain_reference=_gain_reference(row, layers),
     )
+
+
+def _gain_reference(row: Row, layers: Sequence[Row]) -> str:
+    """Return what gains are relative to: the last state is where no figure of logits is known."""
+    known = row.get("output_error") is not None or row["accuracy"] is not None
+    if known or not layers or layers[-1]["credit_gain"] != 1.0:
+        return OUTPUT
+    same = layers[-1]["grad_norm"] == row["output_grad_norm"]
+    return str(layers[-1]["name"]) if same else OUTPUT
+
+
+def _chain_starts(layers: Sequence[Row]) -> tuple[int, ...]:
+    """Return where further chains begin: at states without growth though both norms are known."""
+    return tuple(
+        l
+        for l, (before, layer) in enumerate(pairwise(layers), 1)
+        if _is_nan(layer.get("growth", 0.0))
+        and not (_is_nan(before["hidden_norm"]) or _is_nan(layer["hidden_norm"]))
+        and not (math.isinf(before["hidden_norm"]) and math.isinf(layer["hidden_norm"]))
+    )
+
+
+def _is_nan(value: float | None) -> bool:
+    return value is None or math.isnan(value)
 
 
 def _recorded(layers: Sequence[Row], column: str) -> tuple[float, ...]:

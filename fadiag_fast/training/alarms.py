@@ -8,7 +8,8 @@ Three rules, each with its own memory of what fired:
   of the deepest state, for ‖g_L‖ itself falls also when the task gets solved. Direction stability
   only says, beside (b), whether the lost gradient drifts or is noise.
 - *baseline*: the logarithms of hidden norms, of growth per step of depth and of credit gains
-  against the median and the median absolute deviation (MAD) of the run's own healthy past.
+  against the median and the median absolute deviation (MAD) of the run's own healthy past. Norms
+  are compared per feature (root mean square): a longer sequence or a larger image is no change.
 
 A rule fires when it is met in k of the last m records. What is slow is health: a baseline figure
 must be far from its median in MADs **and** have moved by a factor since the last healthy records,
@@ -24,7 +25,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from operator import le, truediv
 from typing import Any, Literal
 
@@ -90,7 +91,8 @@ class Alarm:
         figure: ``hidden_norm``, ``growth``, ``credit_gain`` or ``grad_norm``.
         value: the figure at ``step``.
         threshold: the limit that ``value`` passed; the published one, or the baseline's.
-        baseline_median: median of the figure over the healthy past; NaN where there is none.
+        baseline_median: median of the figure over the healthy past, of a norm at the number of
+            features of ``step``; NaN where there is none.
         baseline_mad: median absolute deviation of its natural logarithm there; NaN likewise.
         last_healthy_step: the last recorded step at which all was well; None if there was none.
         sentence: all of it in words.
@@ -308,6 +310,7 @@ class Alarms:
         self._start_anew()
 
     def _start_anew(self) -> None:
+        self._observed: tuple[tuple[str, ...], str] | None = None
         self._layers: tuple[str, ...] | None = None
         self._seen = 0
         self._forget()
@@ -355,10 +358,11 @@ class Alarms:
         Raises:
             TrainingStopped: an alarm fired, and ``"stop"`` is among the actions.
         """
-        if record.layers != self._layers:
-            # Other hidden states: nothing of the past can be compared with them.
+        observed = (record.layers, record.gain_reference)
+        if observed != self._observed:
+            # Other hidden states, or other gains: nothing of the past can be compared with them.
             self._start_anew()
-            self._layers = record.layers
+            self._observed, self._layers = observed, record.layers
         if record.skipped or not record.layers:
             # The scaler has met an infinity, lowered its factor and left the weights as they were.
             return None
@@ -415,7 +419,10 @@ class Alarms:
             return None
         if not math.isfinite(sum(record.grad_norms)):
             return None
-        values = (*hidden, *map(truediv, hidden[1:], hidden), *record.credit_gains)
+        growth: Iterable[float] = map(truediv, hidden[1:], hidden)
+        if record.chain_starts:
+            growth = [1.0 if l in record.chain_starts else g for l, g in enumerate(growth, 1)]
+        values = (*_per_feature(record), *growth, *record.credit_gains)
         if self._lasting is not None:
             if _within(self._lasting, values):
                 return values
@@ -477,10 +484,35 @@ class Alarms:
 
     def _findings(self, record: StepRecord, values: _Array) -> list[_Finding]:
         found = self._non_finite(record)
+        if found and found[0].figure == GRAD_NORM:
+            # What broke in the forward pass comes before the gradients that it spoils.
+            return [self._forward_cause(record, values, found[0]) or found[0]]
         if found or self._seen <= self.policy.warmup:
             # Nothing can be said of figures beside an infinite one.
             return found
         return [*self._protocol(record, 1.0), *self._deviations(record, values, 1.0)]
+
+    def _forward_cause(
+        self, record: StepRecord, values: _Array, gradient: _Finding
+    ) -> _Finding | None:
+        """Return where the forward pass broke in a record whose gradients are not finite."""
+        judged = self._seen > self.policy.warmup
+        causes = [
+            finding
+            for finding in (*self._protocol(record, 1.0), *self._deviations(record, values, 1.0))
+            if finding.figure in (HIDDEN_NORM, GROWTH)
+        ]
+        grown = [finding for finding in causes if finding.rule == SCALE_GROWTH]
+        if not judged:
+            # A young network may grow: only the block at which the gradient is lost is suspect.
+            after = record.layers.index(gradient.layer) + 1
+            grown = [f for f in grown if f.layer in record.layers[after - 1 : after + 1]]
+            causes = []
+        if not (grown or causes):
+            return None
+        cause = grown[0] if grown else _first_cause(causes)
+        note = f" The median ‖g‖ at {gradient.layer} is {gradient.value:.3g}."
+        return replace(cause, rule=NON_FINITE, note=note)
 
     def _non_finite(self, record: StepRecord) -> list[_Finding]:
         for figure, norms in ((HIDDEN_NORM, record.hidden_norms), (GRAD_NORM, record.grad_norms)):
@@ -492,14 +524,27 @@ class Alarms:
             if bad:
                 # Data flow down the depth in the forward pass, and up in the backward pass.
                 at = bad[0] if figure == HIDDEN_NORM else bad[-1]
-                return [_Finding(NON_FINITE, figure, record.layers[at], norms[at], math.inf)]
+                note = ""
+                following = at + 1
+                if (
+                    figure == GRAD_NORM
+                    and following < len(norms)
+                    and following not in record.chain_starts
+                    and math.isfinite(norms[following])
+                ):
+                    note = (
+                        f" At {record.layers[following]} it is {norms[following]:.3g}: it breaks "
+                        f"on the way back through that block."
+                    )
+                name = record.layers[at]
+                return [_Finding(NON_FINITE, figure, name, norms[at], math.inf, note=note)]
         return []
 
     def _protocol(self, record: StepRecord, level: float) -> list[_Finding]:
         """Return what passes ``level`` times the published limits."""
         limits, found = self.policy.thresholds, []
         reached = [name not in record.unreached for name in record.layers]
-        ratios = growth_ratios(record.hidden_norms)
+        ratios = growth_ratios(record.hidden_norms, record.chain_starts)
         grown = [
             (ratio, l + 1)
             for l, ratio in enumerate(ratios)
@@ -552,13 +597,15 @@ class Alarms:
         for index in np.flatnonzero(hits):
             figure, l = _place(int(index), n)
             limit = max(policy.deviations * sigma[index], jump[index])
-            middle = self._median[index]
+            # Compared per feature, told as the norm of all features that there are now.
+            features = _log_of_features(record, l) if figure == HIDDEN_NORM else 0.0
+            middle = self._median[index] + features
             found.append(
                 _Finding(
                     BASELINE,
                     figure,
                     record.layers[l],
-                    _exp(values[index]),
+                    _exp(values[index] + features),
                     _exp(middle + math.copysign(limit, away[index])),
                     _exp(middle),
                     float(self._mad[index]),
@@ -619,9 +666,9 @@ class Alarms:
         }[finding.figure]
         side = "above" if finding.value > finding.threshold else "below"
         what = f"step {step}, {finding.layer}: {symbol} is {finding.value:.3g}"
-        if finding.rule != NON_FINITE:
+        if finding.rule != NON_FINITE or math.isfinite(finding.threshold):
             what += f", {side} the limit {finding.threshold:.3g}"
-        if finding.rule == BASELINE:
+        if not math.isnan(finding.median):
             what += f"; over the run's healthy past its median was {finding.median:.3g}"
         last = (
             "no step before was judged healthy"
@@ -834,15 +881,37 @@ def _within(bounds: tuple[list[float], list[float]], values: Sequence[float]) ->
     return all(map(le, low, values)) and all(map(le, values, high))
 
 
+def _per_feature(record: StepRecord) -> tuple[float, ...]:
+    """Return the root mean squares of the states, their norms where a size is not known."""
+    hidden, rms = record.hidden_norms, record.rms_norms
+    known = len(rms) == len(hidden) and all(
+        r == r or h != h for r, h in zip(rms, hidden, strict=True)
+    )
+    return rms if known else hidden
+
+
+def _log_of_features(record: StepRecord, l: int) -> float:
+    """Return ln of what turns the figure of :func:`_per_feature` into the norm of state l."""
+    norm, figure = record.hidden_norms[l], _per_feature(record)[l]
+    return math.log(norm / figure) if 0 < norm < math.inf and 0 < figure < math.inf else 0.0
+
+
 def _figures(record: StepRecord) -> _Array:
-    """Return ln of n hidden norms, n − 1 growths and n gains; NaN where nothing can be judged."""
+    """Return ln of n hidden norms per feature, n − 1 growths and n gains.
+
+    NaN where nothing can be judged; a growth of 1 between chains.
+    """
     hidden = _logs(record.hidden_norms)
+    per_feature = _logs(_per_feature(record))
     gains = _logs(record.credit_gains)
     for l, name in enumerate(record.layers):
         if name in record.unreached:
-            hidden[l] = gains[l] = math.nan
+            hidden[l] = per_feature[l] = gains[l] = math.nan
     with np.errstate(invalid="ignore"):
-        return np.concatenate([hidden, np.diff(hidden), gains])
+        growth = np.diff(hidden)
+    for start in record.chain_starts:
+        growth[start - 1] = 0.0
+    return np.concatenate([per_feature, growth, gains])
 
 
 def _logs(values: Sequence[float]) -> _Array:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import choose_output
+from ..capture import output_of
 from ..tracing import argument_state, state_in
 from .slots import Job
 
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 _backward_task = torch._C._current_graph_task_id
 # A function inside of a call of something compiled, also in what the compiler leaves to Python.
 _compiler_of_frames: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
+
+def autocast_dtype() -> torch.dtype | None:
+    """Return the dtype of autocast where it is on, in compiled code too."""
+    for device in ("cuda", "cpu"):
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    return None
 
 
 class Inert:
@@ -40,6 +48,7 @@ class Hook:
         self.number = number
         self.taps: tuple[tuple[int, int], ...] = ()  # (which call, which state)
         self.several = False
+        self.name = ""
         self.jobs: tuple[Job, ...] = ()
         # States of a module that is compiled on its own, seen where they are made: eagerly.
         self.stand_ins: tuple[int, ...] = ()
@@ -76,20 +85,14 @@ class Hook:
 
 
 class OutputHook(Hook):
-    """A forward hook.
-
-    Attributes:
-        is_inner: the module lies inside of the model, and what it returns are the logits.
-    """
-
-    is_inner = False
+    """A forward hook."""
 
     def __call__(self, module: nn.Module, args: Any, result: Any) -> Any:
         probe = self.probe
         if torch.compiler.is_compiling():
             if not self.jobs or not probe._observes():
                 return None
-            state = self._logits(result) if self.jobs[0].slot == probe._n else state_in(result)
+            state = self._state_of(result)
             if state is None:
                 return None
             passed = probe._through(self.jobs, state)
@@ -100,17 +103,39 @@ class OutputHook(Hook):
                 if l in (probe._in_compiled or ()) and state is not None:
                     probe._current.see(l, state)
         if self.taps and (probe._current or probe._backward_of):
-            if self.taps[0][1] == probe._n:
-                self._see(self._logits(result))
-                return None
             state = result if type(result) is Tensor else state_in(result)
             if state is not None:
                 self._see(state)
         return None
 
-    def _logits(self, result: Any) -> Tensor:
-        # A module inside returns the logits themselves; ``output`` is for what the model returns.
-        return result if self.is_inner else choose_output(result, self.probe.output)
+    def _state_of(self, result: Any) -> Tensor | None:
+        return state_in(result)
+
+
+class LogitsHook(OutputHook):
+    """The forward hook of what makes the logits: every call of it makes some of them.
+
+    Attributes:
+        is_inner: it is a module inside of the model, and what it returns are logits. What the model
+            itself returns is looked at when its pass ends.
+    """
+
+    is_inner = False
+
+    def __call__(self, module: nn.Module, args: Any, result: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().__call__(module, args, result)
+        probe = self.probe
+        if self.is_inner and (probe._current or probe._backward_of):
+            logits = self._state_of(result)
+            again = _backward_task() != -1
+            current = probe._backward_of if again else probe._current
+            if current is not None and logits is not None:
+                current.see_logits(logits, again)
+        return None
+
+    def _state_of(self, result: Any) -> Tensor | None:
+        return state_in(result) if self.is_inner else output_of(result, self.probe.output)
 
 
 class InputHook(Hook):
@@ -137,16 +162,32 @@ class RootHook(Hook):
     """The forward pre-hook of the model: a pass begins."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.probe._begin(args, kwargs)
+        if torch.compiler.is_compiling():
+            # Compiled for each state of autocast anew, and set with every call of what is compiled.
+            self.probe._compiled_autocast = autocast_dtype()
+            return
+        self.probe._begin(args, kwargs)
 
 
 class EndHook(Hook):
     """The forward hook of the model: a pass has ended."""
 
     def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.probe._current = None
+        if torch.compiler.is_compiling():
+            return
+        probe = self.probe
+        current, probe._current = probe._current, None
+        if current is not None and (
+            current.again
+            or any(current.calls.get(hook.number, 0) > known for hook, known in probe._looped)
+        ):
+            probe._called_more(current)
+        probe._given = None
+        # There is no result after an error.
+        if current is not None and result is not None and not current.logit_shapes:
+            logits = output_of(result, probe.output)
+            if logits is not None:
+                current.see_logits(logits)
 
 
 class PrepareHook(Hook):

@@ -10,21 +10,24 @@ that is never differentiated is gone with its graph.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..capture import sample_rows
+from ..capture import before_link, sample_rows
 from ..reference import sample_norm
 from ..statistics import SampleReduction
-from .sharded import Part, TensorRanks, plain_part
+from ..taps import TapError
+from .sharded import Part, TensorRanks, like_whole, plain_part
 
 # Micro-batches of one step. Nobody accumulates so many; a loop that forgot to call step() does.
 MOST_PARTS = 10_000
@@ -49,6 +52,7 @@ class Settings:
         passing: states that must be reduced as they pass: something writes into them later.
         tensor_ranks: that hold one copy of the model together.
         samples: only the first so many of a pass are observed; None observes all.
+        remark: is told why a pass has no logits that gains could be relative to.
     """
 
     name: str
@@ -61,6 +65,19 @@ class Settings:
     passing: set[int] = field(default_factory=set)
     tensor_ranks: TensorRanks | None = None
     samples: int | None = None
+    remark: Callable[[str], None] = lambda reason: None
+
+    def features_of(self, state: Tensor) -> int:
+        """Return how many features a sample of a state ``[..., B, ...]`` has."""
+        rows = by_sample(like_whole(state), self.batch_dim)
+        return math.prod(self.reduction.of_hidden(rows).shape[1:])
+
+    def whole_sizes(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Return the features of whole states, of which this rank may have parts."""
+        if self.tensor_ranks is None:
+            return tuple(sizes)
+        shares = self.tensor_ranks.shares
+        return tuple(round(size * shares.get(l, 1.0)) for l, size in enumerate(sizes))
 
     def observed(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """Return the samples along a dimension that are observed."""
@@ -68,9 +85,13 @@ class Settings:
             return tensor
         return tensor.narrow(dim, 0, self.samples)
 
-    def logit_rows(self, logits: Tensor, samples: int) -> Tensor:
-        """Return logits or their gradients, a row for each observed sample."""
-        return self.observed(sample_rows(logits, samples, self.batch_dim, self.name))
+    def logit_rows(self, logits: Tensor, samples: int) -> Tensor | None:
+        """Return logits or their gradients, a row for each observed sample; None without."""
+        try:
+            return self.observed(sample_rows(logits, samples, self.batch_dim, self.name))
+        except TapError as error:
+            self.remark(str(error))
+            return None
 
     def part_of(self, l: int, tensor: Tensor, grad: bool = False) -> Part:
         """Return what this rank has of state l, n for the logits, or of its gradient."""
@@ -151,6 +172,10 @@ class Figures:
         samples: N; None where some of the columns are empty, and ``count`` says how many are not.
         count: on the device.
         micro_batches: how many.
+        sizes: features of a sample of each state, ``n``; 0 where not known.
+        rms: in their place ``[n, N]`` float64, the norms over the root of the features, where these
+            differ between samples or only the device knows them.
+        has_error: whether the gradients of the logits are among the norms.
     """
 
     norms: Tensor
@@ -159,6 +184,19 @@ class Figures:
     samples: int | None
     count: Tensor | None = None
     micro_batches: int = 1
+    sizes: tuple[int, ...] = ()
+    rms: Tensor | None = None
+    has_error: bool = True
+
+    def root_mean_squares(self) -> Tensor:
+        """Return ``rms``, computed from the sizes where these are known."""
+        if self.rms is not None:
+            return self.rms
+        hidden = self.norms[0, : len(self.sizes)]
+        # A product with numbers that the host knows, without a copy that waits for the device.
+        return torch.stack(
+            [row / root_of(size) for row, size in zip(hidden, self.sizes, strict=True)]
+        )
 
     @property
     def weight(self) -> Tensor | float:
@@ -166,6 +204,11 @@ class Figures:
         if self.samples is not None or self.count is None:
             return float(self.samples or 0)
         return self.count
+
+
+def root_of(size: int) -> float:
+    """Return what turns a norm of so many features into a root mean square; NaN for none."""
+    return math.sqrt(size) if size else math.nan
 
 
 class Parts(list[Figures]):
@@ -197,7 +240,7 @@ class Observation:
         finished: whether the backward pass came to its end.
     """
 
-    __slots__ = ("counts", "finished", "grad_norms", "grads", "means", "of")
+    __slots__ = ("counts", "errors", "finished", "grad_norms", "grads", "means", "of")
 
     def __init__(self, of: Pass) -> None:
         size = len(of.settings.labels) + 1
@@ -206,10 +249,14 @@ class Observation:
         self.grad_norms: list[Tensor | None] = [None] * size
         self.means: dict[int, Tensor] = {}
         self.counts = [True] * size  # False: another rank of tensor parallelism counts it
+        # Of logits that come from several calls: per call the norms of its rows.
+        self.errors: dict[int, Tensor] = {}
         self.finished = False
 
-    def has(self, l: int) -> bool:
-        return self.grads[l] is not None or self.grad_norms[l] is not None
+    def has(self, l: int, call: int = 0) -> bool:
+        if self.grads[l] is not None or self.grad_norms[l] is not None:
+            return True
+        return bool(self.errors) and l == len(self.grads) - 1 and call in self.errors
 
     def finish(self) -> None:
         """Note that the backward pass ended: torch does not call this after an error."""
@@ -264,7 +311,10 @@ class Observation:
             if grad is None:
                 return None
             found.append(grad)
-        found[-1] = settings.logit_rows(found[-1], of.samples)
+        rows = settings.logit_rows(found[-1], of.samples)
+        if rows is None:
+            return None
+        found[-1] = rows
         return found
 
     def figures(self) -> Figures | None:
@@ -274,9 +324,16 @@ class Observation:
         layers, hiddens, gradients = self._kept()
         means = dict(self.means)
         error, logits = self.grad_norms[n], self.grads[n]
+        if self.errors:
+            error = of.joined_errors(self.errors)
         self.forget()
+        sizes = of.sizes
+        for l, hidden in zip(layers, hiddens, strict=True):
+            sizes[l] = sizes[l] or math.prod(hidden.shape[1:])
         if logits is not None:
             logits = settings.logit_rows(logits, of.samples)
+            of.unusable = logits is None
+        if logits is not None:
             if logits.is_complex():
                 logits = torch.view_as_real(logits)
             # One more layer in the same launch: its gradient's norm is the output error.
@@ -315,7 +372,13 @@ class Observation:
             norms = settings.tensor_ranks.masked(norms, counting)
             means = {l: m if self.counts[l] else m.new_empty(0) for l, m in means.items()}
         return Figures(
-            norms, [means.get(l) for l in settings.direction_layers], missing, norms.shape[2]
+            norms,
+            [means.get(l) for l in settings.direction_layers],
+            missing,
+            norms.shape[2],
+            sizes=settings.whole_sizes(sizes),
+            # Logits that the loss does not use have no gradient: that is no lack of logits.
+            has_error=bool(of.logit_shapes) and not of.unusable,
         )
 
     def _check_rows(self, counts: list[int]) -> None:
@@ -342,7 +405,9 @@ class Observation:
         for l, state in enumerate(of.states):
             if hidden[l] is None and state is not None:
                 seen = by_sample(self._as_seen(l, state, of.versions[l]), settings.batch_dim)
-                hidden[l] = sample_norms(settings.reduction.of_hidden(seen))
+                reduced = settings.reduction.of_hidden(seen)
+                hidden[l] = sample_norms(reduced)
+                of.sizes[l] = of.sizes[l] or math.prod(reduced.shape[1:])
         there = [row for row in (*hidden, *grad) if row is not None]
         if not there:
             return None
@@ -380,7 +445,14 @@ class Pass:
         self.versions: list[int] = [0] * n
         self.hidden_norms: list[Tensor | None] = [None] * n
         self.counts = [True] * n  # as in Observation
+        self.sizes = [0] * n
         self.calls: dict[int, int] = {}
+        self.logit_shapes: list[torch.Size] = []  # of each call of what makes logits
+        self.again: set[int] = (
+            set()
+        )  # states that came once more; in a backward pass of no interest
+        self._recomputed = 0  # of these calls, inside of the backward pass
+        self.unusable = False  # the logits: it cannot be told which sample a row belongs to
         self.seconds = 0.0
         self._hooked = [False] * (n + 1)
         self._last: Observation | None = None
@@ -389,6 +461,7 @@ class Pass:
     def see(self, l: int, state: Tensor) -> None:
         """Take note of a state; index n is the logits."""
         if self._hooked[l]:
+            self.again.add(l)
             return
         started = perf_counter()
         settings = self.settings
@@ -396,6 +469,7 @@ class Pass:
             local = state
             if settings.tensor_ranks is not None or type(state) is not Tensor:
                 local, self.counts[l] = settings.part_of(l, state)
+                self.sizes[l] = settings.features_of(state)
             if not self.samples:
                 self.samples = local.shape[settings.batch_dim]
             small = local.nbytes <= settings.kept_bytes and l not in settings.passing
@@ -408,18 +482,97 @@ class Pass:
                 with torch.no_grad():
                     reduced = settings.reduction.of_hidden(by_sample(local, settings.batch_dim))
                     self.hidden_norms[l] = sample_norms(reduced)
+                self.sizes[l] = self.sizes[l] or math.prod(reduced.shape[1:])
         if state.requires_grad:
             # The closure must not hold the state: it would be kept alive by its own graph.
             _on_gradient(state, partial(self._arrived, l))
             self._hooked[l] = True
         self.seconds += perf_counter() - started
 
-    def _arrived(self, l: int, grad: Tensor | None) -> None:
+    def see_logits(self, logits: Tensor, again: bool = False) -> None:
+        """Take note of logits, all of them or those of one call among several.
+
+        Args:
+            logits: as the model makes them, or behind a softmax or the like.
+            again: the call is one of the forward pass that is run again in the backward pass.
+        """
+        n = len(self.states)
+        if again:
+            if self._hooked[n] or not logits.requires_grad:
+                return
+            self._recomputed += 1  # the last ones come first
+            call = max(0, len(self.logit_shapes) - self._recomputed)
+        else:
+            call = len(self.logit_shapes)
+            self.logit_shapes.append(logits.shape)
+            if not logits.requires_grad:
+                return
+            self._hooked[n] = True
+        started = perf_counter()
+        hook = partial(self._arrived, n, call=call)
+        edge = before_link(logits)
+        if edge is None:
+            _on_gradient(logits, hook)
+        else:
+            node, index = edge
+            node.register_prehook(lambda grads: hook(grads[index]))
+        self.seconds += perf_counter() - started
+
+    def joined_errors(self, errors: Mapping[int, Tensor]) -> Tensor | None:
+        """Return the norm of each sample's ∂loss/∂logits, of logits that several calls made."""
+        shapes, how = self.logit_shapes, self._shared_out()
+        if how == "positions":
+            return sample_norm(torch.stack(list(errors.values()), 1))
+        if how == "samples":
+            one = next(iter(errors.values()))
+            dim = 0 if self.settings.batch_dim >= len(shapes[0]) else self.settings.batch_dim
+            rows = [
+                errors[call] if call in errors else one.new_zeros(shape[dim])
+                for call, shape in enumerate(shapes)
+            ]
+            return self.settings.observed(torch.cat(rows))
+        return None
+
+    def _shared_out(self) -> Literal["positions", "samples"] | None:
+        """Say what the calls that make logits share out: by their shapes, None if unclear."""
+        dim, samples, shapes = self.settings.batch_dim, self.samples, self.logit_shapes
+        if all(len(shape) > dim and shape[dim] == samples for shape in shapes):
+            return "positions"
+        if dim and all(len(shape) == 2 and shape[0] == samples for shape in shapes):
+            return "positions"
+        sizes = [shape[dim] if len(shape) > dim else shape[0] if shape else 0 for shape in shapes]
+        if sum(sizes) == samples and not self._recomputed:
+            return "samples"
+        self.unusable = True
+        self.settings.remark(
+            f"{self.settings.name}: output: expected logits of {len(shapes)} calls that share out "
+            f"the positions or the {samples} samples of the states, got shapes "
+            f"{', '.join(sorted({str(list(shape)) for shape in shapes}))}, of which it cannot be "
+            f"told which sample a row belongs to"
+        )
+        return None
+
+    def _take_call(self, observation: Observation, call: int, grad: Tensor) -> None:
+        """Reduce the gradient of logits that one call among several has made."""
+        settings, how = self.settings, self._shared_out()
+        rows: Tensor | None = None
+        with torch.no_grad():
+            if how == "positions":
+                rows = settings.logit_rows(grad, self.samples)
+            elif how == "samples":
+                rows = (
+                    grad.movedim(settings.batch_dim, 0) if grad.dim() > settings.batch_dim else grad
+                )
+            if rows is not None:
+                wide = torch.view_as_real(rows) if rows.is_complex() else rows
+                observation.errors[call] = sample_norms(wide)
+
+    def _arrived(self, l: int, grad: Tensor | None, call: int = 0) -> None:
         if grad is None:  # an output of several, of which the loss uses others: it is not reached
             return
         started = perf_counter()
         last = self._last
-        if last is None or last.has(l):
+        if last is None or last.has(l, call):
             # A gradient that came before: another backward through the same graph.
             last = self._last = Observation(self)
             _queue_callback(last.finish)
@@ -427,6 +580,10 @@ class Pass:
         settings = self.settings
         if settings.tensor_ranks is not None or type(grad) is not Tensor:
             grad, last.counts[l] = settings.part_of(l, grad, grad=True)
+        if l == len(self.states) and len(self.logit_shapes) > 1:
+            self._take_call(last, call, grad)
+            self.seconds += perf_counter() - started
+            return
         if l == len(self.states):
             small = grad.nbytes <= settings.kept_bytes
         else:
@@ -450,9 +607,11 @@ class Pass:
         settings = self.settings
         if l == len(settings.labels):
             rows = settings.logit_rows(grad, self.samples)
-            observation.grad_norms[l] = sample_norms(
-                torch.view_as_real(rows) if rows.is_complex() else rows
-            )
+            self.unusable = rows is None
+            if rows is not None:
+                observation.grad_norms[l] = sample_norms(
+                    torch.view_as_real(rows) if rows.is_complex() else rows
+                )
             return
         reduced = settings.reduction.of_grad(by_sample(grad, settings.batch_dim))
         if l in settings.direction_layers and reduced.dim() > 1:
@@ -488,6 +647,7 @@ def merged(parts: list[Figures]) -> Figures:
             summed = summed + other * weight
         means.append(summed / total)
     counted = all(part.samples is not None for part in parts)
+    one = len({part.sizes for part in parts}) == 1 and all(part.rms is None for part in parts)
     return Figures(
         torch.cat([part.norms for part in parts], 2),
         means,
@@ -495,4 +655,7 @@ def merged(parts: list[Figures]) -> Figures:
         sum(part.samples or 0 for part in parts) if counted else None,
         total if isinstance(total, Tensor) else None,
         sum(part.micro_batches for part in parts),
+        parts[0].sizes if one else (),
+        None if one else torch.cat([part.root_mean_squares() for part in parts], 1),
+        all(part.has_error for part in parts),
     )

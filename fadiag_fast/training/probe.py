@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import functools
 import inspect
+import logging
 import math
 import os
 import sys
@@ -27,16 +28,34 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..arguments import check_how, check_module
-from ..capture import Output, Probe, check_model, choose_output, untouched
-from ..protocol import middle_layer
+from ..capture import Output, Probe, check_model, output_of, sample_rows, untouched
+from ..protocol import OUTPUT, middle_layer
 from ..statistics import Reduction, SampleReduction
 from ..taps import Select, TapError, Taps, find_taps, is_sum, sighting_at, unwrap
 from ..tracing import Trace, clean_name
-from .alarms import Alarms, TrainingStopped
+from .alarms import Alarms, TrainingStopped, user_level
 from .directions import Directions
 from .distributed import Exchange, Pending, default_group
-from .hooks import EndHook, Hook, InputHook, OutputHook, PrepareHook, RootHook
-from .passes import Figures, Observation, Parts, Pass, Settings, by_sample, merged
+from .hooks import (
+    EndHook,
+    Hook,
+    InputHook,
+    LogitsHook,
+    OutputHook,
+    PrepareHook,
+    RootHook,
+    autocast_dtype,
+)
+from .passes import (
+    Figures,
+    Observation,
+    Parts,
+    Pass,
+    Settings,
+    by_sample,
+    merged,
+    root_of,
+)
 from .records import StepRecord
 from .replay import STEPS_BEFORE, Replay, like_of
 from .ring import Ring
@@ -54,6 +73,8 @@ _NOT_COMPILED = (
     "StepProbe: expected a network under tensor parallelism to run eagerly, got states of compiled "
     "modules; compile what lies between the tapped modules, or name taps outside of compiled ones"
 )
+
+_log = logging.getLogger("fadiag_fast.training")
 
 _alive: weakref.WeakSet[StepProbe] = weakref.WeakSet()
 
@@ -75,10 +96,16 @@ def _flush_all() -> None:
 
 
 class _Meta(NamedTuple):
-    """What the host knows of a row on its way."""
+    """What the host knows of a row on its way.
+
+    Attributes:
+        sizes: features of each state; empty where the row has the root mean squares.
+        reference: what credit gains are relative to.
+    """
 
     step: int
     sizes: tuple[int, ...]
+    reference: str
     samples: int | None
     micro_batches: int
     autocast: str | None
@@ -87,10 +114,14 @@ class _Meta(NamedTuple):
     world_size: int = 1
 
 
+def _name_of(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
 @functools.lru_cache
 def _roots(sizes: tuple[int, ...]) -> tuple[float, ...]:
     """Return what turns norms of so many features into root mean squares; NaN where unknown."""
-    return tuple([math.sqrt(size) if size else math.nan for size in sizes])
+    return tuple(map(root_of, sizes))
 
 
 class _Scaling:
@@ -355,6 +386,20 @@ class StepProbe:
         self._slot_parts = Parts()
         self._seconds = 0.0
         self._autocast: str | None = None
+        self._compiled_autocast: torch.dtype | None = None
+        self._said_why = False
+        self._observed = ""
+        # Modules with hooks, by name; those that are called several times with the known number.
+        self._hooked: list[tuple[str, nn.Module]] = []
+        self._looped: list[tuple[Hook, int]] = []
+        self._last_lack: tuple[frozenset[int], bool] = (frozenset(), False)
+        self._looks_again = False
+        self._given: tuple[Any, Any] | None = None  # to the pass under way
+        self._looks_with: tuple[Any, Any] | None = None
+        self._example = (example,) if isinstance(example, Tensor) else example
+        self._said_calls: set[str] = set()
+        self._calls_looked_at: dict[str, int] | None = None
+        self._chain_starts: tuple[int, ...] = ()
         self._slots: Slots | None = None
         self._settings: Settings | None = None
         self._tensor_ranks: TensorRanks | None = None
@@ -379,7 +424,7 @@ class StepProbe:
         self._preparing: list[Any] = []
         _alive.add(self)
         if example is not None:
-            self._prepare(example if not isinstance(example, Tensor) else (example,))
+            self._prepare(self._example)
         else:
             hook = PrepareHook(self, -1)
             self._preparing.append(
@@ -394,6 +439,15 @@ class StepProbe:
         if self._taps is None:
             raise RuntimeError("StepProbe.taps: expected an example, or one training pass first")
         return self._taps
+
+    def describe(self) -> str:
+        """Return what is observed, in one line: the first step logs it, and each record has it."""
+        if self._taps is None:
+            return "nothing observed yet: the taps are chosen in the first training pass"
+        return self._taps.observed
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.model).__name__}, {self.describe()})"
 
     def _awaits_first_pass(self) -> bool:
         return not self._prepared and self._observes()
@@ -416,7 +470,12 @@ class StepProbe:
             checker = Probe(self.model, batch_dim=self.batch_dim, output=self.output)
             with untouched(self.model):
                 found, seen = find_taps(
-                    self.model, x, self.select, lambda state: checker.counts_samples(x, state)
+                    self.model,
+                    x,
+                    self.select,
+                    lambda state: checker.counts_samples(x, state),
+                    batch_dim=self.batch_dim,
+                    several=self.reduction.kind != "token",
                 )
                 if found.hands_out:
                     raise TapError(
@@ -447,6 +506,9 @@ class StepProbe:
         if n == 0:
             raise TapError(f"{type(self.model).__name__}: expected at least one state, got none")
         self._taps, self._n = found, n
+        self._observed = found.observed
+        _log.info("%s: %s", type(self.model).__name__, self._observed)
+        self._chain_starts = found.chain_starts
         layers: tuple[int, ...] = {
             "middle": (middle_layer(n),),
             "all": tuple(range(n)),
@@ -464,6 +526,7 @@ class StepProbe:
             any(s is not None and s.tensor.is_complex() for s in sightings),
             {l for l, s in enumerate(sightings) if s is not None and s.overwritten},
             samples=self.samples,
+            remark=self._without_output,
         )
         self._settings.tensor_ranks = self._tensor_ranks
         names = (*found.labels, "output")
@@ -475,7 +538,6 @@ class StepProbe:
                 )
         if layers:
             self._directions = Directions(len(layers), self.window, self.sketch)
-        self._sizes = tuple(0 if s is None else self._features(s.tensor) for s in sightings)
         jobs, refusals = self._jobs(found, seen)
         modules: dict[str, nn.Module] = {
             clean_name(name): module for name, module in self.model.named_modules()
@@ -498,8 +560,7 @@ class StepProbe:
             if at == "output":
                 own = [job.slot for job in more if job.state and points[job.slot].at == "input"]
                 hook_at(name, at).stand_ins += tuple(own)
-        logits_hook = OutputHook(self, len(hooks))
-        logits_hook.taps, logits_hook.jobs = ((0, n),), (Job(n, False, True),)
+        logits_hook = LogitsHook(self, len(hooks))
         logits_hook.is_inner = logits_at != ""
         calls: dict[str, int] = {}
         for call in seen.calls:
@@ -511,19 +572,32 @@ class StepProbe:
         for (name, at), hook in hooks.items():
             hook.several = calls.get(name, 0) > 1
             module = modules[name]
+            self._hooked.append((name, module))
+            if hook.several:
+                self._looped.append((hook, calls[name]))
+            hook.name = name
             if at == "output":
                 self._handles.append(module.register_forward_hook(hook))
             else:
                 self._handles.append(
                     module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
                 )
+        self._hooked.append((logits_at, modules[logits_at]))
         self._handles.append(modules[logits_at].register_forward_hook(logits_hook))
         self._handles.append(root.register_forward_hook(EndHook(self, -2), always_call=True))
-        self._make_slots(found, seen, refusals)
+        if self._make_slots(found, seen, refusals):
+            logits_hook.jobs = (Job(n, False, True),)
 
-    def _features(self, state: Tensor) -> int:
-        rows = by_sample(like_whole(state), self.batch_dim)
-        return math.prod(self.reduction.of_hidden(rows).shape[1:])
+    def _without_output(self, reason: str) -> None:
+        """Warn once that gains are relative to a state, and why."""
+        if not self._said_why:
+            self._said_why = True
+            warnings.warn(
+                f"{reason}. Credit gains are relative to the last observed state, "
+                f"{self.taps.labels[-1]}.",
+                RuntimeWarning,
+                stacklevel=user_level(),
+            )
 
     def _find_tensor_ranks(self) -> None:
         if self._tensor_ranks is None:
@@ -548,10 +622,13 @@ class StepProbe:
 
         A loss that the model computes in its own forward reads that tensor, not what it returns.
         """
-        logits = choose_output(seen.output, self.output)
         best = ""
         if callable(self.output):
             return best
+        logits = output_of(seen.output, self.output)
+        if logits is None:
+            return best
+        logits = seen.recorder.before_link(logits)
         calls: dict[str, int] = {}
         for call in seen.calls:
             calls[call.name] = calls.get(call.name, 0) + 1
@@ -625,7 +702,8 @@ class StepProbe:
             jobs.setdefault((point.module, "input"), []).append(Job(l, True, False))
         return jobs, refusals
 
-    def _make_slots(self, found: Taps, seen: Trace, refusals: Mapping[int, str]) -> None:
+    def _make_slots(self, found: Taps, seen: Trace, refusals: Mapping[int, str]) -> bool:
+        """Make what a compiled pass is observed through; say whether logits are among it."""
         settings = self._settings
         assert settings is not None
         states = [sighting_at(seen, point) for point in found.points]
@@ -637,13 +715,19 @@ class StepProbe:
         samples = max(len(r) for r in reduced)
         per_sample = max(1, samples // max(1, rows[0].shape[0]))
         capacity = max(samples, self.max_samples or 0)
-        logits = choose_output(seen.output, self.output)
+        logits = output_of(seen.output, self.output)
+        if logits is not None:
+            try:
+                sample_rows(logits, batch, self.batch_dim, settings.name)
+            except TapError:
+                logits = None
         # Where logits count samples, and how many rows a sample has there: as sample_rows sees it.
         self._logits_dim, self._logits_per_sample = 0, 1
-        fits = self.batch_dim < logits.dim() and logits.shape[self.batch_dim] == batch
-        if fits and (logits.dim() > 2 or logits.shape[0] != batch):
+        shape = torch.Size() if logits is None else logits.shape
+        fits = self.batch_dim < len(shape) and shape[self.batch_dim] == batch
+        if logits is not None and fits and (len(shape) > 2 or shape[0] != batch):
             self._logits_dim = self.batch_dim
-        elif logits.dim() and batch and logits.shape[0] % batch == 0:
+        elif logits is not None and batch and logits.shape[0] % batch == 0:
             self._logits_per_sample = logits.shape[0] // batch
         self._slots = Slots(
             found.labels,
@@ -657,6 +741,7 @@ class StepProbe:
             self.samples,
             self._slot_parts.add,  # not of the probe, which the slots would keep alive
         )
+        return logits is not None
 
     # ---- in the forward pass
 
@@ -689,17 +774,97 @@ class StepProbe:
             return
         if not self._prepared:
             self._prepare_from_call(args, kwargs)
+        elif self._looks_again and not (self._parts or self._slot_parts or self._observations):
+            self._look_again(args, kwargs)
+            if not self._active:
+                return
+        self._given = (args, kwargs)
         assert self._settings is not None
         if self._in_compiled is None:
             self._in_compiled = self._find_compiled()
             self._find_tensor_ranks()  # it may have been spread since the example was run
         self._reduce_finished()
-        autocast = None
-        for device in ("cuda", "cpu"):
-            if torch.is_autocast_enabled(device):
-                autocast = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
-                break
-        self._current = Pass(self._settings, self._opened, autocast)
+        self._current = Pass(self._settings, self._opened, _name_of(autocast_dtype()))
+
+    def _look_again(self, args: Any, kwargs: Any) -> None:
+        """Choose the taps anew, in a pass that has other calls or modules than the first one."""
+        self._looks_again = False
+        before = self.taps.points
+        x = self._example
+        if self._looks_with is not None:
+            args, kwargs = self._looks_with
+            self._looks_with = x = None
+        self._resolve()
+        if self._ring is not None:
+            self._emit(self._ring.drain())
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._hooked, self._looped = [], [], []
+        self._ring = self._directions = self._replay = self._in_compiled = None
+        self._prepared = False
+        try:
+            self._prepare(_as_input(self.model, args, kwargs) if x is None else x)
+        except TapError as error:
+            # The training goes on, come what may.
+            warnings.warn(
+                f"StepProbe: step {self._step}: {error}. Nothing is observed from here on.",
+                RuntimeWarning,
+                stacklevel=user_level(),
+            )
+            self._active = self._wanted = False
+            return
+        if self.taps.points != before:
+            _log.info("%s: step %d: %s", type(self.model).__name__, self._step, self._observed)
+
+    def _may_look_again(self) -> bool:
+        """Say whether the taps can be chosen anew: not by one rank alone, nor inside of a graph."""
+        return self._exchange_group() is None and self._graphed is None
+
+    def _called_more(self, current: Pass) -> None:
+        """Note that a pass has called modules more often than the one that showed the taps."""
+        more = {
+            hook.name for hook, known in self._looped if current.calls.get(hook.number, 0) > known
+        }
+        more |= {self.taps.points[l].module for l in current.again}
+        new = more - self._said_calls
+        if not new:
+            return
+        # A longer sequence shows all calls to whoever looks; what it cannot show is told.
+        counts = {hook.name: known for hook, known in self._looped}
+        if self._may_look_again() and self._calls_looked_at != counts:
+            self._calls_looked_at, self._looks_again = counts, True
+            self._looks_with = self._given
+            return
+        self._said_calls |= new
+        warnings.warn(
+            f"StepProbe: step {self._step}: {', '.join(sorted(new))}: expected as many calls as in "
+            f"the pass that showed the taps, got more: the later ones are not observed; name taps "
+            f"that are called once, or give example= with an input that shows them all",
+            RuntimeWarning,
+            stacklevel=user_level(),
+        )
+
+    def _look_for_replaced(self, figures: Figures, step: int) -> None:
+        """Find modules that took the place of others since the hooks were put there."""
+        lack = (frozenset(figures.missing), not figures.has_error)
+        if lack == self._last_lack:
+            return
+        self._last_lack = lack
+        if not (figures.missing or not figures.has_error):
+            return
+        now = {clean_name(name): module for name, module in self.model.named_modules()}
+        replaced = [name for name, module in self._hooked if now.get(name) is not module]
+        if not replaced:
+            return
+        again = self._may_look_again()
+        self._looks_again = again
+        warnings.warn(
+            f"StepProbe: step {step}: {', '.join(replaced)} replaced since the probe was "
+            f"installed: what the new modules do is not in this step's record"
+            + ("; from the next one on it is" if again else "; build the probe anew"),
+            RuntimeWarning,
+            stacklevel=user_level(),
+        )
 
     def _find_compiled(self) -> frozenset[int]:
         """Return the states whose module, or one around it, is compiled on its own."""
@@ -836,7 +1001,8 @@ class StepProbe:
         self._backward_of = None
         self._replay(tensors)
         observation.forget()
-        meta = _Meta(step, self._sizes, tensors[-1].shape[0], 1, of.autocast, (), False)
+        sizes = tuple([math.prod(shape[1:]) for shape, _ in self._replay.like[: self._n]])
+        meta = _Meta(step, sizes, OUTPUT, tensors[-1].shape[0], 1, of.autocast, (), False)
         self._emit(self._ring.written(meta))
         return True
 
@@ -883,6 +1049,8 @@ class StepProbe:
         eager, compiled = self._parts, list(self._slot_parts)
         if compiled and self._tensor_ranks is not None:
             raise RuntimeError(_NOT_COMPILED)
+        if compiled and not eager:
+            self._autocast = _name_of(self._compiled_autocast)
         if eager and len(eager) == len(compiled):  # some modules are compiled, others not
             return [_joined(a, b) for a, b in zip(eager, compiled, strict=True)]
         return eager + compiled
@@ -909,8 +1077,9 @@ class StepProbe:
     def _finish(self, figures: Figures, step: int) -> None:
         device = figures.norms.device
         self._make_ring(device)
+        self._look_for_replaced(figures, step)
         found_group = self._exchange_group()
-        meta = self._meta(figures, step)
+        meta = self._meta(figures, step, found_group is not None)
         scaling = self._scaling(figures)
         if found_group is None:
             self._write_row(figures, scaling)
@@ -936,7 +1105,8 @@ class StepProbe:
             mean if mean is None else torch.zeros_like(mean) if empty else mean * figures.weight
             for mean in figures.means
         ]
-        pending = self._exchange.start(figures.norms.flatten(0, 1), sums)
+        rows = torch.cat([figures.norms.flatten(0, 1), figures.root_mean_squares()])
+        pending = self._exchange.start(rows, sums)
         self._pending = (pending, meta, scaling)
 
     def _settle(self) -> None:
@@ -947,13 +1117,15 @@ class StepProbe:
         found = pending.wait()
         copies = len(found.counts)
         samples = found.counts.double().sum()
-        norms = found.samples.view(2, self._n + 1, -1)
+        # Behind the norms the root mean squares: ranks pad their batches to lengths of their own.
+        norms = found.samples[: 2 * self._n + 2].view(2, self._n + 1, -1)
+        rms = found.samples[2 * self._n + 2 :]
         # The optimiser sees the average of the copies' gradients, each of its own samples only.
         norms[1].div_(copies)
         means: list[Tensor | None] = [
             None if s is None else s / samples.to(s.dtype) for s in found.directions
         ]
-        figures = Figures(norms, means, set(meta.missing), None, samples)
+        figures = Figures(norms, means, set(meta.missing), None, samples, rms=rms)
         if scaling is not None:
             scaling.overflowed(self._overflowed(figures))
         assert self._exchange is not None
@@ -961,14 +1133,16 @@ class StepProbe:
         self._write_row(figures, scaling)
         self._send(meta)
 
-    def _meta(self, figures: Figures, step: int) -> _Meta:
-        ranks = self._tensor_ranks
-        if ranks is not None and ranks.features:
-            known = ranks.features
-            self._sizes = tuple(known.get(l, size) for l, size in enumerate(self._sizes))
+    def _meta(self, figures: Figures, step: int, exchanged: bool = False) -> _Meta:
+        reference = OUTPUT
+        if not figures.has_error:
+            n = self._n
+            reference = self.taps.labels[-1]
+            figures.norms[1, n].copy_(figures.norms[1, n - 1])
         return _Meta(
             step,
-            self._sizes,
+            () if exchanged or figures.rms is not None else figures.sizes,
+            reference,
             figures.samples,
             figures.micro_batches,
             self._autocast,
@@ -1019,6 +1193,8 @@ class StepProbe:
             extras.append(norms.new_full((kept.num_layers * kept.width,), torch.nan))
         if scaling is not None:
             extras.append(scaling.figures())
+        if figures.rms is not None:
+            extras.append(torch.nanmedian(figures.rms, 1).values)
         if figures.samples is None and figures.count is not None:
             extras.append(figures.count.reshape(1).double())
         ops.step_row(
@@ -1038,11 +1214,12 @@ class StepProbe:
             self._emit(self._ring.drain())
         self._replay = None  # it writes into the ring that was
         kept = self._directions
-        # Behind medians and cosines; then whether a scaler skipped the step, and the samples.
+        # Behind medians and cosines; then the root mean squares where the host does not know the
+        # sizes, and the number of samples likewise.
         self._scaling_at = 3 * self._n + 2 + (kept.num_layers * kept.width if kept else 0)
         # A row that waits for what the scaler did needs a place beside the next one's.
         rows = self._ring_rows if self.scaler is None else max(2, self._ring_rows)
-        self._ring = Ring(rows, self._scaling_at + 3, device)
+        self._ring = Ring(rows, self._scaling_at + 3 + self._n, device)
 
     def _send(self, meta: _Meta) -> None:
         assert self._ring is not None
@@ -1063,10 +1240,11 @@ class StepProbe:
                 "StepProbe: expected a single process inside of a CUDA graph, got a process group; "
                 "give group=False to observe each rank's own samples"
             )
+        meta = self._meta(figures, -1)
         self._write_row(figures, self._scaling(figures), captured=True)
         kept = () if self._directions is None else self._directions.kept
         self._graph_memory.append((self._ring.device_rows, self._ring.places, *kept))
-        self._graphed = self._meta(figures, -1)
+        self._graphed = meta
 
     # ---- on the host
 
@@ -1097,12 +1275,17 @@ class StepProbe:
             scale, skipped = row[at], row[at + 1] != 0
             at += 2
             grad = [norm / scale for norm in grad]
+        if meta.sizes:
+            rms = tuple(map(truediv, hidden, _roots(meta.sizes)))
+        else:
+            rms = tuple(row[at : at + n])
+            at += n
         labels = settings.labels
         return StepRecord.of(
             step=meta.step,
             layers=labels,
             hidden_norms=tuple(hidden),
-            rms_norms=tuple(map(truediv, hidden, _roots(meta.sizes))),
+            rms_norms=rms,
             grad_norms=tuple(grad),
             credit_gains=tuple(gain),
             output_grad_norm=error / scale,
@@ -1117,6 +1300,9 @@ class StepProbe:
             unreached=tuple([labels[l] for l in meta.missing]) if meta.missing else (),
             loss_reduction=self.loss_reduction,
             world_size=meta.world_size,
+            chain_starts=self._chain_starts,
+            gain_reference=meta.reference,
+            observed=self._observed,
         )
 
     def _emit(self, rows: Sequence[tuple[_Meta, list[float]]]) -> None:
@@ -1195,4 +1381,12 @@ def _joined(eager: Figures, compiled: Figures) -> Figures:
         [a if a is not None else b for a, b in zip(eager.means, compiled.means, strict=True)],
         eager.missing & compiled.missing,
         eager.samples,
+        rms=_of_both(eager, compiled),
+        has_error=eager.has_error or compiled.has_error,
     )
+
+
+def _of_both(eager: Figures, compiled: Figures) -> Tensor:
+    seen = eager.root_mean_squares()
+    other = compiled.root_mean_squares()[..., : seen.shape[1]]
+    return torch.where(torch.isnan(seen), other, seen)

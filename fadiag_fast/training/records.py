@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..checkpoints.errors import printable
-from ..protocol import growth_ratios
+from ..protocol import OUTPUT, growth_ratios
 
-_TEXTS = ("layers", "unreached", "autocast", "loss_reduction")
+_TEXTS = ("layers", "unreached", "autocast", "loss_reduction", "gain_reference", "observed")
+_WHOLE = ("chain_starts",)
+# A NaN there says that the state or its gradient is not finite, not that nothing was measured.
+_NEVER_NAN = ("hidden_norm", "grad_norm")
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,14 @@ class StepRecord:
         step: optimiser steps finished before this one: the first is 0.
         layers: names of the hidden states, ``n``.
         hidden_norms: median ‖h_l‖ over the step's samples, ``n``.
-        rms_norms: ``hidden_norms`` over the root of the number of features, ``n``.
+        rms_norms: median ‖h_l‖ over the root of the number of features that the step's own states
+            have, ``n``.
         grad_norms: median ‖g_l‖ over the step's samples, ``n``: of the loss as it was trained, with
             the factor 1/B of a mean; a gradient scaler's factor is removed.
-        credit_gains: median ‖g_l‖ / ‖∂loss/∂logits‖ over the step's samples, ``n``.
-        output_grad_norm: median ‖∂loss/∂logits‖.
+        credit_gains: median ‖g_l‖ / ‖∂loss/∂logits‖ over the step's samples, ``n``; relative to
+            what ``gain_reference`` says.
+        output_grad_norm: median ‖∂loss/∂logits‖: of what ``gain_reference`` says. Where the model
+            ends in a softmax, a log-softmax or a sigmoid, the logits are what goes into it.
         stabilities: per state the mean cosine of this step's batch-mean gradient with those of the
             last K recorded steps, ``n``; NaN where none is kept.
         average_cosines: the same with their exponential average, ``n``.
@@ -40,6 +46,11 @@ class StepRecord:
             not arrive is NaN.
         loss_reduction: how the user says that the loss is reduced: it scales ``grad_norms``.
         world_size: ranks that the figures are over, those of tensor parallelism included.
+        chain_starts: indices of the states with which a second or later chain of blocks begins;
+            growth is compared inside a chain only.
+        gain_reference: what credit gains are relative to: ``output``, or the name of the last
+            observed state where the step has shown no logits with a row for each sample.
+        observed: what is observed, in words; see :attr:`fadiag_fast.taps.Taps.observed`.
     """
 
     step: int
@@ -60,6 +71,9 @@ class StepRecord:
     unreached: tuple[str, ...] = ()
     loss_reduction: str = "mean"
     world_size: int = 1
+    chain_starts: tuple[int, ...] = ()
+    gain_reference: str = OUTPUT
+    observed: str = ""
 
     def _check(self) -> None:
         """Check what a file may say otherwise: kinds of values, and one figure per layer.
@@ -92,20 +106,28 @@ class StepRecord:
 
     @property
     def growth(self) -> float:
-        """Largest ‖h_{l+1}‖ / ‖h_l‖ of medians, as diagnostic (a) reads it; 1.0 for one state."""
-        ratios = [ratio for ratio in growth_ratios(self.hidden_norms) if not math.isnan(ratio)]
-        return max(ratios, default=1.0)
+        """Largest ‖h_{l+1}‖ / ‖h_l‖ of medians, as diagnostic (a) reads it; 1.0 for one state.
+
+        A norm that is not finite stands for it: NaN or infinity, at the first such state.
+        """
+        return self._largest_growth()[0]
 
     @property
     def growth_layer(self) -> str:
-        """The state that the largest growth leads to."""
-        ratios = growth_ratios(self.hidden_norms)
-        at = max(
-            range(len(ratios)),
-            key=lambda l: -math.inf if math.isnan(ratios[l]) else ratios[l],
-            default=-1,
-        )
-        return self.layers[at + 1]
+        """The state that the largest growth leads to, or the first one that is not finite."""
+        return self.layers[self._largest_growth()[1]]
+
+    def _largest_growth(self) -> tuple[float, int]:
+        for l, norm in enumerate(self.hidden_norms):
+            # NaN is also the norm of a state that the forward pass has left out.
+            if not math.isfinite(norm) and self._is_known(l):
+                return norm, l
+        ratios = growth_ratios(self.hidden_norms, self.chain_starts)
+        known = [(ratio, l + 1) for l, ratio in enumerate(ratios) if not math.isnan(ratio)]
+        return max(known, key=lambda pair: pair[0], default=(1.0, 0))
+
+    def _is_known(self, l: int) -> bool:
+        return self.layers[l] not in self.unreached
 
     def metrics(self, prefix: str = "fadiag/") -> dict[str, float]:
         """Return flat names and numbers for a logger: ``fadiag/grad_norm/blocks.3`` and so on."""
@@ -118,7 +140,7 @@ class StepRecord:
             ("average_cosine", self.average_cosines),
         ):
             for layer, value in zip(self.layers, values, strict=True):
-                if not math.isnan(value):
+                if not math.isnan(value) or (title in _NEVER_NAN and layer not in self.unreached):
                     found[f"{prefix}{title}/{layer}"] = value
         return found
 
@@ -142,7 +164,7 @@ class StepRecord:
         known = {field.name: field for field in fields(cls)}
         record = cls(
             **{
-                name: _from_json(value, text=name in _TEXTS)
+                name: _whole(value) if name in _WHOLE else _from_json(value, text=name in _TEXTS)
                 for name, value in values.items()
                 if name in known
             }
@@ -164,6 +186,10 @@ def is_of_kind(kind: str, value: Any) -> bool:
     if kind == "float":
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, {"bool": bool, "str": str}.get(kind, object))
+
+
+def _whole(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _to_json(value: Any) -> Any:

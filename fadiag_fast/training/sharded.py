@@ -109,7 +109,8 @@ class TensorRanks:
 
     Attributes:
         index: of this rank among them.
-        features: of declared states, by layer, over all ranks; known from the first pass on.
+        shares: of declared states, by layer, how many times as many features all ranks have as
+            this one; known from the first pass on.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class TensorRanks:
         self.groups = tuple(groups)
         self.declared = tuple(declared)
         self.index = self.ranks.index(dist.get_rank())
-        self.features: dict[int, int] = {}
+        self.shares: dict[int, float] = {}
         self._known_meshes: dict[Any, tuple[int, ...]] = {}
         self._tries: dict[tuple[str, int], int] = {}
         self._masks: dict[tuple[Any, ...], Tensor] = {}
@@ -158,7 +159,7 @@ class TensorRanks:
             return Part(local, all(at == 0 for p, at in replicated if not p.is_shard()))
         local = waited(tensor)
         declared = any(fnmatch(label, pattern) for pattern in self.declared)
-        self._check(l, label, local, declared, grad, batch_dim)
+        self._check(l, label, local, declared, grad)
         return Part(local, declared or self.index == 0)
 
     def _coordinate(self, tensor: Any, label: str) -> tuple[int, ...]:
@@ -173,9 +174,7 @@ class TensorRanks:
             self._known_meshes[mesh] = tuple(mesh.get_coordinate())
         return self._known_meshes[mesh]
 
-    def _check(
-        self, l: int, label: str, local: Tensor, declared: bool, grad: bool, batch_dim: int
-    ) -> None:
+    def _check(self, l: int, label: str, local: Tensor, declared: bool, grad: bool) -> None:
         """Compare a plain tensor between the ranks, in the first pass that has values in it."""
         if grad and declared:
             return
@@ -211,7 +210,7 @@ class TensorRanks:
                 f"of tensor parallelism, as sharded= says, got the same values on all of them"
             )
         if declared:
-            self.features[l] = sizes // local.shape[batch_dim]
+            self.shares[l] = sizes / max(1, flat.numel())
         elif not alike:
             raise TapError(
                 f"StepProbe: {label}: expected a whole {kind} on each of {self.size} ranks of "

@@ -28,7 +28,9 @@ _STATE_SCALE = 2.0**-32
 _GRAD_SCALE = 2.0**32
 # Features of a position whose sum is kept from the forward to the backward.
 _WIDE = 128
-_ROWS = 3  # the state's sum of squares, the gradient's, and 1 for a sample that was there
+# The state's sum of squares, the gradient's, and one more than the features of a sample that was
+# there.
+_ROWS = 3
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def _partly_summed(squares: Tensor) -> Tensor:
     return (squares.flatten(1).sum(1) if squares.dim() > 1 else squares)[:, None]
 
 
-def _rows_of(state: Tensor | None, grad: Tensor | None, like: Tensor) -> Tensor:
+def _rows_of(state: Tensor | None, grad: Tensor | None, like: Tensor, features: int) -> Tensor:
     """Return the three rows of a slot, ``[3, N]``, of what is left to sum over P.
 
     Chosen by an index, and not stacked: a stack would be a copy, and its sum a kernel more.
@@ -80,11 +82,14 @@ def _rows_of(state: Tensor | None, grad: Tensor | None, like: Tensor) -> Tensor:
         state: ``[N, P]``; None if another hook gives it.
         grad: ``[N, P]``; likewise. The sample counts where its gradient is given.
         like: either.
+        features: of a sample.
     """
     row = torch.arange(_ROWS, device=like.device)[:, None, None]
     first = torch.arange(like.shape[1], device=like.device) == 0
     nothing = like.new_zeros(())
-    count = torch.where(first, like.new_ones(()), nothing) if grad is not None else nothing
+    count = nothing
+    if grad is not None:
+        count = torch.where(first, torch.full_like(nothing, features + 1), nothing)
     chosen = torch.where(row == 1, nothing if grad is None else grad, count)
     return torch.where(row == 0, nothing if state is None else state, chosen).sum(-1)
 
@@ -139,7 +144,7 @@ class _Slot(torch.autograd.Function):
         if squares is not None and state is not None and state.shape != squares.shape:
             state, squares = (part.sum(-1, keepdim=True) for part in (state, squares))
             like = squares
-        rows = _rows_of(state, squares, like)
+        rows = _rows_of(state, squares, like, reduced.numel() // max(1, reduced.shape[0]))
         if rows.shape[1] != ctx.capacity:
             rows = torch.nn.functional.pad(rows, (0, ctx.capacity - rows.shape[1]))
         total = reduced.float().sum(0) if ctx.summed else None
@@ -271,7 +276,8 @@ class Slots:
         NaN where there was no sample.
         """
         norms = torch.empty((2, *rows.shape[1:]), dtype=torch.float64, device=rows.device)
-        torch.div(rows[:2], rows[2], out=norms)
+        # Not by the features: logits that several calls make have those of all of them.
+        torch.div(rows[:2], rows[2] > 0, out=norms)
         return norms.sqrt_().mul_(self._factors)
 
     @torch.no_grad()  # of a backward pass that makes a graph of its own, gradients have gradients
@@ -289,12 +295,13 @@ class Slots:
         # A copy too: what a graph of the compiler returned is overwritten by its next replay.
         rows = torch.stack([got.get(l, empty) for l in range(n + beside)], 1)
         norms = self._norms(rows)
-        there = rows[2, :n].amax(0)
+        rms = norms[0, :n] / (rows[2, :n].double() - 1).sqrt()
+        there = (rows[2, :n] > 0).any(0).float()
         if not beside:
             error = norms.new_full((2, 1, norms.shape[2]), torch.nan)
             if n in got:
                 # So many rows of a state go with one of the logits: in this pass, not the example.
-                each = (there.sum() / got[n][2].sum()).nan_to_num(1.0).round().clamp(min=1.0)
+                each = (there.sum() / (got[n][2] > 0).sum()).nan_to_num(1.0).round().clamp(min=1.0)
                 places = torch.arange(len(there), device=there.device)
                 at = (places / each).long().clamp(max=got[n].shape[1] - 1)
                 found = self._norms(got[n][:, None]).index_select(2, at)
@@ -307,4 +314,4 @@ class Slots:
             if total is not None
         ]
         missing = {l for l in range(n) if l not in got}
-        self._arrived(Figures(norms, kept, missing, None, samples))
+        self._arrived(Figures(norms, kept, missing, None, samples, rms=rms, has_error=n in got))

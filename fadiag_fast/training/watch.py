@@ -11,9 +11,11 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ..protocol import OUTPUT
 from ..report import text_table
 from .alarms import Alarm, AlarmPolicy, Alarms, Event, user_level
 from .records import StepRecord
@@ -235,6 +237,10 @@ def view(tail: Tail, others: Iterable[Path] = ()) -> list[Line]:
         lines.append(Line(event.sentence, "red" if event in standing else "dim"))
     lines += [Line(f"also here: {other}", "dim") for other in list(others)[:3]]
     skipped = sum(record.skipped for record in records)
+    if last.observed:
+        lines.append(Line(last.observed, "dim"))
+    if last.gain_reference != OUTPUT:
+        lines.append(Line(f"credit gains are relative to {last.gain_reference}", "dim"))
     remarks = [
         f"{tail.damaged} lines could not be read" if tail.damaged else "",
         f"{tail.superseded} records of earlier sessions are replaced by later ones"
@@ -286,12 +292,34 @@ def _short(name: str) -> str:
 # -- the HTML report of a scan
 
 
+def _states_of(record: StepRecord) -> list[int]:
+    """Return the states that have a norm: one in front of which all is frozen has no gradient.
+
+    (b) reads the deepest one, which must have one.
+    """
+    reached = [name not in record.unreached for name in record.layers]
+    known = [l for l, norm in enumerate(record.hidden_norms) if reached[l] or not math.isnan(norm)]
+    while known and not reached[known[-1]]:
+        known.pop()
+    return known
+
+
+def _starts_among(kept: Sequence[int], chain_starts: Sequence[int]) -> tuple[int, ...]:
+    """Return the places of the states that begin a chain among those that are kept."""
+    return tuple(
+        place
+        for place, (before, l) in enumerate(pairwise(kept), 1)
+        if any(before < start <= l for start in chain_starts)
+    )
+
+
 def scan_result_of(
     paths: Sequence[str | os.PathLike[str]], policy: AlarmPolicy | None = None
 ) -> Any:
     """Return step records as the rows of a scan, for its HTML report: a run per file.
 
-    Skipped steps and states that were not reached are left out. (b) is judged by the credit gain:
+    Skipped steps and states that no forward pass reached are left out, and behind the last state
+    with a gradient all others. (b) is judged by the credit gain:
     its limit is the gain's floor times the step's own output error. (c) is never judged, for past
     steps of a moving network are not batches of one; its figures are shown.
 
@@ -328,7 +356,7 @@ def scan_result_of(
             warnings.warn(f"{path}: {log.notes[-1]}", UserWarning, stacklevel=user_level())
         alarmed = {event.step: event.sentence for event in log.events}
         for record in log.records:
-            kept = [l for l, name in enumerate(record.layers) if name not in record.unreached]
+            kept = _states_of(record)
             if record.skipped or not kept:
                 continue
 
@@ -345,6 +373,8 @@ def scan_result_of(
                 stabilities=chosen(record.stabilities),
                 num_directions=[limits.min_batches] * len(kept),
                 num_batches=limits.min_batches,
+                chain_starts=_starts_among(kept, record.chain_starts),
+                gain_reference=record.gain_reference,
             )
             error = record.output_grad_norm
             of_step = replace(
@@ -366,7 +396,13 @@ def scan_result_of(
             )
             session = {
                 "record": len(rows),
-                "config": json.dumps({"source": "step records of a training run"}),
+                "config": json.dumps(
+                    {
+                        "source": "step records of a training run",
+                        "observed": record.observed,
+                        "credit gains relative to": record.gain_reference,
+                    }
+                ),
                 "session_started_at": row["finished_at"],
             }
             rows.append({**row, **session})
