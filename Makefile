@@ -57,7 +57,7 @@ $(VENV)/.torch: pyproject.toml
 	@if $(PYTHON) -c 'import torch; v = torch.__version__.split("."); assert (int(v[0]), int(v[1])) >= (2, 10)' 2>/dev/null; \
 	  then echo "using the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
 	  else echo "installing $(TORCH)"; $(PYTHON) -m venv $(VENV); fi
-	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja numpy
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
 	@$(BIN)/python -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' > $(VENV)/torch.txt
 	@touch $@
