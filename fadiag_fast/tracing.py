@@ -43,6 +43,14 @@ class Source(NamedTuple):
     item: int = 0
 
 
+def transformed() -> bool:
+    """Say whether a function transform of ``torch.func`` is under way.
+
+    Its tensors stand for many, or for a derivative, and mean nothing once it has ended.
+    """
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 def tensors_in(result: object) -> list[Tensor]:
     """Return the tensors that a torch function returned, in order."""
     if isinstance(result, Tensor):
@@ -398,7 +406,7 @@ def _trace(model: nn.Module, x: Any, options: Mapping[str, Any]) -> Trace:
     moment = 0
 
     def sighting(tensor: Tensor | None) -> Sighting | None:
-        return None if tensor is None else recorder.sighting(tensor)
+        return None if tensor is None or transformed() else recorder.sighting(tensor)
 
     def entered(name: str, args: Any, kwargs: Any) -> None:
         nonlocal moment
@@ -421,6 +429,8 @@ def _trace(model: nn.Module, x: Any, options: Mapping[str, Any]) -> Trace:
             found = open_calls.pop()
         found.end, moment = moment, moment + 1
         found.output, found.output_type = sighting(state_in(result)), type(result).__name__
+        if transformed():
+            found.output_type += " inside of vmap or another function transform"
 
     modules = {
         clean_name(name): module

@@ -13,12 +13,13 @@ from typing import Any, Literal
 from torch import nn
 
 from ..training.alarms import Alarm, Alarms, TrainingStopped
+from ..training.hooks import OfThisRun
 from ..training.probe import StepProbe
 from ..training.records import StepRecord
 from ..training.sinks import GuardedSink, guard
 
 
-class Session:
+class Session(OfThisRun):
     """A probe with its sinks and alarms for the time of one training: what the callbacks share.
 
     Args:

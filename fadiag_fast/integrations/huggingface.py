@@ -105,6 +105,10 @@ class FadiagTrainerCallback(_TrainerCallback):  # type: ignore[misc]  # known at
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._close()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A session belongs to one training.
+        return {**self.__dict__, "session": None}
+
     def _close(self) -> None:
         session, self.session = self.session, None
         if session is not None:

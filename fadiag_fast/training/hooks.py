@@ -5,14 +5,17 @@ Inside of ``torch.compile`` they are traced, and send states through slots in pl
 
 from __future__ import annotations
 
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..capture import output_of
-from ..tracing import argument_state, state_in
+from ..tracing import argument_state, state_in, transformed
 from .slots import Job
 
 if TYPE_CHECKING:
@@ -33,15 +36,66 @@ def autocast_dtype() -> torch.dtype | None:
     return None
 
 
-class Inert:
-    """What is left of the probe's hooks in a copy of a probed model."""
+# Where a module notes its hooks, by the numbers of their handles.
+_TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+_numbers: set[int] = set()  # of the handles of all probes' hooks
 
-    def __call__(self, *_: Any, **__: Any) -> None:
-        return None
+
+class Handle:
+    """A hook of a probe on a module, which copies and pickles of the module leave out.
+
+    A table of hooks is an OrderedDict, which pickle and copy ask how to take it apart: one with
+    hooks of a probe in it answers with all but these. So the file of a probed model names no class
+    of this package.
+    """
+
+    def __init__(self, module: nn.Module, handle: Any) -> None:
+        self._module, self._handle = module, handle
+        _numbers.add(handle.id)
+        for name in _TABLES:
+            table = getattr(module, name)
+            if handle.id in table:
+                vars(table)["__reduce_ex__"] = partial(_without_probes, weakref.ref(table))
+
+    def remove(self) -> None:
+        self._handle.remove()
+        _numbers.discard(self._handle.id)
+        for name in _TABLES:
+            table = getattr(self._module, name)
+            if _numbers.isdisjoint(table):
+                vars(table).pop("__reduce_ex__", None)
+
+
+def _without_probes(table: Callable[[], Any], protocol: int) -> Any:
+    items = [(number, hook) for number, hook in table().items() if number not in _numbers]
+    return OrderedDict, (), None, None, iter(items)
+
+
+class OfThisRun:
+    """What belongs to one run in this process.
+
+    A copy of something that holds it, a configuration or a model, holds the same one; in a pickle
+    an empty OrderedDict stands in its place, for which the reader needs nothing of this package.
+    """
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, ()
 
 
 class Hook:
-    """One hook of the probe; a copied or pickled model takes an inert one along instead."""
+    """One hook of the probe; see :class:`Handle` for what copies of the model have of it."""
 
     def __init__(self, probe: StepProbe, number: int) -> None:
         self.probe = probe
@@ -53,14 +107,18 @@ class Hook:
         # States of a module that is compiled on its own, seen where they are made: eagerly.
         self.stand_ins: tuple[int, ...] = ()
 
+    def before(self, module: nn.Module) -> Handle:
+        """Put the hook before a module's forward and before all other hooks there."""
+        return Handle(
+            module, module.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
+        )
+
+    def behind(self, module: nn.Module, always: bool = False) -> Handle:
+        """Put the hook behind a module's forward; ``always`` calls it after an error too."""
+        return Handle(module, module.register_forward_hook(self, always_call=always))
+
     def __call__(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError
-
-    def __deepcopy__(self, memo: Any) -> Inert:
-        return Inert()
-
-    def __reduce__(self) -> Any:
-        return Inert, ()
 
     def _see(self, state: Tensor) -> None:
         probe = self.probe
@@ -72,7 +130,7 @@ class Hook:
             if current is not None and not self.several:
                 current.see(self.taps[0][1], state)
             return
-        if current is None:
+        if current is None or transformed():
             return
         if not self.several:
             current.see(self.taps[0][1], state)
@@ -125,6 +183,8 @@ class LogitsHook(OutputHook):
     def __call__(self, module: nn.Module, args: Any, result: Any) -> Any:
         if torch.compiler.is_compiling():
             return super().__call__(module, args, result)
+        if transformed():
+            return None
         probe = self.probe
         if self.is_inner and (probe._current or probe._backward_of):
             logits = self._state_of(result)
@@ -166,6 +226,11 @@ class RootHook(Hook):
             # Compiled for each state of autocast anew, and set with every call of what is compiled.
             self.probe._compiled_autocast = autocast_dtype()
             return
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "StepProbe: expected one copy of the model in a process, got a replica of "
+                "DataParallel, whose copies run at the same time; use DistributedDataParallel"
+            )
         self.probe._begin(args, kwargs)
 
 
@@ -195,6 +260,8 @@ class PrepareHook(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         probe = self.probe
+        if transformed():
+            return
         # Without fullgraph the compiler breaks the graph at this error, and comes here again.
         if torch.compiler.is_compiling() or callable(_compiler_of_frames()):
             if probe._awaits_first_pass():

@@ -32,6 +32,10 @@ from .sharded import Part, TensorRanks, like_whole, plain_part
 # Micro-batches of one step. Nobody accumulates so many; a loop that forgot to call step() does.
 MOST_PARTS = 10_000
 
+# Say whether a tensor belongs to a function transform: to vmap, say, where it stands for many.
+_is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+
 _queue_callback: Callable[[Callable[[], None]], None] = (
     torch.autograd.Variable._execution_engine.queue_callback
 )
@@ -50,6 +54,8 @@ class Settings:
         kept_bytes: a state of at most so many bytes is kept until the step ends.
         complex: whether a state may be of complex numbers.
         passing: states that must be reduced as they pass: something writes into them later.
+        passing_grads: the same of gradients.
+        first: states whose gradient has not been seen yet.
         tensor_ranks: that hold one copy of the model together.
         samples: only the first so many of a pass are observed; None observes all.
         remark: is told why a pass has no logits that gains could be relative to.
@@ -63,6 +69,7 @@ class Settings:
     kept_bytes: int
     complex: bool = False
     passing: set[int] = field(default_factory=set)
+    passing_grads: set[int] = field(default_factory=set)
     tensor_ranks: TensorRanks | None = None
     samples: int | None = None
     remark: Callable[[str], None] = lambda reason: None
@@ -78,6 +85,9 @@ class Settings:
             return tuple(sizes)
         shares = self.tensor_ranks.shares
         return tuple(round(size * shares.get(l, 1.0)) for l, size in enumerate(sizes))
+
+    def __post_init__(self) -> None:
+        self.first = set(range(len(self.labels) + 1))
 
     def observed(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """Return the samples along a dimension that are observed."""
@@ -153,6 +163,10 @@ def _on_gradient(state: Tensor, hook: Callable[[Tensor | None], None]) -> None:
     # Under a number that no handle of torch's will have.
     state._backward_hooks = OrderedDict({-1: hook})
     node._register_hook_dict(state)
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def by_sample(state: Tensor, batch_dim: int) -> Tensor:
@@ -240,12 +254,24 @@ class Observation:
         finished: whether the backward pass came to its end.
     """
 
-    __slots__ = ("counts", "errors", "finished", "grad_norms", "grads", "means", "of")
+    __slots__ = (
+        "copies",
+        "counts",
+        "errors",
+        "finished",
+        "grad_norms",
+        "grads",
+        "means",
+        "of",
+        "versions",
+    )
 
     def __init__(self, of: Pass) -> None:
         size = len(of.settings.labels) + 1
         self.of = of
         self.grads: list[Tensor | None] = [None] * size
+        self.versions = [0] * size
+        self.copies: dict[int, Tensor] = {}
         self.grad_norms: list[Tensor | None] = [None] * size
         self.means: dict[int, Tensor] = {}
         self.counts = [True] * size  # False: another rank of tensor parallelism counts it
@@ -258,6 +284,29 @@ class Observation:
             return True
         return bool(self.errors) and l == len(self.grads) - 1 and call in self.errors
 
+    def keep(self, l: int, grad: Tensor) -> None:
+        """Keep a gradient until the step ends, as autograd has it now.
+
+        A hook that comes later may write into it. Of the first one there is a copy, to tell.
+        """
+        self.grads[l], self.versions[l] = grad, grad._version
+        if l in self.of.settings.first:
+            self.copies[l] = grad.clone()
+
+    def _gradient(self, l: int) -> Tensor | None:
+        """Return a gradient that was kept, as it was when it came."""
+        grad, settings = self.grads[l], self.of.settings
+        if grad is None:
+            return None
+        copy = self.copies.pop(l, None)
+        settings.first.discard(l)
+        same = grad._version == self.versions[l]
+        if same and (copy is None or _capturing(copy) or torch.equal(copy, grad)):
+            return grad
+        # From now on it is reduced before that.
+        settings.passing_grads.add(l)
+        return torch.full_like(grad, torch.nan) if copy is None else copy
+
     def finish(self) -> None:
         """Note that the backward pass ended: torch does not call this after an error."""
         self.finished = True
@@ -265,16 +314,17 @@ class Observation:
     def forget(self) -> None:
         """Let go of the gradients, and of the circle of references."""
         self.grads = [None] * len(self.grads)
+        self.copies.clear()
         self.of.drop(self)
 
     def _kept(self) -> tuple[list[int], list[Tensor], list[Tensor]]:
         """Return which states were kept with their gradients, and both."""
-        states, versions, grads = self.of.states, self.of.versions, self.grads
+        states, versions = self.of.states, self.of.versions
         layers: list[int] = []
         hiddens: list[Tensor] = []
         gradients: list[Tensor] = []
         for l, state in enumerate(states):
-            grad = grads[l]
+            grad = self._gradient(l)
             if state is None or grad is None:
                 continue
             layers.append(l)
@@ -300,15 +350,15 @@ class Observation:
         None too where a state must be made ready before it can be reduced.
         """
         settings, of = self.of.settings, self.of
-        if not settings.plain:
+        if not settings.plain or self.copies:
             return None
         found: list[Tensor] = []
         for state, version in zip(of.states, of.versions, strict=True):
             if state is None or state._version != version:
                 return None
             found.append(state)
-        for grad in self.grads:
-            if grad is None:
+        for grad, version in zip(self.grads, self.versions, strict=True):
+            if grad is None or grad._version != version:
                 return None
             found.append(grad)
         rows = settings.logit_rows(found[-1], of.samples)
@@ -323,7 +373,7 @@ class Observation:
         n = len(settings.labels)
         layers, hiddens, gradients = self._kept()
         means = dict(self.means)
-        error, logits = self.grad_norms[n], self.grads[n]
+        error, logits = self.grad_norms[n], self._gradient(n)
         if self.errors:
             error = of.joined_errors(self.errors)
         self.forget()
@@ -473,6 +523,10 @@ class Pass:
             if not self.samples:
                 self.samples = local.shape[settings.batch_dim]
             small = local.nbytes <= settings.kept_bytes and l not in settings.passing
+            # An optimiser may step inside of the backward pass, into what is a view of a parameter.
+            owner = state if state._base is None else state._base
+            if owner.is_leaf and owner.requires_grad:
+                small = False
             if settings.samples is not None:
                 local = settings.observed(local, settings.batch_dim)
             if small:
@@ -568,7 +622,9 @@ class Pass:
                 observation.errors[call] = sample_norms(wide)
 
     def _arrived(self, l: int, grad: Tensor | None, call: int = 0) -> None:
-        if grad is None:  # an output of several, of which the loss uses others: it is not reached
+        # None of an output of several, of which the loss uses others: it is not reached. A batch of
+        # gradients at once (``is_grads_batched``) is no backward pass of the training's.
+        if grad is None or _is_wrapped(grad) or _is_batched(grad):
             return
         started = perf_counter()
         last = self._last
@@ -592,8 +648,8 @@ class Pass:
             state = self.states[l]
             # Of a state that is whole on each rank a part of the gradient may be, and the reverse.
             small = state is not None and state.shape == grad.shape
-        if small:
-            last.grads[l] = grad.detach() if grad.requires_grad else grad
+        if small and l not in settings.passing_grads:
+            last.keep(l, grad.detach() if grad.requires_grad else grad)
         else:
             with torch.no_grad():
                 self._reduce(last, l, grad)

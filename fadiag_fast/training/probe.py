@@ -32,7 +32,7 @@ from ..capture import Output, Probe, check_model, output_of, sample_rows, untouc
 from ..protocol import OUTPUT, middle_layer
 from ..statistics import Reduction, SampleReduction
 from ..taps import Select, TapError, Taps, find_taps, is_sum, sighting_at, unwrap
-from ..tracing import Trace, clean_name
+from ..tracing import Trace, clean_name, transformed
 from .alarms import Alarms, TrainingStopped, user_level
 from .directions import Directions
 from .distributed import Exchange, Pending, default_group
@@ -41,6 +41,7 @@ from .hooks import (
     Hook,
     InputHook,
     LogitsHook,
+    OfThisRun,
     OutputHook,
     PrepareHook,
     RootHook,
@@ -208,7 +209,7 @@ def _as_input(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return found
 
 
-class StepProbe:
+class StepProbe(OfThisRun):
     """Record hidden states and gradients of every training step, from the training's own passes.
 
     ::
@@ -427,9 +428,7 @@ class StepProbe:
             self._prepare(self._example)
         else:
             hook = PrepareHook(self, -1)
-            self._preparing.append(
-                model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-            )
+            self._preparing.append(hook.before(model))
 
     # ---- before the first pass
 
@@ -566,9 +565,7 @@ class StepProbe:
         for call in seen.calls:
             calls[call.name] = calls.get(call.name, 0) + 1
         root = self.model
-        self._handles.append(
-            root.register_forward_pre_hook(RootHook(self, -1), prepend=True, with_kwargs=True)
-        )
+        self._handles.append(RootHook(self, -1).before(root))
         for (name, at), hook in hooks.items():
             hook.several = calls.get(name, 0) > 1
             module = modules[name]
@@ -576,15 +573,10 @@ class StepProbe:
             if hook.several:
                 self._looped.append((hook, calls[name]))
             hook.name = name
-            if at == "output":
-                self._handles.append(module.register_forward_hook(hook))
-            else:
-                self._handles.append(
-                    module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-                )
+            self._handles.append(hook.behind(module) if at == "output" else hook.before(module))
         self._hooked.append((logits_at, modules[logits_at]))
-        self._handles.append(modules[logits_at].register_forward_hook(logits_hook))
-        self._handles.append(root.register_forward_hook(EndHook(self, -2), always_call=True))
+        self._handles.append(logits_hook.behind(modules[logits_at]))
+        self._handles.append(EndHook(self, -2).behind(root, always=True))
         if self._make_slots(found, seen, refusals):
             logits_hook.jobs = (Job(n, False, True),)
 
@@ -767,7 +759,7 @@ class StepProbe:
         if torch._C._current_graph_task_id() != -1:
             return  # a checkpointed model runs again
         self._current = None
-        if not (torch.is_grad_enabled() and self.model.training):
+        if not (torch.is_grad_enabled() and self.model.training) or transformed():
             return
         if not self._wanted and not (self._has_gpu and torch.cuda.is_current_stream_capturing()):
             self._passed_unwanted = True
