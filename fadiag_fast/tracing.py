@@ -388,14 +388,14 @@ def trace(model: nn.Module, x: Any, **options: Any) -> Trace:
     try:
         with torch.no_grad():
             return _trace(model, x, options)
-    except RuntimeError as error:
-        # What autograd says of a tensor without a graph: to differentiate it, or to hook it.
-        if "not require grad" not in str(error) and "n't require gradient" not in str(error):
-            raise
-    # A model that differentiates in its own forward (forces from an energy) needs the graph, and
-    # so does a hook of the user's that hooks the tensors it sees.
-    with torch.enable_grad():
-        return _trace(model, x, options)
+    except Exception as error:
+        # A model that differentiates in its own forward (forces from an energy), or a hook that
+        # registers another one on what a module returns, needs the graph.
+        try:
+            with torch.enable_grad():
+                return _trace(model, x, options)
+        except Exception:
+            raise error from None
 
 
 def _trace(model: nn.Module, x: Any, options: Mapping[str, Any]) -> Trace:

@@ -135,6 +135,43 @@ def test_a_model_that_maps_a_module_over_its_samples():
     check(records, model, x, y, ["0", "2"])
 
 
+# ---- hooks of the user's
+
+
+def hook_on_output(module, args, out):
+    out.register_hook(lambda gradient: None)
+
+
+def hook_on_node(module, args, out):
+    out.grad_fn.register_hook(lambda *gradients: None)
+
+
+def retain(module, args, out):
+    out.retain_grad()
+
+
+def insist(module, args, out):
+    assert out.requires_grad
+
+
+@pytest.mark.parametrize("hook", [hook_on_output, hook_on_node, retain, insist])
+def test_forward_hooks_that_need_a_graph(hook):
+    model = chain()
+    x, y = batch_of()
+    model[1].register_forward_hook(hook)
+    probe, records, names = probed(model)
+    F.cross_entropy(model(x), y).backward()
+    probe.step()
+    probe.remove()
+    check(records, model, x, y, names)
+
+
+def test_an_error_in_the_first_pass_is_the_models_own():
+    model = chain()
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        StepProbe(model, example=torch.randn(6, 5))
+
+
 # ---- gradients and states that are written into
 
 
