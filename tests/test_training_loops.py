@@ -4,11 +4,17 @@ The oracle is autograd by hand: states from the modules themselves, gradients fr
 ``torch.autograd.grad``.
 """
 
+import collections
 import copy
 import dataclasses
+import gc
 import io
 import json
+import math
 import pickle
+import subprocess
+import sys
+import warnings
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -19,6 +25,9 @@ from torch.func import functional_call, grad, jacrev, vmap
 
 from fadiag_fast import StepProbe
 from fadiag_fast.taps import TapError
+from fadiag_fast.training.alarms import Alarm, AlarmPolicy, Alarms, AllClear
+from fadiag_fast.training.sinks import read_jsonlines
+from fadiag_fast.training.watch import Tail
 
 F = nn.functional
 
@@ -357,4 +366,96 @@ def test_replicas_of_data_parallel_are_refused():
     replica = model._replicate_for_data_parallel()
     with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
         replica(x)
+    probe.remove()
+
+
+# ---- the file of a run
+
+
+def test_alarms_and_their_ends_are_in_the_file(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    model = chain()
+    x, y = batch_of()
+    alarms = Alarms(AlarmPolicy(warmup=0, clears=2, among=1, fires=1), actions=())
+    probe = StepProbe(model, ["0", "1", "2"], sink=path, alarms=alarms, example=x)
+    for step in range(6):
+        with torch.no_grad():
+            model[1].weight.mul_({2: 1e4, 3: 1e-4}.get(step, 1.0))
+        F.cross_entropy(model(x), y).backward()
+        probe.step()
+    probe.remove()
+    log = read_jsonlines(path)
+    assert [type(event) for event in alarms.events] == [Alarm, AllClear]
+    assert log.events == tuple(alarms.events)
+    assert len(log.records) == 6
+    tail = Tail(path)
+    tail.read()
+    # What the run says counts: a watcher with other limits does not judge it again.
+    assert tail.own
+    assert tail.events == alarms.events
+
+
+def test_the_file_of_a_run_that_is_not_judged_is_judged_by_who_watches_it(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    model = chain()
+    x, y = batch_of()
+    with StepProbe(model, ["0", "1", "2"], sink=path, alarms=False, example=x) as probe:
+        F.cross_entropy(model(x) * math.inf, y).backward()
+        probe.step()
+    tail = Tail(path)
+    tail.read()
+    assert not tail.own
+    assert tail.standing
+
+
+def train_without_step():
+    """Train a model that is gone, with its probe, when the function returns."""
+    model = chain()
+    x, y = batch_of()
+    StepProbe(model, ["0", "1", "2"], alarms=False)
+    for _ in range(3):
+        F.cross_entropy(model(x), y).backward()
+    del model
+    gc.collect()
+
+
+def test_a_run_that_never_calls_step_is_told_so():
+    with pytest.warns(RuntimeWarning, match=r"step\(\) was never called, and .* of 3 backward"):
+        train_without_step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = chain()
+        x, y = batch_of()
+        probe, _, _ = probed(model)
+        F.cross_entropy(model(x), y).backward()
+        probe.step()
+        F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(model(x), y).backward()
+        probe.remove()
+        StepProbe(chain(), alarms=False).remove()
+
+
+def test_it_is_told_at_the_exit_of_the_process():
+    code = (
+        "import torch; from fadiag_fast import StepProbe; torch.manual_seed(0)\n"
+        "m = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(4)])\n"
+        "p = StepProbe(m)\n"
+        "for _ in range(2): m(torch.randn(6, 4)).sum().backward()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "step() was never called" in done.stderr
+    assert "2 backward passes" in done.stderr
+
+
+def test_the_compiler_is_named_only_where_something_is_compiled(monkeypatch):
+    model = chain()
+    probe, _, _ = probed(model, example=batch_of()[0])
+    import torch._dynamo.utils as dynamo
+
+    monkeypatch.setattr(dynamo, "counters", collections.defaultdict(collections.Counter))
+    with pytest.raises(RuntimeError, match=r"got none$"):
+        probe.step()
+    dynamo.counters["frames"]["total"] += 1
+    with pytest.raises(RuntimeError, match="if the model is compiled"):
+        probe.step()
     probe.remove()

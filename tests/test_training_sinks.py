@@ -24,6 +24,7 @@ from fadiag_fast.training.sinks import (
     guard,
     read_jsonlines,
 )
+from fadiag_fast.training.watch import Tail
 
 
 def record(step, **changes):
@@ -72,7 +73,7 @@ def test_json_lines_come_back_as_they_were(tmp_path):
         for one in records:
             sink(one)
             # Each line is there at once, for whoever follows the file.
-            assert path.read_text().endswith(one.to_json() + "\n")
+            assert read_jsonlines(path).records[-1].to_json() == one.to_json()
         sink.event(AllClear(2, 1, 1, False, "All clear."))
     log = read_jsonlines(path)
     assert [one.to_json() for one in log.records] == [one.to_json() for one in records]
@@ -148,8 +149,8 @@ def test_other_files_and_later_versions_are_refused(tmp_path):
     path.write_text('{"loss": 1.0}\nnot json\n')
     with pytest.raises(ValueError, match="expected JSON lines of step records, got none"):
         read_jsonlines(path)
-    path.write_text('{"fadiag_steps": 2}\n')
-    with pytest.raises(ValueError, match="version 1 or earlier, got version 2"):
+    path.write_text('{"fadiag_steps": 3}\n')
+    with pytest.raises(ValueError, match="version 2 or earlier, got version 3"):
         read_jsonlines(path)
     path.write_text("")
     assert read_jsonlines(path).records == ()
@@ -157,6 +158,87 @@ def test_other_files_and_later_versions_are_refused(tmp_path):
     sink.close()
     with pytest.raises(ValueError, match="expected an open file, got a closed one"):
         sink(record(0))
+
+
+LONG = tuple(f"model.decoder.layers.{l}.self_attention_block" for l in range(40))
+
+
+def wide(step, **changes):
+    figures = {
+        name: tuple(float(step + l) for l in range(len(LONG)))
+        for name in ("hidden_norms", "rms_norms", "grad_norms", "credit_gains")
+    }
+    return record(step, layers=LONG, **figures, **changes)
+
+
+def test_what_the_records_of_a_session_share_is_written_once(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    none = (math.nan,) * len(LONG)
+    records = [wide(i, stabilities=none, average_cosines=none) for i in range(5)]
+    records += [
+        wide(5, stabilities=none, average_cosines=none, unreached=LONG[:1], num_samples=3),
+        record(6),  # of other layers
+    ]
+    with JsonLines(path) as sink:
+        for one in records:
+            sink(one)
+    text = path.read_text()
+    assert text.count(LONG[7]) == 1
+    assert text.count(LONG[0]) == 2  # in the header, and where it was not reached
+    assert [one.to_json() for one in read_jsonlines(path).records] == [
+        one.to_json() for one in records
+    ]
+
+
+def test_files_of_version_1_are_read(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    first = [record(step, hidden_norms=(math.inf, math.nan)) for step in range(3)]
+    alarm = Alarm(1, 2, "a", "non-finite", "growth", math.inf, 1.0, math.nan, 1.0, None, "…")
+    old = {**alarm.to_dict(), "value": "inf", "baseline_median": "nan"}
+    lines = [json.dumps({"fadiag_steps": 1, "layers": ["embed", "blocks.0"]})]
+    lines += [*(one.to_json() for one in first), json.dumps(old)]
+    path.write_text("\n".join(lines) + "\n")
+    with JsonLines(path) as sink:
+        sink(record(3))
+    log = read_jsonlines(path)
+    assert [one.to_json() for one in log.records] == [one.to_json() for one in [*first, record(3)]]
+    assert repr(log.events) == repr((alarm,))
+    assert (log.sessions, log.damaged) == (2, ())
+
+
+def test_two_that_write_into_one_file_at_a_time_are_told_apart(tmp_path):
+    """As the probes of a notebook whose cell is run again."""
+    path = tmp_path / "steps.jsonl"
+    first, second = JsonLines(path), JsonLines(path)
+    for step in range(4):
+        first(record(step, num_samples=1))
+        if step:
+            second(record(step - 1, layers=("a", "b"), num_samples=2))
+    log = read_jsonlines(path)
+    assert [(one.step, one.layers[0], one.num_samples) for one in log.records] == [
+        (0, "a", 2),
+        (1, "a", 2),
+        (2, "a", 2),
+    ]
+    assert log.superseded == 4
+    tail = Tail(path)
+    tail.read()
+    assert [one.to_json() for one in tail.records] == [one.to_json() for one in log.records]
+    assert tail.superseded == log.superseded
+
+
+def test_a_file_has_one_way_to_write_what_is_not_finite(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    alarm = Alarm(0, 0, "a", "x", "growth", math.inf, -math.inf, math.nan, 1.0, None, "…")
+    with JsonLines(path) as sink:
+        sink(record(0, hidden_norms=(math.inf, math.nan), output_grad_norm=-math.inf))
+        sink.event(alarm)
+        sink.event(alarm)  # as by a function of the user's and by the probe
+    lines = path.read_text().splitlines()
+    _, line, event = (json.loads(line, parse_constant=pytest.fail) for line in lines)
+    assert (line["hidden_norms"], line["output_grad_norm"]) == (["inf", None], "-inf")
+    assert (event["value"], event["threshold"], event["baseline_median"]) == ("inf", "-inf", None)
+    assert repr(read_jsonlines(path).events) == repr((alarm,))
 
 
 # -- adapters

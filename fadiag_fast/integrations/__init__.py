@@ -16,7 +16,7 @@ from ..training.alarms import Alarm, Alarms, TrainingStopped
 from ..training.hooks import OfThisRun
 from ..training.probe import StepProbe
 from ..training.records import StepRecord
-from ..training.sinks import GuardedSink, guard
+from ..training.sinks import Forward, GuardedSink, files_of, guard
 
 
 class Session(OfThisRun):
@@ -63,6 +63,10 @@ class Session(OfThisRun):
         self.probe = StepProbe(
             model, taps, sink=take, alarms=False, first_step=first_step, **probe_options
         )
+        self._tell_events = Forward(self.alarms, self.sinks)
+        self.probe._share.judged = self.alarms is not None
+        for file in (file for sink in self.sinks for file in files_of(sink)):
+            file.share = self.probe._share
 
     def _take(self, record: StepRecord) -> None:
         self.latest = record
@@ -74,6 +78,7 @@ class Session(OfThisRun):
             except TrainingStopped as stop:
                 # A framework stops by a flag of its own, at the end of the step.
                 self.stopped = self.stopped or stop
+            self._tell_events()
 
     def __enter__(self) -> Any:
         return self

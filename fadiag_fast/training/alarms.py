@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..protocol import DiagnosticThresholds, growth_ratios, middle_layer
-from .records import StepRecord, is_of_kind
+from .records import StepRecord, is_of_kind, to_json
 
 _Array = npt.NDArray[np.float64]
 
@@ -111,14 +111,9 @@ class Alarm:
     sentence: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON; numbers that JSON has no word for stand as text."""
-        return {
-            "event": "alarm",
-            **{
-                name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in asdict(self).items()
-            },
-        }
+        """Return the fields for JSON; NaN and infinities stand as in a record's."""
+        fields_of = {name: to_json(value) for name, value in asdict(self).items()}
+        return {"event": "alarm", **fields_of}
 
 
 @dataclass(frozen=True)
@@ -164,7 +159,10 @@ def event_from_dict(values: Mapping[str, Any]) -> Event:
     missing = [name for name in names if name not in values]
     if missing:
         raise ValueError(f"alarms: {values['event']}: expected {', '.join(missing)}, got none")
-    found = {name: float(values[name]) if name in _NUMBERS else values[name] for name in names}
+    found = {name: values[name] for name in names}
+    for name in _NUMBERS:
+        if name in found:
+            found[name] = math.nan if found[name] is None else float(found[name])
     for one in fields(kind):
         if not is_of_kind(str(one.type), found[one.name]):
             raise ValueError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,44 @@ def default_group(group: Any) -> Any:
         return None
     found = dist.group.WORLD if group is None else group
     return found if dist.get_world_size(found) > 1 else None
+
+
+class Share:
+    """Whose figures a rank's records are, and so which rank writes them into a file.
+
+    Ranks that share figures have the same records. The first rank of the group writes them; where
+    ranks hold different layers, as pipeline stages do, the first rank of each kind.
+
+    Args:
+        group: as the probe has it.
+        judged: whether alarms judge the records and are written beside them.
+
+    Attributes:
+        leads: whether this rank is the first of those that hold the same layers.
+    """
+
+    def __init__(self, group: Any = None, judged: bool = False) -> None:
+        self.judged = judged
+        self._group = group
+        self._rank: int | None = None  # None while torch.distributed is not initialised
+        self._main = True
+        self.leads = False
+
+    def look(self) -> None:
+        """Find out this process's place: the group may be gone when the last record is written."""
+        if self._rank is None and dist.is_available() and dist.is_initialized():
+            self._rank = dist.get_rank()
+            group = None if self._group is False else self._group
+            self._main = dist.get_rank(group) <= 0
+
+    def file(self, path: Path, every_rank: bool = False) -> Path | None:
+        """Return where this rank writes; None for nowhere."""
+        self.look()
+        if self._main:
+            return path
+        if self.leads or every_rank:
+            return path.with_name(f"{path.stem}.rank{self._rank}{path.suffix}")
+        return None
 
 
 class Exchange:

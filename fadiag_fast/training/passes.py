@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -226,11 +226,12 @@ def root_of(size: int) -> float:
 
 
 class Parts(list[Figures]):
-    """The micro-batches of a step, until it ends."""
+    """The micro-batches of a step, until it ends; ``told`` is called with each new one."""
 
-    def __init__(self) -> None:
+    def __init__(self, told: Callable[[], Any] | None = None) -> None:
         super().__init__()
         self._warned = False
+        self._told = told
 
     def add(self, figures: Figures) -> None:
         """Append what a backward pass has brought; forget all before where there are too many."""
@@ -245,6 +246,8 @@ class Parts(list[Figures]):
                     stacklevel=2,
                 )
         self.append(figures)
+        if self._told is not None:
+            self._told()
 
 
 class Observation:

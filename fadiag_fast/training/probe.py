@@ -35,7 +35,7 @@ from ..taps import Select, TapError, Taps, find_taps, is_sum, sighting_at, unwra
 from ..tracing import Trace, clean_name, transformed
 from .alarms import Alarms, TrainingStopped, user_level
 from .directions import Directions
-from .distributed import Exchange, Pending, default_group
+from .distributed import Exchange, Pending, Share, default_group
 from .hooks import (
     EndHook,
     Hook,
@@ -62,7 +62,7 @@ from .replay import STEPS_BEFORE, Replay, like_of
 from .ring import Ring
 from .schedule import Budget, Schedule, as_schedule
 from .sharded import TensorRanks, find_tensor_ranks, is_dtensor, like_whole
-from .sinks import guard
+from .sinks import Forward, files_of, guard
 from .slots import Job, Slots
 
 Mode = Literal["auto", "passing", "together"]
@@ -96,6 +96,31 @@ def _flush_all() -> None:
             warnings.warn(f"StepProbe: the last records are lost: {error}", stacklevel=1)
 
 
+class _Steps:
+    """What has been seen of a training loop; apart from the probe, which may be gone before it."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.backward_passes = 0
+        self.begun = False
+
+    def count(self) -> None:
+        self.backward_passes += not self.begun
+
+    def tell(self) -> None:
+        """Say at the end that ``step()`` was never called, if so."""
+        never = not self.begun and self.backward_passes > 1
+        self.begun = True
+        if never and os.getpid() == self.process:
+            warnings.warn(
+                f"StepProbe: step() was never called, and nothing is recorded of "
+                f"{self.backward_passes} backward passes: call probe.step() after the backward "
+                f"pass, before the optimiser's step",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
 class _Meta(NamedTuple):
     """What the host knows of a row on its way.
 
@@ -117,6 +142,12 @@ class _Meta(NamedTuple):
 
 def _name_of(dtype: torch.dtype | None) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _has_compiled() -> bool:
+    """Say whether the compiler has run in this process; often it is imported and no more."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and bool(dynamo.counters["frames"])
 
 
 @functools.lru_cache
@@ -232,7 +263,8 @@ class StepProbe(OfThisRun):
             call, and know its taps: from ``example``, or because it was given the compiled module.
         taps: where to observe, see :func:`fadiag_fast.taps.find_taps`; None chooses.
         sink: where every :class:`~fadiag_fast.training.records.StepRecord` goes, in order, some
-            steps after its own: a path for JSON lines, a SummaryWriter, a W&B run, ``log(dict,
+            steps after its own: a path for JSON lines (of ranks that share their figures the first
+            one writes), a SummaryWriter, a W&B run, ``log(dict,
             step)``, a function of a record, and whatever else
             :func:`~fadiag_fast.training.sinks.as_sink` takes; or a list of such. Each works on a
             thread of its own; one that raises is switched off after one warning.
@@ -373,6 +405,11 @@ class StepProbe(OfThisRun):
         self.alarms = None if alarms is False else alarms or Alarms()
         judges = [] if self.alarms is None else [self.alarms]
         self._takers: list[Callable[[StepRecord], Any]] = [*self._sinks, *judges]
+        self._tell_events = Forward(self.alarms, self._sinks)
+        self._share = Share(group, judged=self.alarms is not None)
+        self._share.look()
+        for file in (file for one in self._sinks for file in files_of(one)):
+            file.share = self._share
         self._taps: Taps | None = None
         self._n = -1
         self._prepared = self._preparing_now = False
@@ -383,8 +420,10 @@ class StepProbe(OfThisRun):
         self._current: Pass | None = None  # under way
         self._backward_of: Pass | None = None  # whose backward pass may run parts of it again
         self._observations: list[Observation] = []
+        self._steps = _Steps()
+        weakref.finalize(self, self._steps.tell)  # at the exit of the process at the latest
         self._parts = Parts()
-        self._slot_parts = Parts()
+        self._slot_parts = Parts(self._steps.count)
         self._seconds = 0.0
         self._autocast: str | None = None
         self._compiled_autocast: torch.dtype | None = None
@@ -874,6 +913,7 @@ class StepProbe(OfThisRun):
         )
 
     def _opened(self, observation: Observation) -> None:
+        self._steps.count()
         self._observations.append(observation)
         self._backward_of = observation.of
 
@@ -911,6 +951,7 @@ class StepProbe(OfThisRun):
         """
         if not self._active:  # the probe is removed
             return
+        self._steps.begun = True
         # As torch.no_grad does, at a seventh of its time.
         enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
@@ -1057,7 +1098,7 @@ class StepProbe(OfThisRun):
             more = "; the model is in eval mode, whose passes are not looked at: call model.train()"
         elif not self._prepared:
             more = "; the model was not called in training mode with gradients enabled"
-        elif compiled or "torch._dynamo" in sys.modules:
+        elif compiled or _has_compiled():
             more = (
                 "; if the model is compiled, the probe must be built before its first compiled call"
             )
@@ -1070,6 +1111,7 @@ class StepProbe(OfThisRun):
         device = figures.norms.device
         self._make_ring(device)
         self._look_for_replaced(figures, step)
+        self._share.look()
         found_group = self._exchange_group()
         meta = self._meta(figures, step, found_group is not None)
         scaling = self._scaling(figures)
@@ -1306,6 +1348,7 @@ class StepProbe(OfThisRun):
                     taker(record)
                 except TrainingStopped as stopped:
                     stop = stop or stopped  # the other records are handed out first
+            self._tell_events()
         if stop is not None:
             raise stop
 
@@ -1354,6 +1397,7 @@ class StepProbe(OfThisRun):
             self._handles, self._preparing = [], []
             self._active = self._wanted = False
             self.discard()
+            self._steps.tell()
             _alive.discard(self)
             for sink in self._own_sinks:
                 sink.close()

@@ -11,6 +11,11 @@ from typing import Any
 from ..checkpoints.errors import printable
 from ..protocol import OUTPUT, growth_ratios
 
+# What every step has anew. The rest is mostly the same in all records of a run.
+FIGURES = frozenset(
+    {"step", "hidden_norms", "rms_norms", "grad_norms", "credit_gains", "output_grad_norm"}
+    | {"stabilities", "average_cosines", "num_directions"}
+)
 _TEXTS = ("layers", "unreached", "autocast", "loss_reduction", "gain_reference", "observed")
 _WHOLE = ("chain_starts",)
 # A NaN there says that the state or its gradient is not finite, not that nothing was measured.
@@ -144,9 +149,13 @@ class StepRecord:
                     found[f"{prefix}{title}/{layer}"] = value
         return found
 
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the fields for JSON; NaN and infinities stand as None, ``"inf"``, ``"-inf"``."""
+        return {name: to_json(value) for name, value in asdict(self).items()}
+
     def to_json(self) -> str:
         """Return one line of JSON; NaN and infinities stand as null and ``"inf"``, ``"-inf"``."""
-        return json.dumps({name: _to_json(value) for name, value in asdict(self).items()})
+        return json.dumps(self.to_mapping())
 
     @classmethod
     def from_json(cls, line: str) -> StepRecord:
@@ -192,9 +201,10 @@ def _whole(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """Return a value for JSON, which has no words for NaN and infinities: None and ``"inf"``."""
     if isinstance(value, tuple):
-        return [_to_json(item) for item in value]
+        return [to_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
     return value

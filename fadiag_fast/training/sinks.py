@@ -14,6 +14,7 @@ import os
 import re
 import threading
 import time
+import uuid
 import warnings
 import weakref
 from collections import deque
@@ -22,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from .alarms import Event, TrainingStopped, event_from_dict, user_level
-from .records import StepRecord
+from .alarms import Alarms, Event, TrainingStopped, event_from_dict, user_level
+from .distributed import Share
+from .records import FIGURES, StepRecord
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # The header's key; a line without it and without "event" is a record.
 _HEADER = "fadiag_steps"
 # What MLflow allows in a metric's name beside letters and digits: _ - . space / and, not on
@@ -68,63 +70,139 @@ class Sink:
 class JsonLines(Sink):
     """Write one line of JSON per record, flushed line by line: a reader may follow the file.
 
-    A header line with the format's version precedes the first record of each session. A last line
+    A header line precedes the first record of each session: the format's version, the names of the
+    layers and whatever else the session's records have in common, which they leave out. A last line
     that a crash has cut is left as it is, on a line of its own.
+
+    Where ranks share their figures the first of them writes the file, and the others nothing. Where
+    they hold different layers, as the stages of a pipeline do, the first rank of each stage writes
+    a file of its own beside it: ``steps.rank2.jsonl``.
 
     Args:
         path: the file; its folder is made if need be.
         append: add to a file that exists, else replace it.
+        every_rank: every rank writes; all but the first one to files of their own as above.
 
     Raises:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], append: bool = True) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], append: bool = True, *, every_rank: bool = False
+    ) -> None:
         self.path = Path(path)
+        self.share = Share()
+        self._append, self._every_rank = append, every_rank
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        cut = append and _ends_within_a_line(self.path)
-        self._file: IO[str] | None = open(  # noqa: SIM115  # closed by close()
-            self.path, "a" if append else "w", encoding="utf-8", newline="\n"
-        )
-        if cut:
-            self._file.write("\n")
-        self._has_header = False
+        open(self.path, "ab").close()  # says at once what is wrong with it
+        self._file: IO[str] | None = None
+        self._is_closed = self._is_silent = False
+        self._lock = threading.Lock()  # alarms may be written from the training's thread
+        self._session = uuid.uuid4().hex[:8]
+        self._common: dict[str, Any] = {}
+        self._told: set[Event] = set()
 
     def __call__(self, record: StepRecord) -> None:
-        if not self._has_header:
-            from .. import __version__
-
-            header = {
-                _HEADER: FORMAT_VERSION,
-                "fadiag_fast": __version__,
-                "time": time.time(),
-                "layers": list(record.layers),
+        with self._lock:
+            file = self._opened()
+            if file is None:
+                return
+            values = record.to_mapping()
+            if not self._common:
+                self._write_header(file, values)
+            line = {
+                name: value
+                for name, value in values.items()
+                if name in FIGURES or value != self._common[name]
             }
-            self._write(json.dumps(header))
-            self._has_header = True
-        self._write(record.to_json())
+            self._write(file, json.dumps({"session": self._session, **line}))
+
+    def _write_header(self, file: IO[str], values: Mapping[str, Any]) -> None:
+        from .. import __version__
+
+        self._common = {name: value for name, value in values.items() if name not in FIGURES}
+        header = {
+            _HEADER: FORMAT_VERSION,
+            "fadiag_fast": __version__,
+            "time": time.time(),
+            "session": self._session,
+            "alarms": self.share.judged,
+            **self._common,
+        }
+        self._write(file, json.dumps(header))
 
     def event(self, event: Event) -> None:
-        """Write an alarm or an all clear among the records."""
-        self._write(json.dumps(event.to_dict(), ensure_ascii=False))
+        """Write an alarm or an all clear among the records, once."""
+        with self._lock:
+            file = self._opened()
+            if file is None or event in self._told:
+                return
+            self._told.add(event)
+            values = {"session": self._session, **event.to_dict()}
+            self._write(file, json.dumps(values, ensure_ascii=False))
 
-    def _write(self, line: str) -> None:
-        if self._file is None:
+    def _opened(self) -> IO[str] | None:
+        """Return the file, opened now that this rank's place is known; None on a silent rank."""
+        if self._is_closed:
             raise ValueError(f"JsonLines: {self.path}: expected an open file, got a closed one")
-        self._file.write(line + "\n")
-        self._file.flush()
+        if self._file is None and not self._is_silent:
+            path = self.share.file(self.path, self._every_rank)
+            self._is_silent = path is None
+            if path is not None:
+                cut = self._append and _ends_within_a_line(path)
+                self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
+                if not self._append:
+                    self._file.truncate(0)
+                if cut:
+                    self._file.write("\n")
+        return self._file
+
+    def _write(self, file: IO[str], line: str) -> None:
+        file.write(line + "\n")
+        file.flush()
 
     def flush(self) -> None:
         if self._file is not None:
             self._file.flush()
 
     def close(self) -> None:
+        self._is_closed = True
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def __repr__(self) -> str:
         return f"JsonLines({str(self.path)!r})"
+
+
+def files_of(sink: Any) -> list[JsonLines]:
+    """Return the files among what a sink hands its records to."""
+    if isinstance(sink, GuardedSink):
+        return files_of(sink._queue.sink)
+    if isinstance(sink, _Each):
+        return [file for one in sink.sinks for file in files_of(one)]
+    return [sink] if isinstance(sink, JsonLines) else []
+
+
+class Forward:
+    """Hand an alarm's events, as they come, to the sinks that take events.
+
+    Args:
+        alarms: whose; None for nobody's.
+        sinks: made by :func:`guard`.
+    """
+
+    def __init__(self, alarms: Alarms | None, sinks: Sequence[GuardedSink]) -> None:
+        self._alarms, self._sinks = alarms, sinks
+        self._told = 0 if alarms is None else len(alarms.events)
+
+    def __call__(self) -> None:
+        if self._alarms is None or len(self._alarms.events) == self._told:
+            return
+        events, self._told = self._alarms.events[self._told :], len(self._alarms.events)
+        for event in events:
+            for sink in self._sinks:
+                sink.event(event)
 
 
 def _ends_within_a_line(path: Path) -> bool:
@@ -189,12 +267,12 @@ def read_jsonlines(path: str | os.PathLike[str]) -> StepLog:
     lines = path.read_bytes().split(b"\n")
     last_is_whole = lines[-1] == b""
     entries: list[tuple[int, StepRecord | Event]] = []  # with the session's number
-    sessions, cut, understood = 0, False, False
+    reader, cut, understood = LineReader(path), False, False
     damaged: list[int] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        entry = entry_of(path, line)
+        entry = reader.read(line)
         if entry is None:
             if number == len(lines) and not last_is_whole:
                 cut = True
@@ -202,10 +280,8 @@ def read_jsonlines(path: str | os.PathLike[str]) -> StepLog:
                 damaged.append(number)
             continue
         understood = True
-        if isinstance(entry, dict):
-            sessions += 1
-        else:
-            entries.append((sessions, entry))
+        if not isinstance(entry, dict):
+            entries.append((reader.session, entry))
     if not understood and damaged:
         raise ValueError(f"{path}: expected JSON lines of step records, got none among its lines")
     records, events, superseded = _latest_sessions(entries)
@@ -213,36 +289,68 @@ def read_jsonlines(path: str | os.PathLike[str]) -> StepLog:
         path,
         tuple(records),
         tuple(events),
-        max(sessions, 1),
+        max(reader.sessions, 1),
         superseded,
         cut,
         tuple(damaged),
     )
 
 
-def entry_of(path: Path, line: bytes) -> StepRecord | Event | dict[str, Any] | None:
-    """Return what a line holds; a header as a dictionary; None for a line that cannot be read.
+class LineReader:
+    """Read the lines of a file of step records one after another.
 
-    Raises:
-        ValueError: it is the header of a later version.
+    A session's header says what its records have in common. Each line names its session, for two
+    that write into one file at a time take turns.
+
+    Attributes:
+        sessions: headers read so far.
+        session: the number, from 1, of the session that the last line belongs to; 0 without header.
     """
-    try:
-        values = json.loads(line.decode("utf-8"))
-        if isinstance(values, dict) and _HEADER not in values:
-            if "event" in values:
-                return event_from_dict(values)
-            return StepRecord.from_mapping(values)
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return None
-    if not isinstance(values, dict):
-        return None
-    version = values[_HEADER]
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: expected step records of version {FORMAT_VERSION} or earlier, got version "
-            f"{version}"
-        )
-    return values
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.sessions = self.session = 0
+        self._known: dict[str, tuple[int, dict[str, Any]]] = {}
+
+    def read(self, line: bytes) -> StepRecord | Event | dict[str, Any] | None:
+        """Return what a line holds; a header as a dictionary; None for a line that is damaged.
+
+        Raises:
+            ValueError: it is the header of a later version.
+        """
+        try:
+            values = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(values, dict):
+            return None
+        if _HEADER in values:
+            return self._header(values)
+        name = values.pop("session", None)
+        # The lines of version 1 are whole, and belong to the header before them.
+        whole = (self.sessions, dict[str, Any]())
+        number, common = whole if name is None else self._known.get(str(name), (-1, {}))
+        if number < 0:
+            return None
+        try:
+            event = "event" in values
+            found = event_from_dict(values) if event else StepRecord.from_mapping(common | values)
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            return None
+        self.session = number
+        return found
+
+    def _header(self, values: dict[str, Any]) -> dict[str, Any]:
+        version = values[_HEADER]
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ValueError(
+                f"{self.path}: expected step records of version {FORMAT_VERSION} or earlier, got "
+                f"version {version}"
+            )
+        self.sessions = self.session = self.sessions + 1
+        if version > 1:
+            self._known[str(values.get("session"))] = self.session, values
+        return values
 
 
 def _latest_sessions(
@@ -250,12 +358,18 @@ def _latest_sessions(
 ) -> tuple[list[StepRecord], list[Event], int]:
     """Return records and events without those that a later session has replaced, and how many.
 
-    Each by its own step: an alarm is of an earlier one than the record behind which it stands.
+    Each by its own step: an alarm is of an earlier one than the record behind which it stands. What
+    a session writes once a later one has begun is replaced too.
     """
+    latest = 0
     records: list[tuple[int, StepRecord]] = []
     events: list[tuple[int, Event]] = []
     superseded = 0
     for session, entry in entries:
+        if session < latest:
+            superseded += isinstance(entry, StepRecord)
+            continue
+        latest = session
         if not isinstance(entry, StepRecord):
             events.append((session, entry))
             continue

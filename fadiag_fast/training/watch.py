@@ -19,7 +19,7 @@ from ..protocol import OUTPUT
 from ..report import text_table
 from .alarms import Alarm, AlarmPolicy, Alarms, Event, user_level
 from .records import StepRecord
-from .sinks import StepLog, entry_of, read_jsonlines
+from .sinks import LineReader, StepLog, read_jsonlines
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK = 16  # columns of a sparkline
@@ -89,6 +89,7 @@ class Tail:
         self._steps = array("q")  # of all records that count
         self.superseded = self.damaged = 0
         self._offset = 0
+        self._reader = LineReader(self.path)
         self.own = False
         self._earlier: list[Event] = []
         self._begin_session()
@@ -115,21 +116,28 @@ class Tail:
         self._offset += len(whole)
         found: list[StepRecord | Event] = []
         for line in whole.splitlines():
-            entry = entry_of(self.path, line)
+            entry = self._reader.read(line)
             if entry is None:
                 self.damaged += bool(line.strip())
+            elif self._reader.session < self._reader.sessions:  # a later one has begun
+                self.superseded += isinstance(entry, StepRecord)
             elif isinstance(entry, StepRecord):
                 self._take(entry)
                 found.append(entry)
             elif isinstance(entry, dict):
                 self._earlier += self._current
                 self._begin_session()
+                if entry.get("alarms"):
+                    self._judged_by_the_run()
             else:
-                if not self.own:  # what was judged here before is not the run's word
-                    self.own, self._earlier = True, []
+                self._judged_by_the_run()
                 self._own.append(entry)
                 found.append(entry)
         return found
+
+    def _judged_by_the_run(self) -> None:
+        if not self.own:  # what was judged here before is not the run's word
+            self.own, self._earlier = True, []
 
     def _take(self, record: StepRecord) -> None:
         # A session that went on from a checkpoint.
