@@ -2,7 +2,9 @@
 
 import copy
 import socket
+import warnings
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 
 from fadiag_fast import StepProbe
 from fadiag_fast.training.distributed import Exchange
+from fadiag_fast.training.sinks import JsonLines, read_jsonlines
 
 # The exchange rounds each norm to float32 once, 6e-8; the networks sum in the same order.
 FLOAT32_TOLERANCE = 1e-6
@@ -182,6 +185,154 @@ def test_one_rank_that_is_told_to_stay_alone():
     found = run("plain", [(4, 8)], group=False)
     assert [found[rank][0]["num_samples"] for rank in (0, 1)] == [4, 8]
     assert found[0][0]["world_size"] == 1
+
+
+class Stage(nn.Module):
+    """Some layers of a pipeline, under names of their own or as every rank has them."""
+
+    def __init__(self, name, depth, width, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.add_module(name, nn.Sequential(*[nn.Linear(width, width) for _ in range(depth)]))
+        self.layers = [self.get_submodule(name)]
+
+    def forward(self, x):
+        return self.layers[0](x)
+
+
+def stage_by_hand(stage, x):
+    """Return the median norms of all outputs, and of their gradients under the sum as a loss."""
+    states = []
+    for layer in stage.layers[0]:
+        x = layer(x)
+        states.append(x)
+    gradients = torch.autograd.grad(x.sum(), states)
+    return [
+        [float(state.detach().norm(dim=1).median()) for state in of_kind]
+        for of_kind in (states, gradients)
+    ]
+
+
+def train_stage(stage, x, **options):
+    """Return what two steps of a stage record, and the warnings."""
+    records = []
+    name = next(name for name, _ in stage.named_children())
+    taps = [f"{name}.{i}" for i in range(len(stage.layers[0]))]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        probe = StepProbe(stage, taps, sink=records.append, directions="all", **options)
+        for _ in range(2):
+            stage(x).sum().backward()
+            probe.step()
+        probe.remove()
+    return records, [str(one.message) for one in caught if "StepProbe" in str(one.message)]
+
+
+def stages_on_rank(rank, device, folder):
+    """Ranks 0 and 2 hold the first stage, rank 1 the second one; what each finds wrong."""
+    kind = rank % 2
+    depth, width, samples = (3, 8, 4) if kind == 0 else (5, 6, 3)
+    x = torch.ones(samples, width)
+    found = {}
+    named = Stage(f"stage{kind}", depth, width, seed=kind)
+    records, said = train_stage(named, x)
+    found["named"] = (*figures_against(records[1], named, x, 2 - kind), said)
+    # Every rank calls its layers 0, 1, 2.
+    unnamed = Stage("layers_here", 3, 8, seed=kind)
+    x = torch.ones(4, 8)
+    records, said = train_stage(unnamed, x)
+    found["unnamed"] = (*figures_against(records[1], unnamed, x, 2 - kind), said)
+    # A group that was named shares a batch, whatever its ranks hold.
+    records, said = train_stage(unnamed, x, group=dist.group.WORLD)
+    found["told"] = (records[1].world_size, records[1].num_samples, said)
+    # Who writes.
+    path = Path(folder) / "stages.jsonl"
+    probe = StepProbe(named, example=torch.ones(samples, width), sink=path, alarms=False)
+    named(torch.ones(samples, width)).sum().backward()
+    probe.step()
+    probe.remove()
+    found["lone"] = lone_probe(rank)
+    return found
+
+
+def figures_against(record, stage, x, copies):
+    hidden, gradients = stage_by_hand(stage, x)
+    right = record.hidden_norms == pytest.approx(hidden, rel=1e-6)
+    # Each rank has the average of its copies' gradients.
+    right &= record.grad_norms == pytest.approx([g / copies for g in gradients], rel=1e-6)
+    right &= record.stabilities == pytest.approx([1.0] * len(hidden), abs=1e-6)
+    return right, record.world_size, record.num_samples
+
+
+def lone_probe(rank):
+    """Only rank 0 records its steps, as people have it with a logger; all ranks train on."""
+    found, records = [], []
+    for has_probe in (rank == 0, True):  # the others build none, or build one and do not step
+        torch.manual_seed(rank)
+        model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+        model = nn.parallel.DistributedDataParallel(model)
+        probe = StepProbe(model, sink=records.append, alarms=False) if has_probe else None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                model(torch.randn(6, 4)).sum().backward()
+                if rank == 0:
+                    probe.step()
+            if probe is not None:
+                probe.remove()
+        said = [str(one.message) for one in caught]
+        found.append(sum("got none of rank 1, 2 within" in text for text in said))
+    return found, [record.num_samples for record in records]
+
+
+@needs_gloo
+def test_ranks_that_hold_other_layers_and_ranks_without_a_probe(tmp_path):
+    found = spawned(stages_on_rank, 3, str(tmp_path))
+    for rank in range(3):
+        copies, samples = (2, 8) if rank % 2 == 0 else (1, 3)
+        assert found[rank]["named"] == (True, copies, samples, [])
+        right, world, samples, said = found[rank]["unnamed"]
+        assert (right, world, samples) == (True, copies, 4 * copies)
+        assert sum("only those with the same weights are merged" in text for text in said) == 1
+        assert found[rank]["told"] == (3, 12, [])
+        assert found[rank]["lone"] == (([1, 1], [6] * 6) if rank == 0 else ([0, 0], []))
+    # The first rank of each stage writes.
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "stages.jsonl",
+        "stages.rank1.jsonl",
+    ]
+    layers = [
+        read_jsonlines(tmp_path / name).records[0].layers
+        for name in ("stages.jsonl", "stages.rank1.jsonl")
+    ]
+    assert [names[0].partition(".")[0] for names in layers] == ["stage0", "stage1"]
+
+
+def write_on_rank(rank, device, folder):
+    model = wrap(build(), "ddp", device)
+    path = Path(folder) / "steps.jsonl"
+    asked = JsonLines(Path(folder) / "asked.jsonl", every_rank=True)
+    probe = StepProbe(model, sink=[path, asked, [str(path.with_name("list.jsonl"))]])
+    own = StepProbe(model, sink=path.with_name("own.jsonl"), group=False)
+    for step in range(3):
+        x, y = batch_of(4, step)
+        nn.functional.cross_entropy(model(x), y).backward()
+        probe.step()
+        own.step()
+    probe.remove()
+    own.remove()
+    asked.close()
+
+
+@needs_gloo
+def test_one_rank_writes_a_file_unless_all_are_asked_to(tmp_path):
+    spawned(write_on_rank, 2, str(tmp_path))
+    steps = {
+        file.name: [record.step for record in read_jsonlines(file).records]
+        for file in tmp_path.iterdir()
+    }
+    names = ("steps.jsonl", "asked.jsonl", "asked.rank1.jsonl", "list.jsonl", "own.jsonl")
+    assert steps == {name: [0, 1, 2] for name in names}
 
 
 @needs_gloo

@@ -11,8 +11,12 @@ need no collective more; the order of its numbers does not change them.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..reference import sample_norm
+from .alarms import user_level
 from .sharded import TensorRanks
 
 
@@ -87,11 +92,98 @@ class Share:
         return None
 
 
+def _meet(group: Any, seconds: float) -> list[int]:
+    """Return the ranks of a group, by their numbers in it, that do not come within some seconds.
+
+    The k-th call in each process meets the k-th call in the others, through the store that the
+    process group was made with and without a collective. All that come get the same answer: the
+    first one to have it writes it down.
+    """
+    ranks = tuple(dist.get_process_group_ranks(group))
+    number = _meetings[ranks] = _meetings.get(ranks, 0) + 1
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        place = f"fadiag_fast/{'-'.join(map(str, ranks))}/{number}"
+        keys = [f"{place}/{index}" for index in range(len(ranks))]
+        store.set(keys[dist.get_rank(group)], "here")
+    except (RuntimeError, AttributeError, NotImplementedError):  # a backend without a store
+        return []
+    with contextlib.suppress(RuntimeError):  # the time is up
+        store.wait(keys, timedelta(seconds=seconds))
+    if store.add(f"{place}/answers", 1) == 1:
+        absent = [index for index, key in enumerate(keys) if not store.check([key])]
+        store.set(f"{place}/absent", json.dumps(absent))
+    found: list[int] = json.loads(store.get(f"{place}/absent"))
+    return found
+
+
+_meetings: dict[tuple[int, ...], int] = {}
+
+
+def all_present(group: Any, seconds: float) -> bool:
+    """Say whether every rank of a group records the step at hand; warn where some do not.
+
+    The first collective of a probe that only some ranks have would meet another one of the
+    training's, and the job would hang.
+
+    Args:
+        group: of the ranks.
+        seconds: to wait for the others, once.
+    """
+    absent = _meet(group, seconds)
+    if absent:
+        warnings.warn(
+            f"StepProbe: rank {dist.get_rank(group)}: expected every rank of the group to record "
+            f"the step, got none of rank {', '.join(map(str, absent))} within {seconds:g} s: the "
+            f"figures are of this rank's samples only; build the probe and call step() on every "
+            f"rank (one of them writes the file), or give group=False",
+            RuntimeWarning,
+            stacklevel=user_level(),
+        )
+    return not absent
+
+
+def fingerprint(parameters: Iterable[Tensor]) -> str | None:
+    """Return what tells models apart that are built alike but hold other weights; None unknown.
+
+    Data-parallel ranks hold the same weights, bit for bit. Where they are dealt out to the ranks
+    nothing follows from their bytes.
+    """
+    heads = []
+    for parameter in parameters:
+        sharded = any(
+            hasattr(parameter, name) for name in ("_is_flat_param", "ds_id", "_fsdp_flattened")
+        )
+        if type(parameter.data) is not Tensor or sharded:
+            return None
+        head = parameter.detach().flatten()[:_HEAD].contiguous()
+        heads.append(head.view(torch.uint8).cpu().numpy().tobytes() + str(parameter.shape).encode())
+    return hashlib.sha256(b"".join(heads)).hexdigest()
+
+
+_HEAD = 64  # elements of each parameter that are compared
+
+
+class _OfRank(NamedTuple):
+    """What a rank says of itself before the first exchange."""
+
+    labels: tuple[str, ...]
+    fingerprint: str | None
+    samples: int
+    first: int  # the first rank of its copy of the model
+    part: int
+    parts: int
+    sizes: list[int]  # of its directions
+
+
 class Exchange:
     """Sum one buffer over all ranks: each writes its samples into a place of its own.
 
     So the samples are gathered and the directions summed by the same all-reduce. It is started when
     a step ends and waited for when the next one does.
+
+    Ranks whose states have other names hold other layers, as the stages of a pipeline do. Such
+    kinds of ranks take part in the same all-reduce, but each is merged for itself.
 
     Args:
         group: of W ranks.
@@ -100,6 +192,12 @@ class Exchange:
             out, with one warning: the other ranks could not know of it.
         wide: exchange in float64; else in float32.
         tensor_ranks: those that hold one copy of the model with this one; None for it alone.
+        labels: of this rank's states.
+        fingerprint: of its weights, see :func:`fingerprint`; None compares no weights.
+
+    Attributes:
+        world: ranks of this rank's kind; known from the first exchange on, as the next.
+        leads: whether this rank is the first of its kind.
     """
 
     def __init__(
@@ -108,58 +206,99 @@ class Exchange:
         capacity: int | None = None,
         wide: bool = False,
         tensor_ranks: TensorRanks | None = None,
+        labels: Sequence[str] = (),
+        fingerprint: str | None = None,
     ) -> None:
         self.group = group
-        self.world = dist.get_world_size(group)
+        self.world = self._everyone = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.capacity = capacity
         self.wide = wide
+        self.leads = self.rank == 0
+        self._labels, self._fingerprint = tuple(labels), fingerprint
         self._first = dist.get_rank() if tensor_ranks is None else tensor_ranks.ranks[0]
         self._part = 0 if tensor_ranks is None else tensor_ranks.index
         self._parts = 1 if tensor_ranks is None else tensor_ranks.size
-        self._place = self.rank
+        self._place = self._offset = 0  # of this rank, and of the first one of its kind
         self._sizes: list[list[int]] | None = None  # per direction, of each part
+        self._before = self._behind = 0  # numbers in directions of other kinds
+        self._figures = 0  # of the kind with the most
         self._warned = False
 
-    def _agree(self, samples: int, sizes: Sequence[int], device: torch.device) -> None:
+    def _agree(self, samples: int, figures: int, sizes: list[int], device: torch.device) -> None:
         """Settle, once and waiting for the device, how large everybody's buffer is."""
-        on_gpu = "nccl" in str(dist.get_backend(self.group))
-        layers, parts, world = len(sizes), self._parts, self.world
-        own = torch.full((1 + world + 2 * parts * layers,), -(2**62), dtype=torch.int64)
-        own[0] = samples
-        own[1 + self.rank] = self._first
-        bounds = own[1 + world :].view(2, parts, layers)
-        bounds[:, self._part] = torch.tensor([sizes, [-size for size in sizes]])
-        agreed = own.to(device if on_gpu else "cpu")
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.group)
-        agreed = agreed.cpu()
+        own = _OfRank(
+            self._labels, self._fingerprint, samples, self._first, self._part, self._parts, sizes
+        )
+        everyone: list[Any] = [None] * self._everyone
+        on_gpu = device if device.type == "cuda" else -1
+        with torch.cuda.device(on_gpu):  # objects travel by way of the current one
+            dist.all_gather_object(everyone, (own, figures), group=self.group)
+        self._figures = max(figures for _, figures in everyone)
+        ranks: list[_OfRank] = [of_rank for of_rank, _ in everyone]
         if self.capacity is None:
-            self.capacity = int(agreed[0])
-        first = agreed[1 : 1 + world].tolist()
-        copies = sorted(set(first))
-        if any(first.count(copy) != parts for copy in copies):
+            self.capacity = max(of_rank.samples for of_rank in ranks)
+        kinds: dict[Any, list[int]] = {}
+        for rank, of_rank in enumerate(ranks):
+            kinds.setdefault((of_rank.labels, of_rank.fingerprint), []).append(rank)
+        self._warn_of_kinds(list(kinds))
+        offset = 0
+        for members in kinds.values():
+            mine = self.rank in members
+            agreed = self._of_kind([ranks[rank] for rank in members], mine)
+            numbers = sum(map(sum, agreed))
+            if mine:
+                self._sizes, self._offset, self.world = agreed, offset, len(members)
+                self.leads = self.rank == members[0]
+                copies = sorted({ranks[rank].first for rank in members})
+                self._place = offset + copies.index(self._first) * self._parts + self._part
+            elif self._sizes is None:
+                self._before += numbers
+            else:
+                self._behind += numbers
+            offset += len(members)
+
+    def _warn_of_kinds(self, kinds: list[tuple[Any, Any]]) -> None:
+        if len({labels for labels, _ in kinds}) < len(kinds):
+            warnings.warn(
+                "StepProbe: group: expected the same weights wherever states have the same names, "
+                "got ranks with other ones, as of stages of a pipeline: only those with the same "
+                "weights are merged; give group= if all of them share a batch",
+                RuntimeWarning,
+                stacklevel=user_level(),
+            )
+
+    def _of_kind(self, members: list[_OfRank], mine: bool) -> list[list[int]]:
+        """Return the sizes of a kind's directions, of each part; none where ranks differ."""
+        parts = members[0].parts
+        first = [member.first for member in members]
+        counts = [first.count(copy) for copy in sorted(set(first))]
+        if mine and any(count != parts for count in counts):
             raise ValueError(
                 f"StepProbe: group: expected all {parts} ranks of each copy of the model, got a "
-                f"group of {world} ranks with {[first.count(copy) for copy in copies]} of them; "
-                f"give one that holds whole copies"
+                f"group of {len(members)} ranks with {counts} of them; give one that holds whole "
+                f"copies"
             )
-        self._place = copies.index(self._first) * parts + self._part
-        highest, lowest = agreed[1 + world :].view(2, parts, layers).tolist()
-        lowest = [[-size for size in row] for row in lowest]
-        self._sizes = [
-            [row[l] for row in highest]
-            if [row[l] for row in highest] == [row[l] for row in lowest]
-            else []
-            for l in range(layers)
-        ]
-        if not all(map(sum, self._sizes)):
-            warnings.warn(
-                f"StepProbe: expected directions of the same size on all ranks, got "
-                f"{_flat(lowest)} to {_flat(highest)}: those that differ are left out; pad the "
-                f"batches to one length, or compare the positions' averages with reduction='mean'",
-                RuntimeWarning,
-                stacklevel=5,
+        agreed: list[list[int]] = []
+        lowest, highest = [], []
+        for l in range(len(members[0].sizes)):
+            of_part = [{m.sizes[l] for m in members if m.part == part} for part in range(parts)]
+            of_part = [sizes or {0} for sizes in of_part]
+            lowest += [min(sizes) for sizes in of_part]
+            highest += [max(sizes) for sizes in of_part]
+            same = all(len(sizes) == 1 for sizes in of_part)
+            agreed.append([max(sizes) for sizes in of_part] if same else [])
+        if mine and not all(map(sum, agreed)):
+            why = (
+                f"expected directions of the same size on all ranks, got {lowest} to {highest}: "
+                f"those that differ are left out; pad the batches to one length, or compare the "
+                f"positions' averages with reduction='mean'"
+                if lowest != highest
+                else "expected a gradient for every direction in the first step, got none for "
+                "some: those are left out"
             )
+            warnings.warn(f"StepProbe: {why}", RuntimeWarning, stacklevel=user_level())
+        return agreed
 
     def start(self, samples: Tensor, directions: Sequence[Tensor | None]) -> Pending:
         """Begin to merge.
@@ -177,7 +316,7 @@ class Exchange:
         figures, count = samples.shape
         sizes = [0 if d is None else d.numel() for d in directions]
         if self._sizes is None:
-            self._agree(count, sizes, samples.device)
+            self._agree(count, figures, sizes, samples.device)
         assert self._sizes is not None
         assert self.capacity is not None
         if count > self.capacity and not self._warned:
@@ -186,20 +325,22 @@ class Exchange:
                 f"StepProbe: rank {self.rank}: expected at most {self.capacity} samples in a step, "
                 f"as in the first one, got {count}: the others are left out; give max_samples=",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=user_level(),
             )
         kept = min(count, self.capacity)
         wide = samples.dtype == torch.float64 and self.wide
         dtype = torch.float64 if wide else torch.float32
-        own = figures * self.capacity
-        summed = sum(map(sum, self._sizes))
-        buffer = samples.new_zeros(self.world * (own + 1) + summed, dtype=dtype)
-        places = buffer[: self.world * own].view(self.world, figures, self.capacity)
-        mine = places[self._place]
+        everyone, own = self._everyone, self._figures * self.capacity
+        summed = self._before + sum(map(sum, self._sizes)) + self._behind
+        buffer = samples.new_zeros(everyone * (own + 1) + summed, dtype=dtype)
+        places = buffer[: everyone * own].view(everyone, self._figures, self.capacity)
+        mine = places[self._place, :figures]
         mine[:, :kept] = samples[:, :kept]
         mine[:, kept:] = torch.nan
-        buffer[self.world * own + self._place].fill_(float(count))
-        at = self.world * (own + 1)
+        counts = buffer[everyone * own : everyone * (own + 1)]
+        counts[self._place].fill_(float(count))
+        at = everyone * (own + 1) + self._before
+        of_kind = slice(self._offset, self._offset + self.world)
         shapes: list[torch.Size | None] = []
         for direction, parts in zip(directions, self._sizes, strict=True):
             size = parts[self._part] if parts else 0
@@ -215,12 +356,8 @@ class Exchange:
             shapes.append((whole or torch.Size([total])) if total else None)
             at += total
         work = dist.all_reduce(buffer, group=self.group, async_op=True)
-        return Pending(work, buffer, places, self._parts, shapes)
-
-
-def _flat(sizes: list[list[int]]) -> list[int]:
-    """Return the sizes of the directions of all parts; of one part, those of the layers."""
-    return [size for row in sizes for size in row]
+        sums = buffer[everyone * (own + 1) + self._before :]
+        return Pending(work, sums, places[of_kind, :figures], counts[of_kind], self._parts, shapes)
 
 
 class Pending:
@@ -229,34 +366,35 @@ class Pending:
     def __init__(
         self,
         work: Any,
-        buffer: Tensor,
+        sums: Tensor,
         places: Tensor,
+        counts: Tensor,
         parts: int,
         shapes: Sequence[torch.Size | None],
     ) -> None:
         self._work = work
-        self._buffer = buffer
+        self._sums = sums
         self._places = places
+        self._counts = counts
         self._parts = parts
         self._shapes = shapes
 
     def wait(self) -> Merged:
         """Return the result; on a GPU the stream waits for it, not the host."""
         self._work.wait()
-        world, figures, capacity = self._places.shape
-        at = world * figures * capacity
-        counts = self._buffer[at : at + world : self._parts]
-        at += world
+        _, figures, capacity = self._places.shape
+        counts = self._counts[:: self._parts]
+        at = 0
         directions: list[Tensor | None] = []
         for shape in self._shapes:
             if shape is None:
                 directions.append(None)
                 continue
-            directions.append(self._buffer[at : at + shape.numel()].view(shape))
+            directions.append(self._sums[at : at + shape.numel()].view(shape))
             at += shape.numel()
         samples = self._places.double()
         if self._parts > 1:
-            of_copy = samples.view(-1, self._parts, figures * capacity)
+            of_copy = samples.reshape(-1, self._parts, figures * capacity)
             samples = sample_norm(of_copy.transpose(1, 2), batch_dims=2)
-        samples = samples.view(-1, figures, capacity).transpose(0, 1).reshape(figures, -1)
+        samples = samples.reshape(-1, figures, capacity).transpose(0, 1).reshape(figures, -1)
         return Merged(samples, counts, directions)

@@ -35,7 +35,7 @@ from ..taps import Select, TapError, Taps, find_taps, is_sum, sighting_at, unwra
 from ..tracing import Trace, clean_name, transformed
 from .alarms import Alarms, TrainingStopped, user_level
 from .directions import Directions
-from .distributed import Exchange, Pending, Share, default_group
+from .distributed import Exchange, Pending, Share, all_present, default_group, fingerprint
 from .hooks import (
     EndHook,
     Hook,
@@ -69,6 +69,10 @@ Mode = Literal["auto", "passing", "together"]
 
 # All states and gradients of a pass together: small beside any training that has larger ones.
 _KEPT_BYTES = 8 * 2**20
+
+# Seconds that a rank waits in its first step for the others'. Ranks whose backward passes wait for
+# each other's are close together there.
+_SYNCHRONOUS_PATIENCE, _PATIENCE = 2.0, 10.0
 
 _NOT_COMPILED = (
     "StepProbe: expected a network under tensor parallelism to run eagerly, got states of compiled "
@@ -446,6 +450,8 @@ class StepProbe(OfThisRun):
         self._directions: Directions | None = None
         self._ring: Ring | None = None
         self._exchange: Exchange | None = None
+        self._is_alone: bool | None = None  # whether other ranks of the group record nothing
+        self._is_wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
         self._pending: tuple[Pending, _Meta, _Scaling | None] | None = None
         self._unresolved: _Scaling | None = None
         self._held: tuple[_Meta, _Scaling] | None = None
@@ -639,6 +645,8 @@ class StepProbe(OfThisRun):
     def _exchange_group(self) -> Any:
         """Return the process group to merge over; None where there is nothing to merge."""
         found = default_group(self.group)
+        if found is not None and not self._group_is_there(found):
+            return None
         if found is not None or self._tensor_ranks is None:
             return found
         if len(self._tensor_ranks.groups) > 1:
@@ -647,6 +655,20 @@ class StepProbe(OfThisRun):
                 "with several dimensions, got False; give one of a copy's ranks"
             )
         return self._tensor_ranks.groups[0]
+
+    def _group_is_there(self, group: Any) -> bool:
+        """Say, once and for all, whether every rank of the group records its steps."""
+        if self._is_alone is None:
+            if self._has_gpu:
+                torch.cuda.synchronize()  # the host may be far ahead of the other ranks' hosts
+            seconds = _SYNCHRONOUS_PATIENCE if self._is_wrapped else _PATIENCE
+            self._is_alone = not all_present(group, seconds)
+            if self._is_alone and self._tensor_ranks is not None:
+                raise RuntimeError(
+                    "StepProbe: expected a probe on every rank that holds a part of the model; "
+                    "build it on all of them"
+                )
+        return not self._is_alone
 
     def _logits_module(self, seen: Trace) -> str:
         """Return the innermost module whose output is the logits tensor itself.
@@ -1132,7 +1154,17 @@ class StepProbe(OfThisRun):
                 )
             # Every rank must decide alike: by the parameters, not by what a step happened to see.
             wide = any(p.dtype == torch.float64 for p in self.model.parameters())
-            self._exchange = Exchange(found_group, self.max_samples, wide, self._tensor_ranks)
+            # A group that the user names shares a batch, whatever weights its ranks hold.
+            compared = self.group is None and self._tensor_ranks is None
+            assert self._settings is not None
+            self._exchange = Exchange(
+                found_group,
+                self.max_samples,
+                wide,
+                self._tensor_ranks,
+                self._settings.labels,
+                fingerprint(self.model.parameters()) if compared else None,
+            )
         # The mean of no samples is NaN, and their sum zero.
         empty = figures.samples == 0
         sums = [
@@ -1141,6 +1173,7 @@ class StepProbe(OfThisRun):
         ]
         rows = torch.cat([figures.norms.flatten(0, 1), figures.root_mean_squares()])
         pending = self._exchange.start(rows, sums)
+        self._share.leads = self._exchange.leads
         self._pending = (pending, meta, scaling)
 
     def _settle(self) -> None:
