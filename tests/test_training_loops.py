@@ -459,3 +459,30 @@ def test_the_compiler_is_named_only_where_something_is_compiled(monkeypatch):
     with pytest.raises(RuntimeError, match="if the model is compiled"):
         probe.step()
     probe.remove()
+
+
+# ---- the compiler
+
+
+def test_a_model_that_is_compiled_before_its_taps_are_known():
+    """As a framework does it, of a model that was given its probe before."""
+    eager, compiled = chain(), chain()
+    x, y = batch_of()
+    torch.compiler.reset()
+    first, expected, _ = probed(eager)
+    second, found, _ = probed(compiled)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run = torch.compile(compiled, backend="aot_eager")
+        for _ in range(2):
+            F.cross_entropy(eager(x), y).backward()
+            first.step()
+            F.cross_entropy(run(x), y).backward()
+            second.step()
+    first.remove()
+    second.remove()
+    for one, other in zip(found, expected, strict=True):
+        assert one.hidden_norms == pytest.approx(other.hidden_norms, rel=1e-6)
+        assert one.grad_norms == pytest.approx(other.grad_norms, rel=1e-6)
+        assert one.micro_batches == 1
+    torch.compiler.reset()

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,20 @@ from ..training.alarms import Alarm, Alarms
 from ..training.sinks import LogSink
 from . import Session, as_list
 
-_lightning = require("pytorch_lightning", "FadiagCallback", extra="lightning")
+# The same library under two names, with classes of its own under each.
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def _package() -> str:
+    """Return the name under which the caller uses Lightning: imported, or else installed."""
+    for name in _PACKAGES:
+        if name in sys.modules:
+            return name
+    installed = (name for name in _PACKAGES if find_spec(name.partition(".")[0]) is not None)
+    return next(installed, "pytorch_lightning")
+
+
+_lightning = require(_package(), "FadiagCallback", extra="lightning")
 _Callback: Any = _lightning.Callback
 
 
@@ -26,6 +41,11 @@ class FadiagCallback(_Callback):  # type: ignore[misc]  # known at run time only
 
     Figures go to the trainer's loggers and to ``sinks``. An alarm whose actions hold ``"stop"``
     sets ``trainer.should_stop``.
+
+    A batch for which ``training_step`` returns None is counted and not recorded. Of several
+    optimisers those are probed that hold parameters of the probed model. Of the backward passes
+    between two of its steps those count that come after the last step of another optimiser, if
+    there are any: the others were for that one.
 
     Args:
         taps: where to observe, by names of ``model``; None chooses.
@@ -60,10 +80,12 @@ class FadiagCallback(_Callback):  # type: ignore[misc]  # known at run time only
         self.probe_options = probe_options
         self.session: Session | None = None
         self._alarms: list[Alarm] = []
+        self._passes = 0  # backward passes since the last step of the probe
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         options = {"scaler": getattr(trainer.precision_plugin, "scaler", None)}
         options = {name: value for name, value in options.items() if value is not None}
+        self._passes = 0
         self.session = Session(
             _called_module(pl_module, self.model),
             self.taps,
@@ -76,11 +98,23 @@ class FadiagCallback(_Callback):  # type: ignore[misc]  # known at run time only
             **{**options, **self.probe_options},
         )
 
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        self._passes += 1
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         # Not on_after_backward: this comes once per optimiser step, however many batches it has.
-        if self.session is not None:
-            self._alarms += self.session.step()
+        session, passes = self.session, self._passes
+        if session is None:
+            return
+        if len(trainer.optimizers) > 1 and not session.is_trained_by(optimizer):
+            session.probe.set_aside()
+            return
+        self._passes = 0
+        if passes:
+            self._alarms += session.step()
             self._stop(trainer)
+        elif pl_module.automatic_optimization:
+            session.probe.skip()  # training_step has returned None
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -113,7 +147,8 @@ class FadiagCallback(_Callback):  # type: ignore[misc]  # known at run time only
 def _called_module(pl_module: nn.Module, name: str | None) -> nn.Module:
     if name is not None:
         return pl_module.get_submodule(name)
-    if type(pl_module).forward is not _lightning.LightningModule.forward:
+    # Compared by name: the module's class may come from the other of the two packages.
+    if type(pl_module).forward.__qualname__ != "LightningModule.forward":
         return pl_module
     with_parameters = {
         child: module

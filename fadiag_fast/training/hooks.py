@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 # -1 outside of a backward pass.
 _backward_task = torch._C._current_graph_task_id
 # A function inside of a call of something compiled, also in what the compiler leaves to Python.
-_compiler_of_frames: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
+_frames: Any = torch._C._dynamo.eval_frame
+_compiler_of_frames: Callable[[], Any] = _frames.get_eval_frame_callback
 
 
 def autocast_dtype() -> torch.dtype | None:
@@ -262,18 +263,34 @@ class PrepareHook(Hook):
         probe = self.probe
         if transformed():
             return
-        # Without fullgraph the compiler breaks the graph at this error, and comes here again.
         if torch.compiler.is_compiling() or callable(_compiler_of_frames()):
             if probe._awaits_first_pass():
-                raise RuntimeError(
-                    "StepProbe: expected the taps to be known before the model is compiled; give "
-                    "example=, or build the probe on what torch.compile returned"
-                )
+                _prepare_outside(probe, args, kwargs)
             return
         probe._prepare_from_call(args, kwargs)
         if module is probe.model and probe._prepared:
             # torch does not call hooks of this very call that came during it.
             probe._begin(args, kwargs)
+
+
+def _prepare_outside(probe: StepProbe, args: Any, kwargs: Any) -> None:
+    """Find the taps between two graphs; the compiler breaks the one it is at before this call.
+
+    What comes behind, the model's own forward, is then compiled with the hooks in it.
+    """
+    probe._prepare_from_call(args, kwargs)
+
+
+# What torch.compiler.disable does, whose import takes seconds.
+_frames.set_code_exec_strategy(
+    _prepare_outside.__code__,
+    _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.SKIP),
+)
+vars(_prepare_outside)["_torchdynamo_disable"] = True
+vars(_prepare_outside)["_torchdynamo_disable_msg"] = (
+    "StepProbe: expected the taps to be known before the model is compiled as one graph; give "
+    "example=, or build the probe on what torch.compile returned"
+)
 
 
 def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:

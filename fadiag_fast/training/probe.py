@@ -424,6 +424,7 @@ class StepProbe(OfThisRun):
         self._current: Pass | None = None  # under way
         self._backward_of: Pass | None = None  # whose backward pass may run parts of it again
         self._observations: list[Observation] = []
+        self._aside: list[Figures] = []
         self._steps = _Steps()
         weakref.finalize(self, self._steps.tell)  # at the exit of the process at the latest
         self._parts = Parts()
@@ -995,7 +996,10 @@ class StepProbe(OfThisRun):
             replayed = not captured and self._reduce_by_graph(step)
             self._reduce_finished()
             parts = self._take_parts()
+            if not replayed:
+                parts = parts or self._aside
         finally:
+            self._aside = []
             self._observations = []
             self._parts.clear()
             self._slot_parts.clear()
@@ -1401,6 +1405,26 @@ class StepProbe(OfThisRun):
             for sink in self._sinks:
                 sink.flush()
 
+    @torch.no_grad()
+    def set_aside(self) -> None:
+        """Leave the micro-batches so far out of the next step, if others come before it.
+
+        For a loop with several optimisers: a backward pass of another network's loss through this
+        one belongs to the step of the other's optimiser, after which this is called.
+        """
+        self._current = None
+        self._reduce_finished()
+        parts = self._take_parts()
+        if parts:
+            self._aside = parts
+        self._parts.clear()
+        self._slot_parts.clear()
+
+    def skip(self) -> None:
+        """Count an optimiser step of which nothing is recorded, as of a batch that is left out."""
+        self.discard()
+        self._advance()
+
     def discard(self) -> None:
         """Forget the micro-batches since the last step, as when their gradients are thrown away.
 
@@ -1408,6 +1432,7 @@ class StepProbe(OfThisRun):
         its backward pass.
         """
         self._current = None
+        self._aside = []
         for observation in self._observations:
             observation.forget()
         self._observations = []
