@@ -51,6 +51,17 @@ def transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
+def recorded() -> bool:
+    """Say whether the model is exported, traced or run without data, and not trained."""
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    keys = torch._C._TorchDispatchModeKey
+    recording = (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)
+    return any(torch._C._get_dispatch_mode(key) is not None for key in recording)
+
+
 def tensors_in(result: object) -> list[Tensor]:
     """Return the tensors that a torch function returned, in order."""
     if isinstance(result, Tensor):

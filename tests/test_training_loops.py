@@ -21,7 +21,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jacrev, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fadiag_fast import StepProbe
 from fadiag_fast.taps import TapError
@@ -142,6 +144,157 @@ def test_a_model_that_maps_a_module_over_its_samples():
     probe.step()
     probe.remove()
     check(records, model, x, y, ["0", "2"])
+
+
+def test_a_loop_of_function_transforms_is_told_why_nothing_arrives():
+    model = chain()
+    x, y = batch_of()
+    for example in (None, x):
+        probe, _, _ = probed(model, example=example)
+        weights = dict(model.named_parameters())
+        grad(lambda w: F.cross_entropy(functional_call(model, w, (x,)), y))(weights)
+        with pytest.raises(RuntimeError, match=r"torch\.func\.grad, vmap and others"):
+            probe.step()
+        probe.remove()
+
+
+# ---- other passes through the model
+
+
+def exported(model, x, y):
+    program = torch.export.export(model, (x,))
+    assert not program.constants
+    assert {str(node.target) for node in program.graph.nodes if node.op == "call_function"} == {
+        "aten.linear.default"
+    }
+
+
+def strictly_exported(model, x, y):
+    program = torch.export.export(model, (x,), strict=True)
+    assert not program.constants
+
+
+def scripted(model, x, y):
+    assert torch.equal(torch.jit.trace(model, (x,))(x), model(x).detach())
+
+
+def made_into_a_graph(model, x, y):
+    program = make_fx(model)(x)
+    assert sum(node.op == "call_function" for node in program.graph.nodes) <= 2 * len(model)
+
+
+def without_data(model, x, y):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        F.cross_entropy(model(mode.from_tensor(x)), mode.from_tensor(y)).backward()
+    model.zero_grad()
+
+
+def hessian_product(model, x, y):
+    torch.autograd.functional.hvp(lambda a: F.cross_entropy(model(a), y), x, torch.ones_like(x))
+
+
+def jacobians(model, x, y):
+    torch.autograd.functional.jacobian(model, x, vectorize=True)
+    torch.autograd.functional.jacobian(model, x, vectorize=True, strategy="forward-mode")
+
+
+def interrupted(model, x, y):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handle = model[2].register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    handle.remove()
+
+
+def averaged(model, x, y):
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    F.cross_entropy(average(x), y).backward()
+
+
+OTHERS = [exported, strictly_exported, scripted, made_into_a_graph, without_data]
+OTHERS += [hessian_product, jacobians, interrupted, averaged]
+
+
+@pytest.mark.parametrize("example", [True, False])
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_pass_that_is_no_training(other, example):
+    model = chain()
+    x, y = batch_of()
+    probe, records, names = probed(model, example=x if example else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other(model, x, y)
+    probe.discard()  # two of them end with a backward pass of their own
+    F.cross_entropy(model(x), y).backward()
+    probe.step()
+    probe.remove()
+    assert records[0].micro_batches == 1
+    check(records, model, x, y, names)
+
+
+def test_closures_and_optimisers_of_two_passes_a_step():
+    model = chain()
+    x, y = batch_of()
+    probe, records, names = probed(model)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
+    passes = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        passes.append(1)
+        return loss
+
+    optimizer.step(closure)
+    probe.step()
+    assert records[0].micro_batches == len(passes) > 1
+    # Sharpness-aware: the second pass is at weights beside the step's own, and is left out.
+    F.cross_entropy(model(x), y).backward()
+    probe.step()
+    check(records, model, x, y, names)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(p.grad, alpha=0.05)
+    F.cross_entropy(model(x), y).backward()
+    probe.discard()
+    F.cross_entropy(model(x), y).backward(create_graph=True)
+    probe.step()
+    probe.remove()
+    assert [record.micro_batches for record in records[1:]] == [1, 1]
+    check(records, model, x, y, names)
+
+
+def test_a_cell_that_is_run_again_probes_the_same_model_once_more():
+    model = chain()
+    x, y = batch_of()
+    found = []
+    for _ in range(2):
+        probe, records, names = probed(model)
+        found.append(records)
+        for _ in range(2):
+            F.cross_entropy(model(x), y).backward()
+            probe.step()
+    probe.remove()
+    check(found[1], model, x, y, names)
+    assert [len(records) for records in found] == [2, 2]
+
+
+def test_steps_that_are_skipped_are_counted():
+    model = chain()
+    x, y = batch_of()
+    probe, records, _ = probed(model)
+    for index in range(4):
+        F.cross_entropy(model(x), y).backward()
+        if index == 1:
+            probe.skip()
+        else:
+            probe.step()
+    probe.remove()
+    assert [(record.step, record.micro_batches) for record in records] == [(0, 1), (2, 1), (3, 1)]
 
 
 # ---- hooks of the user's

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import output_of
-from ..tracing import argument_state, state_in, transformed
+from ..tracing import argument_state, recorded, state_in, transformed
 from .slots import Job
 
 if TYPE_CHECKING:
@@ -261,7 +261,10 @@ class PrepareHook(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         probe = self.probe
-        if transformed():
+        if torch.compiler.is_exporting():
+            return
+        if not torch.compiler.is_compiling() and (transformed() or recorded()):
+            probe._was_transformed = transformed()
             return
         if torch.compiler.is_compiling() or callable(_compiler_of_frames()):
             if probe._awaits_first_pass():

@@ -32,7 +32,7 @@ from ..capture import Output, Probe, check_model, output_of, sample_rows, untouc
 from ..protocol import OUTPUT, middle_layer
 from ..statistics import Reduction, SampleReduction
 from ..taps import Select, TapError, Taps, find_taps, is_sum, sighting_at, unwrap
-from ..tracing import Trace, clean_name, transformed
+from ..tracing import Trace, clean_name, recorded, transformed
 from .alarms import Alarms, TrainingStopped, user_level
 from .directions import Directions
 from .distributed import Exchange, Pending, Share, all_present, default_group, fingerprint
@@ -425,6 +425,7 @@ class StepProbe(OfThisRun):
         self._backward_of: Pass | None = None  # whose backward pass may run parts of it again
         self._observations: list[Observation] = []
         self._aside: list[Figures] = []
+        self._was_transformed = False  # whether a pass was inside of a function transform
         self._steps = _Steps()
         weakref.finalize(self, self._steps.tell)  # at the exit of the process at the latest
         self._parts = Parts()
@@ -801,6 +802,8 @@ class StepProbe(OfThisRun):
 
     def _observes(self) -> bool:
         """Say whether passes are observed now; compiled code has the answer in it, with guards."""
+        if torch.compiler.is_exporting():
+            return False
         return self._active and self.model.training and torch.is_grad_enabled()
 
     def _through(self, jobs: tuple[Job, ...], state: Tensor) -> Tensor:
@@ -821,7 +824,10 @@ class StepProbe(OfThisRun):
         if torch._C._current_graph_task_id() != -1:
             return  # a checkpointed model runs again
         self._current = None
-        if not (torch.is_grad_enabled() and self.model.training) or transformed():
+        if not (torch.is_grad_enabled() and self.model.training) or recorded():
+            return
+        if transformed():
+            self._was_transformed = True
             return
         if not self._wanted and not (self._has_gpu and torch.cuda.is_current_stream_capturing()):
             self._passed_unwanted = True
@@ -1122,6 +1128,11 @@ class StepProbe(OfThisRun):
         more = ""
         if not self.model.training:
             more = "; the model is in eval mode, whose passes are not looked at: call model.train()"
+        elif self._was_transformed:
+            more = (
+                "; passes inside of function transforms (torch.func.grad, vmap and others) are not "
+                "looked at: differentiate with backward() or torch.autograd.grad"
+            )
         elif not self._prepared:
             more = "; the model was not called in training mode with gradients enabled"
         elif compiled or _has_compiled():
