@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+import test_training_distributed as distributed
+import test_training_loops as loops
 import test_training_tensor_parallel as tensor_parallel
 import torch
 from ranks import needs_gloo, spawned
@@ -501,6 +503,26 @@ def test_removed():
         warnings.simplefilter("error")
         loss_of(model).backward()
     assert len(records) == 1
+
+
+# Those of whole loops, and of several ranks, stand with their kind.
+ELSEWHERE = {
+    "several optimisers, each with a backward pass of its own": loops.test_two_optimisers,
+    "an optimiser step that is left out": loops.test_steps_that_are_skipped_are_counted,
+    "`torch.func` transforms; export, tracing and fake tensors": (
+        loops.test_a_pass_that_is_no_training
+    ),
+    "a gradient that a hook of yours writes into": (
+        loops.test_a_hook_that_scales_a_gradient_in_place
+    ),
+    "DataParallel": loops.test_replicas_of_data_parallel_are_refused,
+    "pipeline stages": distributed.test_ranks_that_hold_other_layers_and_ranks_without_a_probe,
+    "a probe, or its `step()`, on some ranks of a group only": (
+        distributed.test_ranks_that_hold_other_layers_and_ranks_without_a_probe
+    ),
+}
+for context, test in ELSEWHERE.items():
+    row(context)(test)
 
 
 def test_every_row_has_its_test():

@@ -283,6 +283,25 @@ def test_a_cell_that_is_run_again_probes_the_same_model_once_more():
     assert [len(records) for records in found] == [2, 2]
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_two_optimisers(together):
+    """A critic that another network is trained through."""
+    critic, actor = chain(), chain()
+    x, y = batch_of()
+    probe, records, names = probed(critic)
+    for _ in range(2):
+        F.cross_entropy(critic(actor(x)), y).backward()
+        if together:
+            probe.set_aside()  # the actor's optimiser steps, and then the critic's
+        else:
+            probe.set_aside()
+            F.cross_entropy(critic(x), y).backward()
+        probe.step()
+    probe.remove()
+    assert [record.micro_batches for record in records] == [1, 1]
+    check(records, critic, actor(x).detach() if together else x, y, names)
+
+
 def test_steps_that_are_skipped_are_counted():
     model = chain()
     x, y = batch_of()
