@@ -51,9 +51,18 @@ def transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
+def exporting() -> bool:
+    """Say whether the model is exported.
+
+    ``torch.compiler.is_exporting`` says so of every compilation, in torch before 2.13, where the
+    compiler comes across it.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def recorded() -> bool:
     """Say whether the model is exported, traced or run without data, and not trained."""
-    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+    if torch._C._get_tracing_state() is not None or exporting():
         return True
     if not torch._C._len_torch_dispatch_stack():
         return False

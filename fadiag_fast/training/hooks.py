@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import output_of
-from ..tracing import argument_state, recorded, state_in, transformed
+from ..tracing import argument_state, exporting, recorded, state_in, transformed
 from .slots import Job
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ class PrepareHook(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         probe = self.probe
-        if torch.compiler.is_exporting():
+        if exporting():
             return
         if not torch.compiler.is_compiling() and (transformed() or recorded()):
             probe._was_transformed = transformed()

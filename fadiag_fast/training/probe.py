@@ -32,7 +32,7 @@ from ..capture import Output, Probe, check_model, output_of, sample_rows, untouc
 from ..protocol import OUTPUT, middle_layer
 from ..statistics import Reduction, SampleReduction
 from ..taps import Select, TapError, Taps, find_taps, is_sum, sighting_at, unwrap
-from ..tracing import Trace, clean_name, recorded, transformed
+from ..tracing import Trace, clean_name, exporting, recorded, transformed
 from .alarms import Alarms, TrainingStopped, user_level
 from .directions import Directions
 from .distributed import Exchange, Pending, Share, all_present, default_group, fingerprint
@@ -802,7 +802,7 @@ class StepProbe(OfThisRun):
 
     def _observes(self) -> bool:
         """Say whether passes are observed now; compiled code has the answer in it, with guards."""
-        if torch.compiler.is_exporting():
+        if exporting():
             return False
         return self._active and self.model.training and torch.is_grad_enabled()
 

@@ -1,5 +1,6 @@
 """Steps that a GPU repeats: the same numbers as ordinary ones, or ordinary ones and the reason."""
 
+import gc
 import itertools
 import threading
 import warnings
@@ -542,6 +543,7 @@ def test_memory_of_recordings_is_given_back(images):
     def train_once():
         run(images, "resmlp", "ep")
         torch.cuda.synchronize()
+        gc.collect()  # of earlier tests too
         torch.cuda.empty_cache()
         return torch.cuda.memory_allocated()
 
