@@ -24,7 +24,16 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(3) from None
-    app()
+    from .text import finish_output
+
+    try:
+        try:
+            app()
+        finally:
+            finish_output()
+    except OSError as error:  # of stdout: what the commands do themselves is reported by them
+        print(f"fadiag: {error}", file=sys.stderr)
+        raise SystemExit(3) from None
 
 
 if __name__ == "__main__":

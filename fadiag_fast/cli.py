@@ -54,6 +54,7 @@ from .options import (
     parse_options,
     sentence,
     tell_unused,
+    write_output,
 )
 from .packaged import is_program, load_packaged
 from .protocol import (
@@ -158,6 +159,8 @@ def _reported_errors() -> Iterator[None]:
     except KeyboardInterrupt:  # typer's own code for it is 1, a verdict
         say("fadiag: interrupted")
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:  # nobody reads stdout any more, as after | head
+        raise typer.Exit(EXIT_ERROR) from None
     except Exception as error:
         if not isinstance(error, EXPECTED_ERRORS):
             say(traceback.format_exc())
@@ -221,7 +224,7 @@ def train_command(
         # Before the work that it is to hold.
         check_output_folder("--out", out.parent)
         out.parent.mkdir(parents=True, exist_ok=True)
-        check_output_file("--out", out)
+        check_output_file("--out", out, replaced=True)
         dataset = load_dataset(data, **parse_options(data_option))
         with _progress(quiet) as progress:
             network = train(
@@ -386,12 +389,11 @@ def diagnose_command(
         if len(rows) > 1:
             echo(summary_table(rows))
         if json_file is not None:
-            json_file.write_bytes(
-                json_bytes(json.dumps(records, indent=2, ensure_ascii=False) + "\n")
-            )
+            text = json.dumps(records, indent=2, ensure_ascii=False) + "\n"
+            write_output("--json", json_file, json_bytes(text))
         if markdown_file is not None:
             text = "\n".join(row.report.to_markdown() for row in rows)
-            markdown_file.write_text(text, encoding="utf-8", errors="backslashreplace")
+            write_output("--markdown", markdown_file, text.encode("utf-8", "backslashreplace"))
         if interrupted:
             say(f"fadiag: interrupted after {len(records)} of {len(subjects)}")
             raise typer.Exit(EXIT_INTERRUPTED)
@@ -541,7 +543,7 @@ def audit_cnn_command(
         )
         echo(audit)
         if out is not None:
-            out.write_bytes(json_bytes(audit.to_json() + "\n"))
+            write_output("--out", out, json_bytes(audit.to_json() + "\n"))
         broken = [row for row in audit.skipped if not row.missing]
         if broken:
             say(f"fadiag: {len(broken)} checkpoints could not be audited")

@@ -1,6 +1,7 @@
 """What commands share: options with their help, and what is made of their values."""
 
 import ast
+import errno
 import os
 import traceback
 from collections.abc import Iterable
@@ -130,13 +131,17 @@ def chosen_device(name: str) -> torch.device:
     return device
 
 
-def check_output_file(option: str, path: Path | None, inputs: Iterable[object] = ()) -> None:
+def check_output_file(
+    option: str, path: Path | None, inputs: Iterable[object] = (), *, replaced: bool = False
+) -> None:
     """Raise ValueError where a file cannot be written, before the work that it is to hold.
 
     Args:
         option: that names the file.
         path: the file; None is no file.
         inputs: files that are read, which it must not replace.
+        replaced: whether a whole new file takes its place. Else it is written into, and may be a
+            terminal or a pipe that somebody reads.
     """
     if path is None:
         return
@@ -152,9 +157,39 @@ def check_output_file(option: str, path: Path | None, inputs: Iterable[object] =
         raise ValueError(
             f"{option}: expected a file that can be written, got {path}: no permission"
         )
+    if path.exists() and not path.is_file():
+        if replaced or path.is_socket():
+            raise ValueError(f"{option}: expected a regular file, got {path}: it is another kind")
+        if path.is_fifo():
+            _check_reader(option, path)
     read = [Path(other) for other in inputs if isinstance(other, str | Path)]
     if path.exists() and any(other.exists() and path.samefile(other) for other in read):
         raise ValueError(f"{option}: expected another file than those that are read, got {path}")
+
+
+def _check_reader(option: str, path: Path) -> None:
+    """Raise ValueError where nobody reads a pipe: opening it to write would wait for ever."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError as error:
+        why = "nobody reads this pipe" if error.errno == errno.ENXIO else error.strerror
+        raise ValueError(f"{option}: expected a file to write, got {path}: {why}") from None
+
+
+def write_output(option: str, path: Path, data: bytes) -> None:
+    """Write the file of an option, and name both where that fails.
+
+    Raises:
+        ValueError: it cannot be written, or its disk is full.
+    """
+    try:
+        path.write_bytes(data)
+    except BrokenPipeError:
+        pass  # who reads it has seen enough
+    except OSError as error:
+        raise ValueError(
+            f"{option}: expected a file that can be written, got {path}: {error.strerror}"
+        ) from error
 
 
 def check_output_folder(option: str, path: Path | None) -> None:

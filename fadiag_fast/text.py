@@ -46,5 +46,21 @@ def echo(*values: Any, end: str = "\n", flush: bool = False) -> None:
         print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=flush)
 
 
+def finish_output() -> None:
+    """Write what was printed on stdout; nothing where nobody reads it any more (``| head``).
+
+    Raises:
+        OSError: it cannot be written for another reason, such as a full disk.
+    """
+    try:
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()
+    except OSError as error:
+        # What is left of it would be tried again as Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+
 def _spelled(character: str) -> str:
     return character.encode("unicode_escape").decode()

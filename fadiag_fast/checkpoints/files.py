@@ -23,7 +23,7 @@ from .errors import (
     damaged,
     needs_full_unpickler,
 )
-from .lookalikes import HEAD_BYTES, what_it_is
+from .lookalikes import HEAD_BYTES, first_member_of_another, what_it_is
 from .opening import Source, SourceStream, open_regular
 from .pickles import scan_pickles, scan_zip, unsafe_globals
 from .restricted_pickle import PickleError, UnknownInstruction
@@ -31,7 +31,6 @@ from .safetensors_layouts import SafetensorsError, looks_like_safetensors, read_
 from .torch_zip import (
     Archive,
     ZipError,
-    check_torch_archive,
     pickle_of,
     read_archive,
     read_content,
@@ -129,9 +128,11 @@ def _read_zip(source: Source, path: str | os.PathLike[str], base: int, unsafe_pi
     try:
         archive = read_archive(source)
     except ZipError as error:
+        if what := first_member_of_another(source.read(0, HEAD_BYTES)):
+            raise UnreadableCheckpoint(at(path, f"expected {EXPECTED}, got {what}")) from error
         raise damaged(path, error) from error
-    if what := check_torch_archive(archive):
-        raise UnreadableCheckpoint(at(path, f"expected {EXPECTED}, got {what}"))
+    if archive.foreign:
+        raise UnreadableCheckpoint(at(path, f"expected {EXPECTED}, got {archive.foreign}"))
     packed = archive.packed
     try:
         if packed:

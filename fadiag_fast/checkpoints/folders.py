@@ -144,10 +144,18 @@ def weight_map_of(files: Files, index: Path) -> dict[str, str]:
     return weight_map
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a name that stands twice, of which readers take one or the other."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("it has a name twice")
+    return found
+
+
 def _read_json(path: Path, files: Files) -> dict[str, Any]:
     text = files.read_text(path, "a JSON file", MOST_JSON)
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise damaged(path, error) from error
     if not isinstance(found, dict):

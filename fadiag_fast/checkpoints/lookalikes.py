@@ -78,6 +78,19 @@ def is_shared_library(head: bytes) -> bool:
     return head.startswith(_SHARED_LIBRARIES)
 
 
+def first_member_of_another(head: bytes) -> str:
+    """Return what a zip file is by its first member; '' if torch.save may have written it.
+
+    torch.save writes everything into one folder.
+    """
+    name = head[30 : 30 + int.from_bytes(head[26:28], "little")]
+    if b"/" in name or not name:
+        return ""
+    if name.endswith(b".npy"):
+        return "an archive of NumPy arrays (.npz)"
+    return f"a zip archive that begins with {printable(repr(name.decode('utf-8', 'replace')))}"
+
+
 def what_it_is(head: bytes, size: int) -> str:
     """Describe a file that is no checkpoint from its first bytes."""
     for signature, description in _LOOKALIKES:

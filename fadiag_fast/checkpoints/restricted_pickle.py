@@ -23,6 +23,7 @@ MOST_BYTES = 1 << 26
 MOST_OBJECTS = 1_000_000
 _MOST_MARKS = 10_000
 _MOST_NESTED_KEY = 4
+_MOST_OF_A_KEY = 64
 # Larger whole numbers can be chosen so that all of them fall into one place of a dict.
 _LARGEST_KEY = 1 << 60
 
@@ -91,17 +92,23 @@ _PLAIN_KEYS = frozenset(
 _DICTS = (dict, OrderedDict, Counter)
 
 
-def check_key(key: Any, depth: int = 0) -> None:
+def check_key(key: Any) -> None:
     """Refuse a dict's key that is not plain, as hashing may take the stack or for ever."""
+    _check_part(key, 0, _MOST_OF_A_KEY)
+
+
+def _check_part(key: Any, depth: int, left: int) -> int:
+    """Return how many parts a key may still have, all tuples in it counted as trees."""
     kind = type(key)
     if kind in _PLAIN_KEYS:
-        return
+        return left
     if kind is int and -_LARGEST_KEY < key < _LARGEST_KEY:
-        return
-    if kind is tuple and depth < _MOST_NESTED_KEY and len(key) <= 64:
+        return left
+    if kind is tuple and depth < _MOST_NESTED_KEY and len(key) <= left:
+        left -= len(key)
         for part in key:
-            check_key(part, depth + 1)
-        return
+            left = _check_part(part, depth + 1, left)
+        return left
     raise PickleError(f"a key of a dict is a {kind.__name__} that no checkpoint has there")
 
 

@@ -54,6 +54,8 @@ def save_checkpoint(obj: dict[str, Any], path: str | os.PathLike[str]) -> None:
     try:
         # Through a link, the file it points to is replaced, not the link.
         target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file():
+            raise OSError("a folder, device or pipe")
         # Not tempfile: it would give the checkpoint the mode 0600 instead of the user's own.
         temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
         with temporary.open("xb") as file:

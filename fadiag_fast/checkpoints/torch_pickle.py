@@ -118,19 +118,22 @@ def find_storages(
             before torch 1.6.
     """
     known: dict[str, Storage] = {}
+    parts = 6 if views else 5
 
     def storage_of(persistent_id: Any) -> Any:
         if type(persistent_id) is not tuple:
             raise PickleError("it refers to something by other than a tuple")
-        if persistent_id[:1] == ("module",) and type(persistent_id[1]) is Unknown:
-            return persistent_id[1]  # a module's class, beside its source
-        word, kind, key, location, numel, *view = persistent_id
-        if word != "storage" or type(kind) is not StorageType:
+        if persistent_id[0] != "storage":
+            if persistent_id[0] == "module" and type(persistent_id[1]) is Unknown:
+                return persistent_id[1]  # a module's class, beside its source
+            raise PickleError("it refers to something else than a storage")
+        if len(persistent_id) != parts or (views and persistent_id[5] is not None):
+            raise PickleError("it has a storage that is a part of another one")
+        _, kind, key, location, numel = persistent_id if parts == 5 else persistent_id[:5]
+        if type(kind) is not StorageType:
             raise PickleError("it refers to something else than a storage")
         if type(key) is not str or type(location) is not str or type(numel) is not int:
             raise PickleError("it refers to a storage by other than its name and size")
-        if view != ([None] if views else []):
-            raise PickleError("it has a storage that is a part of another one")
         found = known.get(key)
         if found is None:
             nbytes = numel * kind.itemsize
@@ -150,6 +153,8 @@ _TENSOR = re.compile(
     % (_GET, _GET, _PUT, _GET, _GET, _INT, _PUT, _INT, _SIZES, _SIZES, _GET, _PUT, _PUT, _PUT),
     re.DOTALL,
 )
+# To find where they end is faster without groups.
+_TENSOR_SPAN = re.compile(re.sub(rb"(?<!\\)\((?!\?)", b"(?:", _TENSOR.pattern), re.DOTALL)
 _NUMBERS = re.compile(_INT, re.DOTALL)
 
 # Decoded instructions kept: of a few architectures.
@@ -162,21 +167,26 @@ def follow_tensors(storage_of: Callable[[Any], Any]) -> Shortcut:
 
     rebuild = offered()["torch._utils._rebuild_tensor_v2"]
     ordered_dict = offered()["collections.OrderedDict"]
-    get_match, get_parts = _TENSOR.match, _decoded.get
+    get_match, get_parts = _TENSOR_SPAN.match, _decoded.get
 
     def follow(data: bytes, at: int, stack: list[Any], memo: dict[int, Any]) -> int:
         match = get_match(data, at)
         if match is None:
             return 0
-        parts = get_parts(match[0])
+        code = match[0]
+        parts = get_parts(code)
         if parts is None:
             if len(_decoded) >= _MOST_KEPT:
                 _decoded.clear()
-            parts = _decoded[match[0]] = _decode(match)
-        word, kind, key, put_key, get_key, location, numel, put_id, offset = parts[:9]
-        shape, put_shape, stride, put_stride, grad, hooks, put_hooks, put_all, put_result = parts[
-            9:18
-        ]
+            groups = _TENSOR.fullmatch(code)
+            if groups is None:
+                return 0
+            parts = _decoded[code] = _decode(groups)
+        of_storage, of_tensor, reach = parts
+        word, kind, key, put_key, get_key, location, numel, put_id, offset = of_storage
+        shape, put_shape, stride, put_stride, grad, hooks, put_hooks, put_all, put_result = (
+            of_tensor
+        )
         # What is remembered under these numbers differs from file to file.
         if (
             memo.get(word) != "storage"
@@ -199,7 +209,7 @@ def follow_tensors(storage_of: Callable[[Any], Any]) -> Shortcut:
         memo[put_hooks] = made = OrderedDict[Any, Any]()
         memo[put_all] = (storage, offset, shape, stride, grad, made)
         dtype, itemsize = storage.dtype, storage.dtype.itemsize
-        if (reach := parts[18]) and (offset + reach) * itemsize > storage.nbytes:
+        if reach and (offset + reach) * itemsize > storage.nbytes:
             raise PickleError("it has a tensor that reaches beyond its storage")
         if dtype not in _DENSE:
             raise PickleError("it makes a tensor of a dtype that is not dense")
@@ -228,13 +238,15 @@ def _decode(match: re.Match[bytes]) -> tuple[Any, ...]:
     shape_now, stride_now = sizes(shape), sizes(stride)
     if len(shape_now) != len(stride_now):
         raise PickleError("it has a tensor of which the parts do not fit together")
-    return (
+    of_storage = (
         *(index(word), index(kind), None if key is None else key.decode(), index(put_key)),
         *(index(get_key), index(location), _number(numel), index(put_id), _number(offset)),
+    )
+    of_tensor = (
         *(shape_now, index(put_shape), stride_now, index(put_stride), grad == b"\x88"),
         *(index(hooks), index(put_hooks), index(put_all), index(put_result)),
-        _reach(shape_now, stride_now),
     )
+    return of_storage, of_tensor, _reach(shape_now, stride_now)
 
 
 def _number(text: bytes) -> int:

@@ -68,11 +68,13 @@ class Archive(NamedTuple):
         members: by their names without the archive's folder; none if there are several.
         names: all names, whole.
         packed: whether members are compressed.
+        foreign: what it is that is not torch.save's, '' if it is.
     """
 
     members: dict[bytes, Member]
     names: list[bytes]
     packed: bool
+    foreign: str
 
 
 class _Known(NamedTuple):
@@ -235,7 +237,7 @@ def _read_archive(read: Read, size: int) -> tuple[Archive, int, list[tuple[int, 
         raise ZipError(f"its members claim {claimed} bytes and have {present}")
     if foreign:
         members = {}  # torch reads none of such an archive
-    return Archive(members, names, packed), begin, entries, len(folder)
+    return Archive(members, names, packed, _foreign(members, names)), begin, entries, len(folder)
 
 
 def _read_directory(read: Read, size: int) -> tuple[bytes, int, int]:
@@ -313,13 +315,12 @@ def _shown(name: bytes) -> str:
     return repr(printable(name[:200].decode("utf-8", "replace")))
 
 
-def check_torch_archive(archive: Archive) -> str:
-    """Return what a zip file is that is not torch.save's, '' if it is."""
-    names = [name.decode("utf-8", "replace") for name in archive.names]
+def _foreign(members: dict[bytes, Member], raw_names: list[bytes]) -> str:
+    names = [name.decode("utf-8", "replace") for name in raw_names]
     program = program_in_zip(names)
     if program is not None:
         return f"{PROGRAMS[program]}, which is a program and is not opened; {SAVE_WEIGHTS}"
-    if b"data.pkl" not in archive.members:
+    if b"data.pkl" not in members:
         return f"a zip archive that holds {listed(map(printable, names)) or 'nothing'}"
     return ""
 

@@ -222,7 +222,7 @@ def register(app: typer.Typer, reported_errors: Callable[[], AbstractContextMana
     ) -> None:
         """Write a scan as one HTML file that needs no network, and its curves as pictures."""
         with reported_errors():
-            check_output_file("--out", out, [folder])
+            check_output_file("--out", out, [folder], replaced=True)
             check_output_folder("--plots", plots)
             tell_unused(context, ("most_plots", plots is not None, "without --plots"))
             steps = folder.suffix == ".jsonl"

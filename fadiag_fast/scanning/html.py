@@ -58,11 +58,15 @@ def write_report(
         OSError: the file cannot be written.
     """
     path = Path(path)
+    # Through a link, the file it points to is replaced, not the link.
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise OSError(f"{path}: expected a regular file to write, got a folder, device or pipe")
     text = render(result, title=title)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = target.with_name(f".{target.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        os.replace(partial, target)
     except OSError:
         partial.unlink(missing_ok=True)
         raise

@@ -12,6 +12,7 @@ import io
 import os
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, time
@@ -320,6 +321,8 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Entry]:
     )
     if reader is None:
         raise SeriesError(f"manifest {path}: expected a .csv, .parquet or .toml file")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise SeriesError(f"manifest {path}: expected a regular file, got a device or pipe")
     entries: list[Entry] = []
     places: dict[str, str] = {}
     for place, cells in reader(path):
@@ -381,7 +384,7 @@ def _read_csv(path: Path) -> _Cells:
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:
-    twice = next((name for name in names if name and names.count(name) > 1), None)
+    twice = next((name for name, count in Counter(names).items() if name and count > 1), None)
     if twice is not None:
         raise SeriesError(f"manifest {path}: expected one column {twice!r}, got several")
 
