@@ -32,7 +32,7 @@ double mean(const Array& array, int parts) {
     }
     for (int w = 0; w < Sums::kColumnWords; ++w) total[w] += words[w];
   }
-  return Sums::mean(total, static_cast<double>(array.size()));
+  return Sums::mean(total, fadiag::Divisor(static_cast<double>(array.size())));
 }
 
 }  // namespace
