@@ -38,7 +38,8 @@ constexpr double kLargestDouble = 0x1.fffffffffffffp+1023;
 // twenty instructions that a GPU takes for it. q is within two units of the quotient, so that the
 // remainder is exact; and corrected by it, q rounds as the quotient does, for that is no nearer to
 // the middle between two numbers than 1 / count of a unit, and never on it unless count is a power
-// of two, where q is exact already. Holds where neither x nor the remainder leaves the normal range.
+// of two, where q is exact already. Holds where neither x nor the remainder leaves the normal
+// range.
 struct Divisor {
   double count;
   double reciprocal;

@@ -1,11 +1,12 @@
 // layer_statistics without torch's dispatcher: plain C entry points for Python's ctypes.
 //
-// What:      a prepared call knows the shapes, strides, types and device of its tensors. A run reads
+// What:      a prepared call knows the shapes, strides, types and device of its tensors. A run
+// reads
 //            those of the tensors it is given, compares, and starts the kernels on the current
 //            stream; where one differs it starts nothing.
 // Tensors:   Python objects, read through DLPack's exchange interface (the C table that
-//            torch.Tensor.__dlpack_c_exchange_api__ holds), which takes some ten nanoseconds each and
-//            fails for what has no memory of its own: tensors under vmap, fake ones. The caller
+//            torch.Tensor.__dlpack_c_exchange_api__ holds), which takes some ten nanoseconds each
+//            and fails for what has no memory of its own: tensors under vmap, fake ones. The caller
 //            holds the GIL and its lists until the call returns.
 // Python:    four functions of the limited API, looked up in the process, so that the library knows
 //            no Python at build time and loads without one.
@@ -89,7 +90,9 @@ class PreparedStatistics {
       for (int64_t i = 0; i < size; ++i) {
         DLTensor tensor{};
         if (!read(python.list_item(list, i), tensor)) {
-          fail("prepared statistics: expected plain tensors of float16, bfloat16, float32 or float64");
+          fail(
+              "prepared statistics: expected plain tensors of float16, bfloat16, float32 or "
+              "float64");
         }
         specs_.emplace_back(tensor);
       }
@@ -230,30 +233,29 @@ bool succeeds(const Action& action) {
 #define FADIAG_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Defines the entry points of a library whose kernels `run_kernels` starts.
-#define FADIAG_PREPARED_STATISTICS(run_kernels)                                                   \
-  FADIAG_EXPORT const char* fadiag_last_error() { return fadiag::last_error().c_str(); }          \
-  FADIAG_EXPORT void* fadiag_prepare(const void* exchange, void* tensor_type, void* hiddens,      \
-                                     void* grads, int stacked, const int64_t* without_mean,       \
-                                     int64_t num_without_mean, int64_t* width) {                  \
-    fadiag::PreparedStatistics* prepared = nullptr;                                               \
-    fadiag::succeeds([&] {                                                                        \
-      auto made = std::make_unique<fadiag::PreparedStatistics>(                                   \
-          static_cast<const fadiag::DLPackExchange*>(exchange), tensor_type, hiddens, grads,      \
-          stacked != 0,                                                                           \
-          std::vector<int64_t>(without_mean, without_mean + num_without_mean));                   \
-      *width = made->layout().width;                                                              \
-      prepared = made.release();                                                                  \
-    });                                                                                           \
-    return prepared;                                                                              \
-  }                                                                                               \
-  FADIAG_EXPORT int fadiag_run(const void* prepared, void* hiddens, void* grads, void* packed) {  \
-    int result = fadiag::kFailed;                                                                 \
-    fadiag::succeeds([&] {                                                                        \
+#define FADIAG_PREPARED_STATISTICS(run_kernels)                                                    \
+  FADIAG_EXPORT const char* fadiag_last_error() { return fadiag::last_error().c_str(); }           \
+  FADIAG_EXPORT void* fadiag_prepare(const void* exchange, void* tensor_type, void* hiddens,       \
+                                     void* grads, int stacked, const int64_t* without_mean,        \
+                                     int64_t num_without_mean, int64_t* width) {                   \
+    fadiag::PreparedStatistics* prepared = nullptr;                                                \
+    fadiag::succeeds([&] {                                                                         \
+      auto made = std::make_unique<fadiag::PreparedStatistics>(                                    \
+          static_cast<const fadiag::DLPackExchange*>(exchange), tensor_type, hiddens, grads,       \
+          stacked != 0, std::vector<int64_t>(without_mean, without_mean + num_without_mean));      \
+      *width = made->layout().width;                                                               \
+      prepared = made.release();                                                                   \
+    });                                                                                            \
+    return prepared;                                                                               \
+  }                                                                                                \
+  FADIAG_EXPORT int fadiag_run(const void* prepared, void* hiddens, void* grads, void* packed) {   \
+    int result = fadiag::kFailed;                                                                  \
+    fadiag::succeeds([&] {                                                                         \
       result = static_cast<const fadiag::PreparedStatistics*>(prepared)->run(run_kernels, hiddens, \
-                                                                            grads, packed);       \
-    });                                                                                           \
-    return result;                                                                                \
-  }                                                                                               \
-  FADIAG_EXPORT void fadiag_release(void* prepared) {                                             \
-    delete static_cast<fadiag::PreparedStatistics*>(prepared);                                    \
+                                                                             grads, packed);       \
+    });                                                                                            \
+    return result;                                                                                 \
+  }                                                                                                \
+  FADIAG_EXPORT void fadiag_release(void* prepared) {                                              \
+    delete static_cast<fadiag::PreparedStatistics*>(prepared);                                     \
   }

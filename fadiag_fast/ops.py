@@ -458,7 +458,7 @@ def _is_plain() -> bool:
     """Whether nothing watches or transforms calls of operators now."""
     return not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack()
     )
@@ -537,9 +537,10 @@ class PreparedStatistics:
             hiddens = list(hiddens)
         if type(grads) is not list:
             grads = list(grads)
-        # The exchange tells of the memory, which holds the opposite of such a tensor's values.
         try:
-            if any(map(_is_negated, hiddens)) or any(map(_is_negated, grads)):
+            # The exchange tells of the memory, which holds the opposite of such a tensor's values:
+            # that changes no norm.
+            if self.means != () and any(map(_is_negated, grads)):
                 return None
             packed = self._like.new_empty(self._size)
             result = self._run(self._handle, hiddens, grads, packed)
@@ -864,7 +865,7 @@ if "cpu" in _NATIVE_DEVICES:
     _cosines_op = torch.ops.fadiag.direction_cosines.default
     _step_row_op = torch.ops.fadiag.step_row.default
 
-_POINTS = {
+_POINTS: dict[str, _EntryPoints] = {
     device: points
     for device in ("cpu", "cuda")
     if device in _NATIVE_DEVICES and (points := _entry_points(device)) is not None

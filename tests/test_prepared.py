@@ -2,10 +2,12 @@
 
 import gc
 import threading
+import weakref
 
 import pytest
 import torch
 from test_ops import native_only, random_states
+from torch.utils.flop_counter import FlopCounterMode
 
 from fadiag_fast import layer_statistics, ops, prepare_statistics
 
@@ -71,15 +73,23 @@ def test_refuses_tensors_that_differ(device):
 
     refused("expected 3 hiddens, got 2", lambda t: t[:2])
     refused("expected 3 grads, got 4", lambda t: [*t, t[0]], 1)
-    refused(r"layer 0, hidden: expected shape \[6, 5\], got \[6, 6\]",
-            lambda t: [torch.zeros(6, 6, device=device), *t[1:]])
+    refused(
+        r"layer 0, hidden: expected shape \[6, 5\], got \[6, 6\]",
+        lambda t: [torch.zeros(6, 6, device=device), *t[1:]],
+    )
     refused(r"layer 0, hidden: expected shape \[6, 5\], got \[5, 5\]", lambda t: [t[0][:5], *t[1:]])
-    refused("layer 2, grad: expected dtype float32, got float16",
-            lambda t: [*t[:2], t[2].half()], 1)
-    refused(r"layer 1, grad: expected strides \[24, 8, 2, 1\]",
-            lambda t: [t[0], t[1].to(memory_format=torch.channels_last), t[2]], 1)
-    refused("layer 1, hidden: expected a torch.Tensor, got Parameter",
-            lambda t: [t[0], torch.nn.Parameter(t[1]), t[2]])
+    refused(
+        "layer 2, grad: expected dtype float32, got float16", lambda t: [*t[:2], t[2].half()], 1
+    )
+    refused(
+        r"layer 1, grad: expected strides \[24, 8, 2, 1\]",
+        lambda t: [t[0], t[1].to(memory_format=torch.channels_last), t[2]],
+        1,
+    )
+    refused(
+        "layer 1, hidden: expected a torch.Tensor, got Parameter",
+        lambda t: [t[0], torch.nn.Parameter(t[1]), t[2]],
+    )
     refused("layer 0, hidden: expected a torch.Tensor, got NoneType", lambda t: [None, *t[1:]])
     # The refusals have left the prepared call as it was.
     assert same_bits(prepared(hiddens, grads).packed, by_operator(hiddens, grads))
@@ -95,11 +105,11 @@ def test_refuses_another_device():
 
 def test_refuses_what_cannot_be_prepared(device):
     hiddens, grads = pairs(device)
+    batches = [torch.ones(2, 3), torch.ones(4, 3)]
     with pytest.raises(ValueError, match="expected 2 samples like layer 0, got 4"):
-        bad = [torch.ones(2, 3), torch.ones(4, 3)]
-        prepare_statistics(bad, bad)
+        prepare_statistics(batches, batches)
+    gaps = hiddens[2][:, ::2]
     with pytest.raises(ValueError, match="without gaps"):
-        gaps = hiddens[2][:, ::2]
         prepare_statistics([gaps], [gaps])
     with pytest.raises(ValueError, match="at least one sample"):
         prepare_statistics([hiddens[0][:0]], [grads[0][:0]])
@@ -117,8 +127,6 @@ def test_refuses_transforms(device):
         torch.vmap(lambda h: prepared([h], [grads[0]]).hidden_norm)(stack)
     with pytest.raises(RuntimeError, match=r"torch\.func"):
         torch.func.grad(lambda h: prepared([h], [grads[0]]).hidden_norm.sum())(hiddens[0])
-    from torch.utils.flop_counter import FlopCounterMode
-
     with FlopCounterMode(display=False), pytest.raises(RuntimeError, match="dispatch mode"):
         prepared([hiddens[0]], [grads[0]])
 
@@ -141,8 +149,6 @@ def test_a_negated_view_counts_with_its_sign(device):
 
 
 def test_holds_no_tensor(device):
-    import weakref
-
     hiddens, grads = pairs(device)
     prepared = prepare_statistics(hiddens, grads)
     prepared(hiddens, grads)
@@ -242,7 +248,8 @@ def test_a_prepared_call_is_captured_and_uses_the_current_stream():
     with torch.cuda.graph(graph):
         captured = prepared(hiddens, grads)
     for seed in range(3):
-        for old, new in zip((*hiddens, *grads), sum(pairs("cuda", shapes, seed=seed), []), strict=True):
+        fresh, fresh_grads = pairs("cuda", shapes, seed=seed)
+        for old, new in zip((*hiddens, *grads), (*fresh, *fresh_grads), strict=True):
             old.copy_(new)
         graph.replay()
         assert same_bits(captured.packed, by_operator(hiddens, grads, False, [0, 2]))

@@ -1,5 +1,5 @@
-// Asynchronous copies into a warp's ring of stages, and the launch of a kernel that overlaps the end
-// of the one before it.
+// Asynchronous copies into a warp's ring of stages, and the launch of a kernel that overlaps the
+// end of the one before it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,8 +13,8 @@ namespace fadiag {
 constexpr int kStageBytes = 2 * kStageVectors * kWarpSize * kVectorBytes;  // of h, then of g
 constexpr int kMostStages = 3;
 
-// Copies the first `bytes` of 16 to shared memory and zeros behind them, kBytes at a time; from where
-// there are none, nothing is read. Source and target are aligned to kBytes.
+// Copies the first `bytes` of 16 to shared memory and zeros behind them, kBytes at a time; from
+// where there are none, nothing is read. Source and target are aligned to kBytes.
 template <int kBytes>
 __device__ __forceinline__ void copy_vector(uint32_t target, const void* source, int bytes) {
   const auto* from = static_cast<const char*>(source);

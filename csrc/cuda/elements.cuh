@@ -84,8 +84,7 @@ struct Widened {
     for (int i = 0; i < kSize; ++i) {
       if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
         const uint32_t bits = word(vector, i / 2);
-        x[i] = static_cast<double>(
-            __uint_as_float(i % 2 == 0 ? bits << 16 : bits & 0xffff0000u));
+        x[i] = static_cast<double>(__uint_as_float(i % 2 == 0 ? bits << 16 : bits & 0xffff0000u));
       } else {
         x[i] = vector[i];
       }

@@ -57,7 +57,8 @@ void launch_large(const Target& target, const Layer* layers, size_t count) {
   if (workspace_size < 0) fail("layer_statistics: expected at most 2^31 units of work in a call");
   Tensor workspace;
   if (workspace_size > 0) {
-    workspace = empty_on(target.call.device_type, target.device, {workspace_size}, ScalarType::Double);
+    workspace =
+        empty_on(target.call.device_type, target.device, {workspace_size}, ScalarType::Double);
     table.workspace = static_cast<double*>(workspace.mutable_data_ptr());
   }
   STD_CUDA_CHECK((launch_layer_statistics<Element, kCapacity>(table, target.chip, target.stream)));
@@ -86,8 +87,7 @@ Chip chip_of(int32_t device) {
       return value;
     };
     cudaFuncAttributes attributes{};
-    STD_CUDA_CHECK(
-        cudaFuncGetAttributes(&attributes, small_layers_kernel<float, kSmallTable>));
+    STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, small_layers_kernel<float, kSmallTable>));
     return Chip{get(cudaDevAttrMultiProcessorCount),
                 get(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
                 get(cudaDevAttrMaxSharedMemoryPerBlockOptin), attributes.ptxVersion / 10};

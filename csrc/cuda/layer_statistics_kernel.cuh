@@ -1,6 +1,6 @@
-// layer_statistics on the GPU: one pass over the hiddens and grads of all layers, by the kernel that
-// suits their rows (stream_kernel.cuh, team_kernel.cuh), and a second kernel that merges what units
-// left, in a fixed order.
+// layer_statistics on the GPU: one pass over the hiddens and grads of all layers, by the kernel
+// that suits their rows (stream_kernel.cuh, team_kernel.cuh), and a second kernel that merges what
+// units left, in a fixed order.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,10 @@
 
 namespace fadiag {
 
-// Where every worker has so many units, the last ones go to whoever is ready.
+// Where every worker has so many units, and a block's first ones so many bytes that its start does
+// not count, the last ones go to whoever is ready.
 constexpr int kSharedTurnsFrom = 2;
+constexpr int64_t kOwnBlockBytes = 96 << 10;
 constexpr int kSharedTenths = 8;
 
 constexpr int kFinishThreads = 512;
@@ -113,13 +115,12 @@ __global__ void __launch_bounds__(kFinishThreads)
   const Partials sums = column_partials(entry);
   if (block >= sums.blocks()) return;
   double words[kColumnWords];
-  auto& of_columns = reinterpret_cast<double(&)[kColumnWords][kFinishThreads]>(shared);
-  const int64_t column = merge<kColumnWords>(sums, block, table.workspace + entry.sums_offset,
-                                             kColumnWords * sums.values, 1, sums.values,
-                                             of_columns, words);
+  auto& of_columns = reinterpret_cast<double (&)[kColumnWords][kFinishThreads]>(shared);
+  const int64_t column =
+      merge<kColumnWords>(sums, block, table.workspace + entry.sums_offset,
+                          kColumnWords * sums.values, 1, sums.values, of_columns, words);
   if (column >= 0) {
-    write_mean<Sums>(table.means, entry.layer.mean_offset + column, words,
-                     table.divisor);
+    write_mean<Sums>(table.means, entry.layer.mean_offset + column, words, table.divisor);
   }
 }
 
@@ -137,17 +138,19 @@ int plan_blocks(StatisticsTable<kCapacity>& table, int resident, int workers_per
                 int multiprocessors) {
   const int turn = resident * workers_per_block;
   const int turns = table.num_units / turn;
-  if (turns < kSharedTurnsFrom) {
+  const int64_t block_bytes = table.bytes / std::max(1, table.num_units) * workers_per_block;
+  if (turns < kSharedTurnsFrom || block_bytes < kOwnBlockBytes) {
     table.shared_units = table.num_units;
     // Few units go to as many multiprocessors as there are.
     const int filled = static_cast<int>(ceil_div(table.num_units, workers_per_block));
-    table.resident = std::min(resident, std::max(filled, std::min(table.num_units, multiprocessors)));
+    table.resident =
+        std::min(resident, std::max(filled, std::min(table.num_units, multiprocessors)));
     return table.resident;
   }
   table.resident = resident;
   table.shared_units = std::max(1, turns * kSharedTenths / 10) * turn;
-  return resident + static_cast<int>(ceil_div(table.num_units - table.shared_units,
-                                              workers_per_block));
+  return resident +
+         static_cast<int>(ceil_div(table.num_units - table.shared_units, workers_per_block));
 }
 
 template <typename Kernel>
@@ -234,16 +237,18 @@ void describe_memory(StatisticsEntry& entry, int64_t rows, const void* means) {
                           layer.grad_row_stride * kItem % bytes == 0));
   };
   entry.aligned = is_aligned(kVectorBytes);
-  entry.copy_bytes = static_cast<int8_t>(entry.aligned ? kVectorBytes
+  entry.copy_bytes = static_cast<int8_t>(entry.aligned   ? kVectorBytes
                                          : is_aligned(8) ? 8
                                          : is_aligned(4) ? 4
                                                          : 0);
   entry.bulk = entry.aligned && entry.layer.columns * kItem % kVectorBytes == 0;
-  entry.packed_rows = entry.num_tiles == 1 && entry.layer.hidden_row_stride == entry.layer.columns &&
+  entry.packed_rows = entry.num_tiles == 1 &&
+                      entry.layer.hidden_row_stride == entry.layer.columns &&
                       entry.layer.grad_row_stride == entry.layer.columns;
   constexpr int64_t kMeanItem = kItem == 8 ? 8 : 4;
   entry.aligned_means =
-      (reinterpret_cast<uintptr_t>(means) + entry.layer.mean_offset * kMeanItem) % kVectorBytes == 0;
+      (reinterpret_cast<uintptr_t>(means) + entry.layer.mean_offset * kMeanItem) % kVectorBytes ==
+      0;
 }
 
 // Fills in the plans of the layers that the table's entries name. Returns the size of the workspace
@@ -254,6 +259,7 @@ int64_t plan_table(StatisticsTable<kCapacity>& table) {
   const int64_t rows = table.rows;
   int64_t num_units = 0;
   int64_t workspace_size = 0;
+  table.bytes = 0;
   for (int i = 0; i < table.count; ++i) {
     StatisticsEntry& entry = table.entries[i];
     const StatisticsPlan plan(rows, entry.layer.columns, sizeof(Element), Sums::kSquareWords);
@@ -274,6 +280,7 @@ int64_t plan_table(StatisticsTable<kCapacity>& table) {
       workspace_size += plan.num_splits * entry.layer.columns * Sums::kColumnWords;
     }
     num_units += plan.num_units;
+    table.bytes += 2 * rows * entry.layer.columns * static_cast<int64_t>(sizeof(Element));
     if (num_units > std::numeric_limits<int>::max()) return -1;
   }
   table.num_units = static_cast<int>(num_units);

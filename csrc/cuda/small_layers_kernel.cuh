@@ -9,8 +9,8 @@
 
 #include <cooperative_groups.h>
 
-#include "lane_sums.cuh"
 #include "copies.cuh"
+#include "lane_sums.cuh"
 #include "statistics_table.h"
 
 namespace fadiag {

@@ -29,9 +29,9 @@ struct StatisticsEntry {
   int num_splits;    // units that share a column
   int rows_per_unit;
   int8_t vector_shift;  // a lane has 1 << this many vectors side by side in a tile
-  int8_t copy_bytes;    // of an asynchronous copy: 16, 8 or 4 by alignment, 0 where none is possible
-  int8_t warp_columns;  // warps side by side in a tile of small_layers_kernel and of a team
-  bool aligned : 1;     // 16-byte loads are possible in every row
+  int8_t copy_bytes;  // of an asynchronous copy: 16, 8 or 4 by alignment, 0 where none is possible
+  int8_t warp_columns;     // warps side by side in a tile of small_layers_kernel and of a team
+  bool aligned : 1;        // 16-byte loads are possible in every row
   bool aligned_means : 1;  // and 16-byte stores of the means
   bool bulk : 1;           // and bulk copies: rows are whole vectors
   bool packed_rows : 1;    // a tile's rows follow one another in memory without a gap
@@ -42,12 +42,13 @@ struct StatisticsTable {
   StatisticsEntry entries[kCapacity];
   int count;
   int num_units;
+  int64_t bytes;     // of all data
   int shared_units;  // the first ones, and by how many blocks they are shared: units.cuh
   int resident;
   int stages;  // of a warp's ring
   int64_t rows;
   Divisor divisor{1.0};  // by the rows
-  double* norms[2];  // of hiddens and of grads
+  double* norms[2];      // of hiddens and of grads
   void* means;
   double* workspace;
 };

@@ -1,12 +1,14 @@
 // layer_statistics of up to 32 rows: a warp streams over tiles of columns, with all rows of each.
 //
 // What:          per-sample sums of squares of h and g, and column sums of g.
-// Layout:        a work unit is a warp's: a segment, every so many-th tile of a layer. A lane owns up
+// Layout:        a work unit is a warp's: a segment, every so many-th tile of a layer. A lane owns
+// up
 //                to four vectors of 16 bytes of a tile's columns, whose sums are complete when the
 //                tile is. The squares of up to four rows stay in registers over all tiles of the
 //                unit; of more rows they leave by a transposed warp sum, four rows at a time, for
 //                shared memory.
-// Loads:         warps go their own way. Each has a ring of stages in shared memory, which its lanes
+// Loads:         warps go their own way. Each has a ring of stages in shared memory, which its
+// lanes
 //                fill by asynchronous copies, as far ahead as it holds, over the ends of tiles and
 //                units.
 // Accumulation:  float64, accumulate.h.
@@ -75,8 +77,8 @@ class Feeder {
       const int shift = kFixedShift >= 0 ? kFixedShift : entry.vector_shift;
       const int rows = kStageVectors >> shift;
       const int64_t column = static_cast<int64_t>(tile_) * (kWarpWidth << shift);
-      const bool whole = row_ + rows <= row_count() &&
-                         column + (kWarpWidth << shift) <= entry.layer.columns;
+      const bool whole =
+          row_ + rows <= row_count() && column + (kWarpWidth << shift) <= entry.layer.columns;
       const uint32_t stage =
           static_cast<uint32_t>(__cvta_generic_to_shared(memory_)) + slot_ * kStageBytes;
       if (entry.copy_bytes != kVectorBytes) {
@@ -139,7 +141,8 @@ class Feeder {
         static_cast<int>(columns_left < kStageVectors * kWarpWidth ? columns_left
                                                                    : kStageVectors * kWarpWidth) *
         kItem;
-    const auto* h = reinterpret_cast<const char*>(row_of(layer.hidden, layer.hidden_row_stride, first));
+    const auto* h =
+        reinterpret_cast<const char*>(row_of(layer.hidden, layer.hidden_row_stride, first));
     const auto* g = reinterpret_cast<const char*>(row_of(layer.grad, layer.grad_row_stride, first));
     const uint32_t target = stage + lane_ * kVectorBytes;
     const int last = (1 << shift) - 1;
@@ -284,7 +287,7 @@ __device__ __forceinline__ void add_vectors(
 // values[base + at + i] += of[i], where `at` is not known at compile time.
 template <int kCount, int kSize>
 __device__ __forceinline__ void add_at(double (&values)[kSize], int base, int at,
-                                    const double (&of)[kCount]) {
+                                       const double (&of)[kCount]) {
 #pragma unroll
   for (int slot = 0; slot < kRowGroup; slot += kCount) {
 #pragma unroll
@@ -392,10 +395,9 @@ __device__ __forceinline__ void walk_few(const Worker<kCapacity>& worker, Feed& 
 // Adds a group of rows, [row, row + 4) as far as they are before `end`, to the column sums; lane i
 // returns the squares of h's (i < 16) or g's row i / 4 % 4.
 template <typename Element, int kVectors, typename Feed>
-__device__ __forceinline__ void add_group(
-    Feed& feeder, int row, int end, int lane, bool with_columns,
-    ColumnSums<Element, kVectors>& columns,
-    double (&totals)[SumsOf<Element>::type::kSquareWords]) {
+__device__ __forceinline__ void add_group(Feed& feeder, int row, int end, int lane,
+                                          bool with_columns, ColumnSums<Element, kVectors>& columns,
+                                          double (&totals)[SumsOf<Element>::type::kSquareWords]) {
   constexpr int kWords = SumsOf<Element>::type::kSquareWords;
   constexpr int kStageRows = kStageVectors / kVectors;
   double squares[kWords][2 * kRowGroup] = {};

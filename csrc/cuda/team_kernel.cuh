@@ -10,7 +10,8 @@
 //                stages; the memory never waits for arithmetic. Elsewhere, and where rows are no
 //                multiple of 16 bytes apart, lanes load directly.
 // Accumulation:  float64, accumulate.h.
-// Determinism:   units are a function of (rows, columns, element type) alone; which block does which
+// Determinism:   units are a function of (rows, columns, element type) alone; which block does
+// which
 //                is not, and does not matter. No atomics.
 // Limits:        any row stride and alignment; samples must be dense; 64-bit offsets throughout.
 #pragma once
