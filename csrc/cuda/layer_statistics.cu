@@ -49,7 +49,7 @@ void launch_small(const Target& target, const Layer* layers, size_t count) {
 
 // Launches for all others.
 template <typename Element, int kCapacity>
-void launch_large(const Target& target, const Layer* layers, size_t count) {
+void launch_large(const Target& target, Walk walk, const Layer* layers, size_t count) {
   StatisticsTable<kCapacity> table;
   point_at_outputs(target.call, count, table);
   for (size_t i = 0; i < count; ++i) table.entries[i].layer = layers[i];
@@ -61,7 +61,8 @@ void launch_large(const Target& target, const Layer* layers, size_t count) {
         empty_on(target.call.device_type, target.device, {workspace_size}, ScalarType::Double);
     table.workspace = static_cast<double*>(workspace.mutable_data_ptr());
   }
-  STD_CUDA_CHECK((launch_layer_statistics<Element, kCapacity>(table, target.chip, target.stream)));
+  STD_CUDA_CHECK(
+      (launch_layer_statistics<Element, kCapacity>(table, walk, target.chip, target.stream)));
 }
 
 // Calls small(begin, count) or large(begin, count) for stretches that a kernel's table holds.
@@ -116,17 +117,33 @@ void run(const StatisticsCall& checked) {
             return target.has_clusters &&
                    fits_one_cluster(call.rows, layer.columns, sizeof(Element));
           });
-      const Layer* small = layers.data();
-      const Layer* large = small + (first_large - layers.begin());
-      const size_t num_small = large - small;
+      const auto walk_of = [&](const Layer& layer) {
+        return StatisticsPlan::walk_of(call.rows, layer.columns, sizeof(Element));
+      };
+      // At one number of rows there are at most two walks.
+      const Walk first_walk = first_large < layers.end() ? walk_of(*first_large) : Walk::kTeam;
+      const auto other_walk =
+          std::stable_partition(first_large, layers.end(),
+                                [&](const Layer& layer) { return walk_of(layer) == first_walk; });
+      const Layer* data = layers.data();
       for_each_table(
-          num_small,
-          [&](size_t b, size_t n) { launch_small<Element, kSmallTable>(target, small + b, n); },
-          [&](size_t b, size_t n) { launch_small<Element, kLargeTable>(target, small + b, n); });
-      for_each_table(
-          layers.size() - num_small,
-          [&](size_t b, size_t n) { launch_large<Element, kSmallTable>(target, large + b, n); },
-          [&](size_t b, size_t n) { launch_large<Element, kLargeTable>(target, large + b, n); });
+          first_large - layers.begin(),
+          [&](size_t b, size_t n) { launch_small<Element, kSmallTable>(target, data + b, n); },
+          [&](size_t b, size_t n) { launch_small<Element, kLargeTable>(target, data + b, n); });
+      for (const auto& [begin, end] :
+           {std::pair(first_large, other_walk), std::pair(other_walk, layers.end())}) {
+        if (begin == end) continue;
+        const Walk walk = walk_of(*begin);
+        const Layer* large = data + (begin - layers.begin());
+        for_each_table(
+            end - begin,
+            [&](size_t b, size_t n) {
+              launch_large<Element, kSmallTable>(target, walk, large + b, n);
+            },
+            [&](size_t b, size_t n) {
+              launch_large<Element, kLargeTable>(target, walk, large + b, n);
+            });
+      }
     });
   }
 }

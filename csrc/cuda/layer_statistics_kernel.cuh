@@ -189,15 +189,14 @@ cudaError_t launch_teams(StatisticsTable<kCapacity>& table, const Chip& chip, cu
   return cudaGetLastError();
 }
 
-// Launches both kernels for up to kCapacity layers of one element type.
+// Launches both kernels for up to kCapacity layers of one element type and walk.
 template <typename Element, int kCapacity>
-cudaError_t launch_layer_statistics(StatisticsTable<kCapacity>& table, const Chip& chip,
+cudaError_t launch_layer_statistics(StatisticsTable<kCapacity>& table, Walk walk, const Chip& chip,
                                     cudaStream_t stream) {
   using Sums = typename SumsOf<Element>::type;
   const auto launch = [&](auto walk) {
     return launch_streams<Element, decltype(walk)::value, kCapacity>(table, chip, stream);
   };
-  const Walk walk = StatisticsPlan::walk_of(table.rows, sizeof(Element));
   cudaError_t launched = cudaSuccess;
   if (walk == Walk::kTeam) {
     launched = has_room_for_ring(chip.compute_major, chip.shared_bytes_per_block)

@@ -62,7 +62,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How warps walk over a layer, by its rows.
 //   few     up to four: a warp streams tiles of columns and keeps the sums of all rows in registers
-//   stream  up to 32: the same, with the rows' sums in shared memory
+//   stream  up to 32, or 8 where tiles are few: the same, with the rows' sums in shared memory
 //   team    more: a block's warps share a tile's rows and merge their column sums
 enum class Walk { kFew1, kFew2, kFew4, kStream, kTeam };
 constexpr int kStreamRows = 32;
@@ -85,7 +85,7 @@ struct StatisticsPlan {
   // Streams of a layer: enough to fill a chip with one layer.
   static constexpr int64_t kMostStreams = 1024;
   // A stream of up to this many bytes a tile is short enough for a layer of few tiles.
-  static constexpr int64_t kShortTileBytes = 32 << 10;
+  static constexpr int64_t kShortTileBytes = 8 << 10;
   static constexpr int64_t kManyTiles = 256;
   // Units of a 64th of a layer spread even one layer over many multiprocessors; above the upper
   // bound the tail would show, below the lower one the cost of a unit's end.
@@ -106,14 +106,19 @@ struct StatisticsPlan {
   int64_t num_splits;
   int64_t num_units;
 
-  static Walk walk_of(int64_t rows, int64_t element_size) {
+  static Walk walk_of(int64_t rows, int64_t columns, int64_t element_size) {
     if (rows > kStreamRows) return Walk::kTeam;
-    if (rows > 4 || element_size == 8) return Walk::kStream;
-    return rows == 1 ? Walk::kFew1 : rows == 2 ? Walk::kFew2 : Walk::kFew4;
+    if (rows <= 4 && element_size < 8) {
+      return rows == 1 ? Walk::kFew1 : rows == 2 ? Walk::kFew2 : Walk::kFew4;
+    }
+    // One warp would be long at many rows, and few warps cannot keep the memory busy.
+    const int64_t widest = most_vectors(element_size) * kWarpSize * kVectorBytes / element_size;
+    const bool has_many_tiles = columns >= kManyTiles * widest;
+    return rows <= kShortStreamRows || has_many_tiles ? Walk::kStream : Walk::kTeam;
   }
 
   StatisticsPlan(int64_t rows, int64_t columns, int64_t element_size, int64_t square_words)
-      : walk(walk_of(rows, element_size)) {
+      : walk(walk_of(rows, columns, element_size)) {
     if (walk == Walk::kTeam) {
       plan_team(rows, columns, element_size, square_words);
     } else {
@@ -122,6 +127,13 @@ struct StatisticsPlan {
   }
 
  private:
+  static constexpr int64_t kShortStreamRows = 8;
+
+  // Sixteen doubles a lane for the column sums, whatever the type.
+  static int most_vectors(int64_t element_size) {
+    return element_size == 8 ? 1 : element_size == 4 ? 4 : 2;
+  }
+
   void plan_streams(int64_t rows, int64_t columns, int64_t element_size) {
     const int64_t warp_width = kWarpSize * kVectorBytes / element_size;
     const auto tiles = [&](int64_t v) {
@@ -129,8 +141,7 @@ struct StatisticsPlan {
       return std::max<int64_t>(1, ceil_div(columns, v * warp_width));
     };
     if (walk == Walk::kStream) {
-      // Sixteen doubles a lane for the column sums, whatever the type.
-      vectors = element_size == 8 ? 1 : element_size == 4 ? 4 : 2;
+      vectors = most_vectors(element_size);
       const auto tile_bytes = [&] { return 2 * rows * vectors * kWarpSize * kVectorBytes; };
       while (vectors > 1 && tile_bytes() > kShortTileBytes && tiles(vectors) < kManyTiles) {
         vectors /= 2;
