@@ -9,6 +9,7 @@ import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,10 @@ from .timing import (
 )
 
 OPERATOR = "fadiag_fast"
+PREPARED = "fadiag_fast, prepared"
+NO_MEANS = "fadiag_fast, no means"
+# Of the operator itself, not paths that compete with it.
+_OWN = {OPERATOR, PREPARED, NO_MEANS}
 STATISTICS = "layer_statistics"
 COSINE_BATCHES = 10
 
@@ -64,10 +69,15 @@ class Workload:
     @property
     def nbytes(self) -> int:
         """The fewest bytes that must move: inputs read once, outputs written once."""
-        wide = self.dtype == torch.float64
+        return self.nbytes_without_means + self.layers * self.width * (
+            4 << (self.dtype == torch.float64)
+        )
+
+    @property
+    def nbytes_without_means(self) -> int:
+        """The same of a call that asks for no mean."""
         read = 2 * self.layers * self.samples * self.width * self.dtype.itemsize
-        written = 2 * self.layers * self.samples * 8 + self.layers * self.width * (4 << wide)
-        return read + written
+        return read + 2 * self.layers * self.samples * 8
 
     @property
     def flops(self) -> int:
@@ -122,9 +132,63 @@ WORKLOADS = [
         {"share": 0.93, "ratio": 2.5},
         True,
     ),
+    Workload(
+        "L16 N1 D4194304 bf16",
+        16,
+        1,
+        (4194304,),
+        _BF16,
+        {"share": 0.85, "share_no_means": 0.95, "ratio_by_hand": 1.0},
+    ),
+    Workload(
+        "L16 N2 D4194304 bf16",
+        16,
+        2,
+        (4194304,),
+        _BF16,
+        {"share": 0.88, "share_no_means": 0.95, "ratio_by_hand": 1.0},
+    ),
+    Workload(
+        "L16 N4 D4194304 bf16",
+        16,
+        4,
+        (4194304,),
+        _BF16,
+        {"share": 0.92, "share_no_means": 0.95, "ratio_by_hand": 1.0},
+    ),
+    Workload(
+        "L1 N1 D4194304 bf16",
+        1,
+        1,
+        (4194304,),
+        _BF16,
+        {"graphed_us": 15.0, "ratio_by_hand": 1.0},
+    ),
+    Workload("L1 N4 D4194304 bf16", 1, 4, (4194304,), _BF16, {"ratio_by_hand": 1.0}),
+    Workload(
+        "L13 N4 D150528 bf16",
+        13,
+        4,
+        (150528,),
+        _BF16,
+        {"graphed_us": 12.0, "ratio_by_hand": 1.0},
+    ),
+    Workload(
+        "L25 N12 D786432 bf16",
+        25,
+        12,
+        (786432,),
+        _BF16,
+        {"share": 0.93, "ratio_by_hand": 1.0},
+    ),
     Workload("L8 N8192 D128 fp32", 8, 8192, (128,), _FP32, {"share": 0.75, "ratio": 2.0}),
     Workload(
-        "L32 N128 D1024 fp32", 32, 128, (1024,), _FP32, {"eager_us": 20.0, "ratio_graphed": 12.0}
+        "L32 N128 D1024 fp32",
+        32,
+        128,
+        (1024,),
+        _FP32,
+        {"eager_us": 30.0, "prepared_us": 18.0, "ratio_graphed": 12.0},
     ),
     Workload(
         "L5 N128 D256 fp32",
@@ -132,13 +196,19 @@ WORKLOADS = [
         128,
         (256,),
         _FP32,
-        {"eager_us": 10.0, "graphed_us": 5.0, "ratio_eager": 25.0, "ratio_graphed": 8.0},
+        {
+            "eager_us": 12.0,
+            "prepared_us": 6.0,
+            "graphed_us": 5.0,
+            "ratio_eager": 25.0,
+            "ratio_graphed": 8.0,
+        },
     ),
-    Workload("L100 N64 D512 fp32", 100, 64, (512,), _FP32, {"eager_us": 60.0}),
+    Workload("L100 N64 D512 fp32", 100, 64, (512,), _FP32, {"eager_us": 60.0, "prepared_us": 25.0}),
 ]
 
 # Measures of which less is better.
-_TIMES = ("eager_us", "graphed_us", "added")
+_TIMES = ("eager_us", "prepared_us", "graphed_us", "added")
 
 
 def verdict(value: float, target: float, less_is_better: bool) -> str:
@@ -159,22 +229,35 @@ def verdicts(measures: dict[str, float], targets: dict[str, float]) -> str:
     return "; ".join(parts)
 
 
-def compare(timings: Sequence[Timing], read: ceilings.ReadLoop, nbytes: int) -> dict[str, float]:
+def compare(
+    timings: Sequence[Timing],
+    read: ceilings.ReadLoop,
+    nbytes: int,
+    nbytes_without_means: int = 0,
+) -> dict[str, float]:
     """Return the measures of a workload from the timings of its variants.
 
     Args:
         timings: of the operator, the pure paths and the plain read.
         read: which plain read was among them.
         nbytes: what the workload must move.
+        nbytes_without_means: what it must move where no mean is wanted.
     """
-    paths = list({t.variant for t in timings} - {OPERATOR, read.name})
+    paths = list({t.variant for t in timings} - _OWN - {read.name, pure.BY_HAND})
     plain = [path for path in paths if path not in pure.STACKING]
     eager, graphed = pick(timings, OPERATOR), pick(timings, OPERATOR, "graphed")
     reading = ceilings.bandwidth(read.nbytes, pick(timings, read.name))
     best_graphed = fastest(timings, paths, "graphed").median_us
+    no_means = pick(timings, NO_MEANS)
+    by_hand = pick(timings, pure.BY_HAND, "graphed")
     return {
         "eager_us": eager.median_us,
+        "prepared_us": pick(timings, PREPARED).median_us,
         "graphed_us": graphed.median_us,
+        "share_no_means": ceilings.bandwidth(nbytes_without_means, no_means) / reading
+        if no_means.repetitions
+        else math.nan,
+        "ratio_by_hand": by_hand.median_us / graphed.median_us,
         "tb_per_s": ceilings.bandwidth(nbytes, eager),
         "share": ceilings.bandwidth(nbytes, eager) / reading,
         "share_graphed": ceilings.bandwidth(nbytes, graphed) / reading,
@@ -198,15 +281,22 @@ def table_rows(
     nbytes: int,
     flops: int,
     targets: dict[str, float],
+    nbytes_without_means: int = 0,
 ) -> list[rows.Row]:
     """Return a row per timing, with bandwidth and share, and the measures in the operator's row."""
-    measures = compare(timings, read, nbytes)
-    paths = list({t.variant for t in timings} - {OPERATOR, read.name})
+    measures = compare(timings, read, nbytes, nbytes_without_means)
+    paths = list({t.variant for t in timings} - _OWN - {read.name, pure.BY_HAND})
     best = fastest(timings, paths)
     reading = ceilings.bandwidth(read.nbytes, pick(timings, read.name))
     found: list[rows.Row] = []
     for timing in timings:
-        moved = read.nbytes if timing.variant == read.name else nbytes
+        moved = (
+            read.nbytes
+            if timing.variant == read.name
+            else nbytes_without_means
+            if timing.variant == NO_MEANS
+            else nbytes
+        )
         achieved = ceilings.bandwidth(moved, timing)
         row: rows.Row = {
             "workload": workload,
@@ -244,11 +334,21 @@ def statistics_rows(
         OPERATOR: lambda: fadiag_fast.layer_statistics(hiddens, grads),
         **runs,
     }
+    if "prepared_us" in workload.targets:
+        variants[PREPARED] = partial(fadiag_fast.prepare_statistics(hiddens, grads), hiddens, grads)
+    if "share_no_means" in workload.targets:
+        variants[NO_MEANS] = partial(fadiag_fast.layer_statistics, hiddens, grads, means=())
     cache = choose_cache(workload.nbytes, device)
     timings = [*measure({**variants, read.name: read.run}, device, plan, cache)]
     timings += [*left_out, *rejected]
     return table_rows(
-        workload.name, timings, read, workload.nbytes, workload.flops, workload.targets
+        workload.name,
+        timings,
+        read,
+        workload.nbytes,
+        workload.flops,
+        workload.targets,
+        workload.nbytes_without_means,
     )
 
 

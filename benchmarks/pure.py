@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fadiag_fast import LayerStatistics
 
+from . import handwritten
 from .timing import Run, Timing, failed
 
 Statistics = tuple[Tensor, Tensor, list[Tensor]]
@@ -33,6 +34,8 @@ _MOST_COMBINED_LAYERS = 40
 _MOST_STACKED_BYTES = 256 << 20
 # The paths that copy; the ratio without them is reported too.
 STACKING = ("stack", "compile stack")
+# Not PyTorch, but what would be written in place of the operator.
+BY_HAND = "triton by hand"
 
 
 def rows(states: Tensor) -> Tensor:
@@ -109,6 +112,9 @@ def paths(
         left_out.append(failed("stack", "eager", "left out: moves three times the bytes"))
     else:
         found["stack"] = stack
+    by_hand = handwritten.tuned(hiddens, grads) if hiddens[0].is_cuda else None
+    if by_hand is not None:
+        found[BY_HAND] = by_hand
     if compiled:
         # One workload's guards and cache entries are of no use to the next.
         torch._dynamo.reset()

@@ -17,8 +17,8 @@ from . import ceilings, pure, rows
 from .operator import OPERATOR, release, verdict
 from .timing import Plan, Run, choose_cache, fastest, measure, pick
 
-SAMPLES = (1, 8, 64, 512, 4096)
-WIDTHS = (16, 256, 4096, 65536, 1 << 20)
+SAMPLES = (1, 2, 4, 8, 32, 64, 512, 4096)
+WIDTHS = (16, 256, 4096, 65536, 1 << 20, 1 << 24)
 LAYERS = (1, 8, 32)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MOST_BYTES = 4 << 30
@@ -129,7 +129,7 @@ def run(device: torch.device, results: Path, quick: bool = False) -> Path:
     """Measure the grid; write and return the CSV."""
     on_gpu = device.type == "cuda"
     most_bytes = (256 << 20 if quick else _MOST_BYTES) if on_gpu else 8 << 20
-    plan = Plan(5, 0.2, 0.2e-3) if quick else Plan(100, 3.0, 0.5e-3)
+    plan = Plan(5, 0.2, 0.2e-3) if quick else Plan(20, 0.25, 0.3e-3)
     where = rows.environment(device)
     size = ceilings.READ_BYTES if on_gpu else ceilings.READ_BYTES // 8
     _, reads = ceilings.find_ceilings(device, plan, size, copy=False)

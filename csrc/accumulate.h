@@ -34,6 +34,26 @@ constexpr double kMeanScale = 0x1p-64;
 constexpr double kMeanUnscale = 0x1p+64;
 constexpr double kLargestDouble = 0x1.fffffffffffffp+1023;
 
+// Division by a whole number below 2^50, rounded correctly: the bits of x / count, without the
+// twenty instructions that a GPU takes for it. q is within two units of the quotient, so that the
+// remainder is exact; and corrected by it, q rounds as the quotient does, for that is no nearer to
+// the middle between two numbers than 1 / count of a unit, and never on it unless count is a power
+// of two, where q is exact already. Holds where neither x nor the remainder leaves the normal
+// range.
+struct Divisor {
+  double count;
+  double reciprocal;
+
+  FADIAG_HOST_DEVICE explicit Divisor(double number) : count(number), reciprocal(1.0 / number) {}
+
+  FADIAG_HOST_DEVICE double divide(double x) const {
+    const double q = x * reciprocal;
+    const double corrected = std::fma(std::fma(-q, count, x), reciprocal, q);
+    // Infinity less infinity would be NaN.
+    return std::fabs(q) <= kLargestDouble ? corrected : q;
+  }
+};
+
 // The add_* functions take a double or a vector of doubles (the CPU kernels' SIMD type), so that
 // there is one definition for both; the figures come from merged, scalar words.
 
@@ -51,8 +71,12 @@ struct NarrowSums {
     words[0] += x;
   }
   FADIAG_HOST_DEVICE static double norm(const double (&words)[1]) { return std::sqrt(words[0]); }
-  FADIAG_HOST_DEVICE static double mean(const double (&words)[1], double count) {
-    return words[0] / count;
+  FADIAG_HOST_DEVICE static double mean(const double (&words)[1], const Divisor& count) {
+#if defined(__CUDA_ARCH__)
+    return count.divide(words[0]);
+#else
+    return words[0] / count.count;
+#endif
   }
 };
 
@@ -104,10 +128,10 @@ struct WideSums {
   }
 
   // The mean of finite values is finite: where the plain sum left the range, the scaled one holds.
-  FADIAG_HOST_DEVICE static double mean(const double (&words)[2], double count) {
-    const double plain = words[0] / count;
+  FADIAG_HOST_DEVICE static double mean(const double (&words)[2], const Divisor& divisor) {
+    const double plain = words[0] / divisor.count;
     if (std::fabs(plain) <= kLargestDouble) return plain;
-    const double scaled = words[1] / count;
+    const double scaled = words[1] / divisor.count;
     if (!(std::fabs(scaled) <= kLargestDouble)) return scaled;
     // Rounding of the sum may put the mean of equal, largest values one unit above them.
     const double limit = kLargestDouble * kMeanScale;

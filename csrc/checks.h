@@ -57,6 +57,7 @@ struct TensorInfo {
   int32_t device_type = 0;
   int32_t device_index = 0;
 
+  TensorInfo() = default;
   explicit TensorInfo(const Tensor& tensor) {
     AtenTensorHandle handle = tensor.get();
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
@@ -137,9 +138,9 @@ inline const char* data_of(const Tensor& tensor) {
   return static_cast<const char*>(data);
 }
 
-// An uninitialised, contiguous tensor on the device of `like`.
-inline Tensor empty_on(const TensorInfo& like, std::initializer_list<int64_t> sizes,
-                       ScalarType dtype) {
+// An uninitialised, contiguous tensor.
+inline Tensor empty_on(int32_t device_type, int32_t device_index,
+                       std::initializer_list<int64_t> sizes, ScalarType dtype) {
   std::array<int64_t, 4> strides{};
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
@@ -149,47 +150,68 @@ inline Tensor empty_on(const TensorInfo& like, std::initializer_list<int64_t> si
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
                                                   strides.data(), static_cast<int32_t>(dtype),
-                                                  like.device_type, like.device_index, &handle));
+                                                  device_type, device_index, &handle));
   return Tensor(handle);
 }
 
-// One checked call of layer_statistics, ready for a kernel.
-struct StatisticsCall {
-  std::array<std::vector<Layer>, kNumElementTypes> layers;
-  int64_t rows = 0;
-  Tensor packed;               // see library.cpp
-  double* norms[2] = {};       // of hiddens and of grads; Layer::norm_offset counts from here
-  void* means = nullptr;       // float, or double where the layers are; likewise mean_offset
-  std::vector<Tensor> copies;  // of inputs whose samples are not dense
-};
+// The same on the device of `like`.
+inline Tensor empty_on(const TensorInfo& like, std::initializer_list<int64_t> sizes,
+                       ScalarType dtype) {
+  return empty_on(like.device_type, like.device_index, sizes, dtype);
+}
 
-inline StatisticsCall check_statistics_call(const std::vector<Tensor>& hiddens,
-                                            const std::vector<Tensor>& grads, bool stacked) {
-  constexpr const char* op = "layer_statistics: ";
-  if (hiddens.empty()) fail(op, "expected at least one layer, got an empty list");
-  if (hiddens.size() != grads.size()) {
-    fail(op, "expected one grad per hidden, got ", hiddens.size(), " hiddens and ", grads.size(),
-         " grads");
-  }
-  const auto num_layers = static_cast<int64_t>(hiddens.size());
-  const int64_t batch_dim = stacked ? 1 : 0;
-  const TensorInfo first(hiddens[0]);
-  const bool wide = element_type(first.dtype) == kDouble;
-  const auto name = [](int32_t dtype) { return dtype_name(static_cast<ScalarType>(dtype)); };
-
-  StatisticsCall call;
-  // Offsets and stack members follow once all layers are known to be sound.
+// What the shapes, strides and types of a call of layer_statistics decide, its data aside.
+struct StatisticsLayout {
   struct Source {
-    Layer layer;
-    int type;
+    Layer layer;  // without data and offsets of a stack's member
+    int type;     // ElementType
     int64_t hidden_stack_stride;
     int64_t grad_stack_stride;
   };
-  std::vector<Source> sources(num_layers);
+  std::vector<Source> sources;
+  int64_t rows = 0;
+  int64_t stack = 1;
+  int64_t width = 0;  // of the packed figures of one member
+  bool stacked = false;
+  bool wide = false;  // whether the layers are float64
+  int32_t device_type = 0;
+  int32_t device_index = 0;
+
+  ScalarType dtype() const { return wide ? ScalarType::Double : ScalarType::Float; }
+};
+
+// Checks a call. infos holds the hiddens' tensors, then the grads'.
+inline StatisticsLayout check_statistics_layout(const std::vector<TensorInfo>& infos,
+                                                int64_t num_hiddens, bool stacked,
+                                                const std::vector<int64_t>& without_mean) {
+  constexpr const char* op = "layer_statistics: ";
+  const int64_t num_layers = num_hiddens;
+  const int64_t num_grads = static_cast<int64_t>(infos.size()) - num_hiddens;
+  if (num_layers == 0) fail(op, "expected at least one layer, got an empty list");
+  if (num_grads != num_layers) {
+    fail(op, "expected one grad per hidden, got ", num_layers, " hiddens and ", num_grads,
+         " grads");
+  }
+  const int64_t batch_dim = stacked ? 1 : 0;
+  const TensorInfo& first = infos[0];
+  const auto name = [](int32_t dtype) { return dtype_name(static_cast<ScalarType>(dtype)); };
+
+  StatisticsLayout layout;
+  layout.stacked = stacked;
+  layout.wide = element_type(first.dtype) == kDouble;
+  layout.device_type = first.device_type;
+  layout.device_index = first.device_index;
+  layout.sources.resize(num_layers);
+  for (const int64_t l : without_mean) {
+    if (l < 0 || l >= num_layers) {
+      fail(op, "without_mean: expected layers from 0 to ", num_layers - 1, ", got ", l);
+    }
+    layout.sources[l].layer.mean_offset = kNoMean;
+  }
   int64_t total_columns = 0;
   for (int64_t l = 0; l < num_layers; ++l) {
-    const TensorInfo hidden(hiddens[l]);
-    const TensorInfo grad(grads[l]);
+    const TensorInfo& hidden = infos[l];
+    const TensorInfo& grad = infos[num_layers + l];
     const int type = element_type(hidden.dtype);
     if (type < 0) {
       fail(op, "layer ", l, ": expected float16, bfloat16, float32 or float64, got ",
@@ -218,70 +240,109 @@ inline StatisticsCall check_statistics_call(const std::vector<Tensor>& hiddens,
       fail(op, "layer ", l, ": expected a stack of ", first.sizes[0], " like layer 0, got ",
            hidden.sizes[0]);
     }
-    if ((type == kDouble) != wide) {
+    if ((type == kDouble) != layout.wide) {
       fail(op, "layer ", l, ": expected float64 in all layers or in none, got ", name(hidden.dtype),
            " beside ", name(first.dtype));
     }
-
-    Source& source = sources[l];
+    StatisticsLayout::Source& source = layout.sources[l];
     source.type = type;
     source.layer.columns = hidden.columns(batch_dim + 1);
-    source.layer.mean_offset = total_columns;
-    total_columns += source.layer.columns;
-    const auto add = [&](const Tensor& tensor, const TensorInfo& info, const void*& data,
-                         int64_t& row_stride, int64_t& stack_stride) {
-      if (info.is_dense(batch_dim + 1)) {
-        data = data_of(tensor);
-        row_stride = info.strides[batch_dim];
-        stack_stride = info.strides[0];
-        return;
-      }
-      call.copies.push_back(torch::stable::contiguous(tensor));
-      const TensorInfo copy(call.copies.back());
-      data = data_of(call.copies.back());
-      row_stride = copy.strides[batch_dim];
-      stack_stride = copy.strides[0];
-    };
-    add(hiddens[l], hidden, source.layer.hidden, source.layer.hidden_row_stride,
-        source.hidden_stack_stride);
-    add(grads[l], grad, source.layer.grad, source.layer.grad_row_stride, source.grad_stack_stride);
+    if (source.layer.mean_offset != kNoMean) {
+      source.layer.mean_offset = total_columns;
+      total_columns += source.layer.columns;
+    }
+    source.layer.hidden_row_stride = hidden.strides[batch_dim];
+    source.layer.grad_row_stride = grad.strides[batch_dim];
+    source.hidden_stack_stride = hidden.strides[0];
+    source.grad_stack_stride = grad.strides[0];
   }
-
-  call.rows = first.sizes[batch_dim];
-  const int64_t stack = stacked ? first.sizes[0] : 1;
+  layout.rows = first.sizes[batch_dim];
+  layout.stack = stacked ? first.sizes[0] : 1;
   // One tensor for all figures: an allocation costs as much as a small kernel.
-  const int64_t norms_size = num_layers * call.rows;        // of hiddens or of grads, in doubles
-  const int64_t norms_width = (wide ? 2 : 4) * norms_size;  // of both, in elements of `packed`
-  int64_t width = norms_width + total_columns;
+  layout.width = (layout.wide ? 2 : 4) * num_layers * layout.rows + total_columns;
   // In a stack, every member's norms have to be aligned like doubles.
-  if (stacked && !wide) width += width % 2;
-  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
-  call.packed = stacked ? empty_on(first, {stack, width}, dtype) : empty_on(first, {width}, dtype);
-  // The mean of no samples is undefined; there is nothing left for a kernel to do.
-  if (call.rows == 0) {
-    torch::stable::fill_(call.packed, std::numeric_limits<double>::quiet_NaN());
-    return call;
-  }
-  void* data = call.packed.mutable_data_ptr();
-  call.norms[0] = static_cast<double*>(data);
+  if (stacked && !layout.wide) layout.width += layout.width % 2;
+  return layout;
+}
+
+// One checked call of layer_statistics, ready for a kernel.
+struct StatisticsCall {
+  std::array<std::vector<Layer>, kNumElementTypes> layers;
+  int64_t rows = 0;
+  double* norms[2] = {};  // of hiddens and of grads; Layer::norm_offset counts from here
+  void* means = nullptr;  // float, or double where the layers are; likewise mean_offset
+  int32_t device_type = 0;
+  int32_t device_index = 0;
+};
+
+// Binds a layout to its data: of the hiddens, then of the grads; `packed` takes the figures.
+inline StatisticsCall bind_statistics(const StatisticsLayout& layout,
+                                      const std::vector<const char*>& data, void* packed) {
+  const auto num_layers = static_cast<int64_t>(layout.sources.size());
+  const int64_t norms_size = num_layers * layout.rows;
+  StatisticsCall call;
+  call.rows = layout.rows;
+  call.device_type = layout.device_type;
+  call.device_index = layout.device_index;
+  call.norms[0] = static_cast<double*>(packed);
   call.norms[1] = call.norms[0] + norms_size;
   call.means = call.norms[1] + norms_size;
-  const int64_t stack_norms = wide ? width : width / 2;
-
-  call.layers[sources[0].type].reserve(stack * num_layers);
-  for (int64_t c = 0; c < stack; ++c) {
+  const int64_t stack_norms = layout.wide ? layout.width : layout.width / 2;
+  call.layers[layout.sources[0].type].reserve(layout.stack * num_layers);
+  for (int64_t c = 0; c < layout.stack; ++c) {
     for (int64_t l = 0; l < num_layers; ++l) {
-      const Source& source = sources[l];
+      const StatisticsLayout::Source& source = layout.sources[l];
       const int64_t item = kElementSizes[source.type];
       Layer layer = source.layer;
-      layer.hidden = static_cast<const char*>(layer.hidden) + c * source.hidden_stack_stride * item;
-      layer.grad = static_cast<const char*>(layer.grad) + c * source.grad_stack_stride * item;
-      layer.mean_offset += c * width;
-      layer.norm_offset = c * stack_norms + l * call.rows;
+      layer.hidden = data[l] + c * source.hidden_stack_stride * item;
+      layer.grad = data[num_layers + l] + c * source.grad_stack_stride * item;
+      if (layer.mean_offset != kNoMean) layer.mean_offset += c * layout.width;
+      layer.norm_offset = c * stack_norms + l * layout.rows;
       call.layers[source.type].push_back(layer);
     }
   }
   return call;
+}
+
+// The operator of a device whose kernels `run` starts. Samples with gaps are copied.
+template <typename Run>
+Tensor layer_statistics_with(const Run& run, const std::vector<Tensor>& hiddens,
+                             const std::vector<Tensor>& grads, bool stacked,
+                             const std::vector<int64_t>& without_mean) {
+  const auto num_hiddens = static_cast<int64_t>(hiddens.size());
+  const int64_t sample_dim = stacked ? 2 : 1;
+  std::vector<TensorInfo> infos;
+  infos.reserve(hiddens.size() + grads.size());
+  for (const Tensor& hidden : hiddens) infos.emplace_back(hidden);
+  for (const Tensor& grad : grads) infos.emplace_back(grad);
+  StatisticsLayout layout = check_statistics_layout(infos, num_hiddens, stacked, without_mean);
+  std::vector<Tensor> copies;
+  std::vector<const char*> data(infos.size());
+  for (size_t i = 0; i < infos.size(); ++i) {
+    const bool is_grad = i >= hiddens.size();
+    const size_t l = is_grad ? i - hiddens.size() : i;
+    const Tensor& tensor = is_grad ? grads[l] : hiddens[l];
+    if (infos[i].is_dense(sample_dim)) {
+      data[i] = data_of(tensor);
+      continue;
+    }
+    copies.push_back(torch::stable::contiguous(tensor));
+    data[i] = data_of(copies.back());
+    const TensorInfo copy(copies.back());
+    StatisticsLayout::Source& source = layout.sources[l];
+    (is_grad ? source.layer.grad_row_stride : source.layer.hidden_row_stride) =
+        copy.strides[sample_dim - 1];
+    (is_grad ? source.grad_stack_stride : source.hidden_stack_stride) = copy.strides[0];
+  }
+  Tensor packed = stacked ? empty_on(infos[0], {layout.stack, layout.width}, layout.dtype())
+                          : empty_on(infos[0], {layout.width}, layout.dtype());
+  if (layout.rows == 0) {
+    // The mean of no samples is undefined; there is nothing for a kernel to do.
+    torch::stable::fill_(packed, std::numeric_limits<double>::quiet_NaN());
+  } else {
+    run(bind_statistics(layout, data, packed.mutable_data_ptr()));
+  }
+  return packed;
 }
 
 // One checked call of direction_cosines. Tables hold one group per (stack member, layer).

@@ -7,7 +7,8 @@
 // both float64 whatever the tensor's own type; then the batch means of the grads, layer after
 // layer, in the tensor's type. Within a layer the mean keeps the order in which the grad's samples
 // lie in memory where these are dense, else the logical order. A stack member of odd width has one
-// element of padding.
+// element of padding. Layers in without_mean have no mean there: it is neither computed nor
+// written.
 //
 // direction_cosines: grad_means are K batches of L layers, batch after batch. Returns the cosines
 // of the K directions of each layer, [L, K, K] float64 (stacked: [C, L, K, K]).
@@ -21,8 +22,8 @@
 // or not finite. Both places count on, around the end; places[2] is the kernels' own, zero.
 STABLE_TORCH_LIBRARY(fadiag, m) {
   m.def(
-      "layer_statistics(Tensor[] hiddens, Tensor[] grads, bool stacked=False) -> "
-      "Tensor");
+      "layer_statistics(Tensor[] hiddens, Tensor[] grads, bool stacked=False, "
+      "int[] without_mean=[]) -> Tensor");
   m.def(
       "step_row(Tensor norms, Tensor[] directions, Tensor(a!)[] kept, Tensor(b!) rows, "
       "Tensor(c!) places, float decay, Tensor[] extras) -> ()");

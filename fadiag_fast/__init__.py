@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 from .compiled import CompiledProbe, LoadedProbe, load_probe
 from .diagnosis import diagnose
-from .ops import direction_cosines, layer_statistics
+from .ops import PreparedStatistics, direction_cosines, layer_statistics, prepare_statistics
 from .packaged import load_packaged
 from .protocol import DiagnosticThresholds
 from .reference import LayerStatistics
@@ -19,6 +19,7 @@ __all__ = [
     "DiagnosticThresholds",
     "LayerStatistics",
     "LoadedProbe",
+    "PreparedStatistics",
     "ScanResult",
     "StepProbe",
     "StepRecord",
@@ -28,5 +29,6 @@ __all__ = [
     "layer_statistics",
     "load_packaged",
     "load_probe",
+    "prepare_statistics",
     "scan",
 ]

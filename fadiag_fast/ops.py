@@ -5,6 +5,8 @@ They call ``torch.ops.fadiag.*`` where a kernel for the tensors' device is loade
 ``FADIAG_BACKEND=native|torch`` or the argument ``backend`` forces either.
 """
 
+import contextlib
+import ctypes
 import json
 import math
 import os
@@ -159,9 +161,10 @@ class PackedStatistics(LayerStatistics):
         shapes: of the grads, ``batch_dims`` leading dimensions included.
         strides: of the grads; None where every sample has one dimension.
         batch_dims: leading dimensions of the grads that number samples.
+        without_mean: the layers whose mean was not asked for.
     """
 
-    __slots__ = ("batch_dims", "packed", "shapes", "strides")
+    __slots__ = ("batch_dims", "packed", "shapes", "strides", "without_mean")
 
     def __init__(
         self,
@@ -169,11 +172,13 @@ class PackedStatistics(LayerStatistics):
         shapes: tuple[Sequence[int], ...],
         strides: tuple[Sequence[int], ...] | None,
         batch_dims: int,
+        without_mean: tuple[int, ...] = (),
     ) -> None:
         self.packed = packed
         self.shapes = shapes
         self.strides = strides
         self.batch_dims = batch_dims
+        self.without_mean = without_mean
 
     def _norms_width(self) -> int:
         words = 2 if self.packed.dtype == torch.float64 else 4
@@ -202,25 +207,37 @@ class PackedStatistics(LayerStatistics):
         """L2 norm of each sample's gradient, ``[L, B]`` float64."""
         return self.norms.select(-3, 1)
 
+    def _mean_widths(self) -> list[int]:
+        widths = [math.prod(shape[self.batch_dims :]) for shape in self.shapes]
+        for layer in self.without_mean:
+            widths[layer] = 0
+        return widths
+
     @property
     def grad_mean(self) -> tuple[Tensor, ...]:
-        """Per layer the batch mean of the gradients, shaped like one sample."""
-        samples = [tuple(shape[self.batch_dims :]) for shape in self.shapes]
-        widths = [math.prod(sizes) for sizes in samples]
+        """Per layer the batch mean of the gradients, shaped like one sample.
+
+        Of a layer whose mean was not asked for an empty tensor, ``[0]``.
+        """
+        widths = self._mean_widths()
         packed_means = self.packed.narrow(-1, self._norms_width(), sum(widths))
         means: tuple[Tensor, ...] = packed_means.split(widths, dim=-1)
         if self.strides is None:
             return means
         return tuple(
-            _shape_mean(mean, sizes, strides[self.batch_dims :])
-            for mean, sizes, strides in zip(means, samples, self.strides, strict=True)
+            mean
+            if layer in self.without_mean
+            else _shape_mean(mean, tuple(shape[self.batch_dims :]), strides[self.batch_dims :])
+            for layer, (mean, shape, strides) in enumerate(
+                zip(means, self.shapes, self.strides, strict=True)
+            )
         )
 
     def mean_of(self, layer: int) -> Tensor:
         """Return one element of ``grad_mean``, at the cost of one view."""
         if self.strides is not None:
             return self.grad_mean[layer]
-        widths = [shape[self.batch_dims] for shape in self.shapes]
+        widths = self._mean_widths()
         start = self._norms_width() + sum(widths[:layer])
         return self.packed.narrow(-1, start, widths[layer])
 
@@ -239,10 +256,26 @@ def _shape_mean(mean: Tensor, sizes: tuple[int, ...], strides: Sequence[int]) ->
 # vmap, torch.compile and torch.export look into containers that they know.
 register_pytree_node(
     PackedStatistics,
-    lambda found: ([found.packed], (found.shapes, found.strides, found.batch_dims)),
+    lambda found: (
+        [found.packed],
+        (found.shapes, found.strides, found.batch_dims, found.without_mean),
+    ),
     lambda packed, context: PackedStatistics(next(iter(packed)), *context),
     serialized_type_name="fadiag_fast.ops.PackedStatistics",
 )
+
+
+def _without_mean(means: Sequence[int] | None, layers: int) -> tuple[int, ...]:
+    """Return the layers whose mean is not asked for."""
+    if means is None:
+        return ()
+    wanted = set(means)
+    unknown = [l for l in means if not 0 <= l < layers]
+    if unknown:
+        raise ValueError(
+            f"layer_statistics: means: expected layers from 0 to {layers - 1}, got {unknown[0]}"
+        )
+    return tuple([l for l in range(layers) if l not in wanted])
 
 
 def layer_statistics(
@@ -250,6 +283,7 @@ def layer_statistics(
     grads: Sequence[Tensor],
     *,
     stacked: bool = False,
+    means: Sequence[int] | None = None,
     backend: Backend | None = None,
 ) -> LayerStatistics:
     """Compute per-sample norms and batch-mean gradients of all layers in one pass.
@@ -261,17 +295,20 @@ def layer_statistics(
             device in pairs. Under a mean-reduced loss they carry the factor 1/B, and so do the
             figures made from them.
         stacked: whether a stack dimension stands before the batch.
+        means: numbers of the layers whose mean gradient is wanted; None for all. Of the others it
+            is neither computed nor stored, which few samples of many features gain by.
         backend: ``"native"`` or ``"torch"`` to force one.
 
     Returns:
         :class:`LayerStatistics`: ``hidden_norm`` and ``grad_norm``, ``[L, B]`` float64, and
-        ``grad_mean``, a tuple of one tensor per layer, shaped like a sample. None of them is
-        differentiable.
+        ``grad_mean``, a tuple of one tensor per layer, shaped like a sample, or ``[0]`` where it
+        was not wanted. None of them is differentiable.
 
     Raises:
         TypeError: no list of tensors, a tensor of no floating type, or a pair that differs in
             dtype.
-        ValueError: the list is empty, or layers differ in samples, shape or device.
+        ValueError: the list is empty, layers differ in samples, shape or device, or ``means`` names
+            a layer that is not there.
         RuntimeError: ``backend="native"`` and there is no kernel for the device.
 
     Source: protocol of arXiv 2606.21126, diagnostics (a), (b) and (c).
@@ -293,25 +330,59 @@ def layer_statistics(
         or not _is_native(hiddens[0].device.type, backend)
     ):
         checks.check_statistics_input(hiddens, grads, stacked)
+        without_mean = _without_mean(means, len(hiddens))
         with torch.no_grad():
-            return reference.layer_statistics(hiddens, grads, stacked=stacked)
+            found = reference.layer_statistics(hiddens, grads, stacked=stacked)
+        return found if means is None else _less(found, without_mean)
+    if _is_plain():
+        key = None if means is None else tuple(means)
+        for prepared in _recent:
+            if prepared.stacked == stacked and prepared.means == key:
+                ready = prepared.offer(hiddens, grads)
+                if ready is not None:
+                    return ready
+    return _layer_statistics(hiddens, grads, stacked, means, backend)
+
+
+def _layer_statistics(
+    hiddens: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    stacked: bool,
+    means: Sequence[int] | None,
+    backend: Backend | None,
+) -> LayerStatistics:
+    """Call the operator; prepare for tensors like these where they came the second time."""
+    without_mean = _without_mean(means, len(hiddens))
     try:
-        packed = _statistics_op(hiddens, grads, stacked)
+        packed = _statistics_op(hiddens, grads, stacked, without_mean)
     except (RuntimeError, TypeError, NotImplementedError):
         checks.check_statistics_input(hiddens, grads, stacked)
         if len({hidden.dtype == torch.float64 for hidden in hiddens}) == 2:
-            return _statistics_by_width(hiddens, grads, stacked, backend)
+            return _statistics_by_width(hiddens, grads, stacked, means, backend)
         raise
     batch_dims = 2 if stacked else 1
     shapes = tuple([grad.shape for grad in grads])
     strides = None
     if set(map(len, shapes)) != {batch_dims + 1}:
         strides = tuple([grad.stride() for grad in grads])
-    return PackedStatistics(packed, shapes, strides, batch_dims)
+    if _is_plain():
+        _note(hiddens, grads, stacked, means)
+    return PackedStatistics(packed, shapes, strides, batch_dims, without_mean)
+
+
+def _less(found: LayerStatistics, without_mean: Sequence[int]) -> LayerStatistics:
+    means = list(found.grad_mean)
+    for layer in without_mean:
+        means[layer] = means[layer].new_empty(0)
+    return LayerStatistics(found.hidden_norm, found.grad_norm, tuple(means))
 
 
 def _statistics_by_width(
-    hiddens: Sequence[Tensor], grads: Sequence[Tensor], stacked: bool, backend: Backend | None
+    hiddens: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    stacked: bool,
+    means: Sequence[int] | None,
+    backend: Backend | None,
 ) -> LayerStatistics:
     """Serve float64 layers beside narrower ones: their packed means differ in type."""
     layer_dim = 1 if stacked else 0
@@ -324,6 +395,7 @@ def _statistics_by_width(
             [hiddens[l] for l in layers],
             [grads[l] for l in layers],
             stacked=stacked,
+            means=None if means is None else [layers.index(l) for l in means if l in layers],
             backend=backend,
         )
         for position, l in enumerate(layers):
@@ -333,6 +405,256 @@ def _statistics_by_width(
     return LayerStatistics(
         torch.stack(hidden_norm, layer_dim), torch.stack(grad_norm, layer_dim), tuple(grad_mean)
     )
+
+
+# --- Calls without torch's dispatcher: see csrc/prepared.h ---
+
+_DONE, _DIFFERS = 0, 1  # csrc/prepared.h, PreparedResult
+_is_negated = Tensor.is_neg
+# How many kinds of calls are remembered. A training has one or two.
+_MOST_RECENT = 4
+
+
+@dataclass(frozen=True)
+class _EntryPoints:
+    """The C functions of one native library."""
+
+    prepare: Any
+    run: Any
+    release: Any
+    last_error: Any
+    exchange: int
+
+
+def _entry_points(device: str) -> _EntryPoints | None:
+    """Return a library's C functions; None where this torch offers no exchange of tensors."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None or not LIBRARIES[device].loaded:
+        return None
+    try:
+        pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer_of.restype = ctypes.c_void_p
+        pointer_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
+        exchange = pointer_of(capsule, b"dlpack_exchange_api")
+        library = ctypes.PyDLL(str(LIBRARIES[device].path))
+        prepare, run = library.fadiag_prepare, library.fadiag_run
+        release, last_error = library.fadiag_release, library.fadiag_last_error
+    except (ValueError, OSError, AttributeError):
+        return None
+    objects = [ctypes.py_object] * 3
+    counts = ctypes.POINTER(ctypes.c_int64)
+    prepare.restype = ctypes.c_void_p
+    prepare.argtypes = [ctypes.c_void_p, *objects, ctypes.c_int, counts, ctypes.c_int64, counts]
+    run.restype = ctypes.c_int
+    run.argtypes = [ctypes.c_void_p, *objects]
+    release.restype = None
+    release.argtypes = [ctypes.c_void_p]
+    last_error.restype = ctypes.c_char_p
+    last_error.argtypes = []
+    return _EntryPoints(prepare, run, release, last_error, exchange)
+
+
+def _is_plain() -> bool:
+    """Whether nothing watches or transforms calls of operators now."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack()
+    )
+
+
+class PreparedStatistics:
+    """``layer_statistics`` for tensors of the shapes, strides, types and device of those given.
+
+    A call compares the metadata of its tensors with those prepared for and starts the kernels on
+    the current stream, without torch's dispatcher: in a third of the time of a first call. Holds
+    neither tensors nor memory between calls, may be called by any thread and captured in a CUDA
+    graph. Not for ``torch.compile``, ``torch.func`` or ``torch.export``: call ``layer_statistics``.
+
+    Attributes:
+        stacked: whether a stack dimension stands before the batch.
+        means: the layers whose mean is wanted; None for all.
+    """
+
+    def __init__(
+        self,
+        hiddens: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        *,
+        stacked: bool = False,
+        means: Sequence[int] | None = None,
+    ) -> None:
+        self._handle: int | None = None
+        self.stacked = stacked
+        self.means = None if means is None else tuple(means)
+        checks.check_lists("prepare_statistics", hiddens=hiddens, grads=grads)
+        checks.check_statistics_input(hiddens, grads, stacked)
+        without_mean = _without_mean(means, len(hiddens))
+        device = hiddens[0].device
+        points = _POINTS.get(device.type)
+        if points is None:
+            raise RuntimeError(f"prepare_statistics: expected native kernels for {device.type}")
+        width = ctypes.c_int64()
+        numbers = (ctypes.c_int64 * len(without_mean))(*without_mean)
+        self._handle = points.prepare(
+            points.exchange,
+            Tensor,
+            list(hiddens),
+            list(grads),
+            int(stacked),
+            numbers,
+            len(without_mean),
+            ctypes.byref(width),
+        )
+        if self._handle is None:
+            raise ValueError(points.last_error().decode())
+        self._points = points
+        self._run = points.run
+        dtype = torch.float64 if hiddens[0].dtype == torch.float64 else torch.float32
+        size = (hiddens[0].shape[0], width.value) if stacked else (width.value,)
+        self._size = torch.Size(size)
+        self._like = torch.empty(0, dtype=dtype, device=device)
+        batch_dims = 2 if stacked else 1
+        self._shapes = tuple([grad.shape for grad in grads])
+        self._strides: tuple[Sequence[int], ...] | None = None
+        if set(map(len, self._shapes)) != {batch_dims + 1}:
+            self._strides = tuple([grad.stride() for grad in grads])
+        self._batch_dims = batch_dims
+        self._without_mean = without_mean
+        self._kinds = [
+            [(h.shape, h.stride(), h.dtype, h.device) for h in tensors]
+            for tensors in (hiddens, grads)
+        ]
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None) is not None:
+            self._points.release(self._handle)
+
+    def offer(self, hiddens: Sequence[Tensor], grads: Sequence[Tensor]) -> PackedStatistics | None:
+        """Return the figures of tensors like those prepared for, None of any others."""
+        if type(hiddens) is not list:
+            hiddens = list(hiddens)
+        if type(grads) is not list:
+            grads = list(grads)
+        try:
+            # The exchange tells of the memory, which holds the opposite of such a tensor's values:
+            # that changes no norm.
+            if self.means != () and any(map(_is_negated, grads)):
+                return None
+            packed = self._like.new_empty(self._size)
+            result = self._run(self._handle, hiddens, grads, packed)
+        except Exception:
+            # What the exchange says of a tensor without memory of its own.
+            return None
+        if result == _DONE:
+            return PackedStatistics(
+                packed, self._shapes, self._strides, self._batch_dims, self._without_mean
+            )
+        if result == _DIFFERS:
+            return None
+        raise RuntimeError(self._points.last_error().decode())
+
+    def __call__(self, hiddens: Sequence[Tensor], grads: Sequence[Tensor]) -> PackedStatistics:
+        """Compute the figures of tensors like those prepared for.
+
+        Args:
+            hiddens: L tensors, as many as prepared for.
+            grads: their gradients.
+
+        Raises:
+            ValueError: a tensor differs from the one prepared for.
+            RuntimeError: under ``torch.compile``, ``torch.func`` or a dispatch mode.
+        """
+        if not _is_plain():
+            raise RuntimeError(
+                "prepared statistics: expected a plain call, got one under torch.compile, "
+                "torch.func or a dispatch mode; call layer_statistics"
+            )
+        found = self.offer(hiddens, grads)
+        if found is None:
+            raise ValueError(self._difference(hiddens, grads))
+        return found
+
+    def _difference(self, hiddens: Sequence[Tensor], grads: Sequence[Tensor]) -> str:
+        where = "prepared statistics: "
+        for name, tensors, kinds in (
+            ("hidden", hiddens, self._kinds[0]),
+            ("grad", grads, self._kinds[1]),
+        ):
+            if len(tensors) != len(kinds):
+                return f"{where}expected {len(kinds)} {name}s, got {len(tensors)}"
+            for layer, (tensor, kind) in enumerate(zip(tensors, kinds, strict=True)):
+                if type(tensor) is not Tensor:
+                    got = type(tensor).__name__
+                    return f"{where}layer {layer}, {name}: expected a torch.Tensor, got {got}"
+                own = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+                for what, expected, value in zip(
+                    ("shape", "strides", "dtype", "device"), kind, own, strict=True
+                ):
+                    if value != expected:
+                        given = [
+                            list(x) if isinstance(x, tuple) else str(x).removeprefix("torch.")
+                            for x in (expected, value)
+                        ]
+                        return (
+                            f"{where}layer {layer}, {name}: expected {what} {given[0]}, "
+                            f"got {given[1]}; prepare for these tensors or call layer_statistics"
+                        )
+        return f"{where}expected tensors with memory of their own, and none negated lazily"
+
+
+def prepare_statistics(
+    like_hiddens: Sequence[Tensor],
+    like_grads: Sequence[Tensor],
+    *,
+    stacked: bool = False,
+    means: Sequence[int] | None = None,
+) -> PreparedStatistics:
+    """Prepare calls of ``layer_statistics`` on tensors like the given ones, which are not kept.
+
+    Args:
+        like_hiddens: tensors as the calls will bring them.
+        like_grads: their gradients.
+        stacked: as in ``layer_statistics``.
+        means: as in ``layer_statistics``.
+
+    Returns:
+        A callable of ``(hiddens, grads)`` that gives what ``layer_statistics`` does.
+
+    Raises:
+        TypeError, ValueError: as ``layer_statistics``, and for samples with gaps in memory or none.
+        RuntimeError: there is no native kernel for the device.
+
+    >>> import torch
+    >>> h, g = torch.ones(2, 3), torch.ones(2, 3)
+    >>> prepared = prepare_statistics([h], [g])
+    >>> prepared([h * 2], [g]).hidden_norm
+    tensor([[3.4641, 3.4641]], dtype=torch.float64)
+    """
+    return PreparedStatistics(like_hiddens, like_grads, stacked=stacked, means=means)
+
+
+_recent: list[PreparedStatistics] = []
+_last_seen: list[Any] = [None]
+
+
+def _note(
+    hiddens: Sequence[Tensor], grads: Sequence[Tensor], stacked: bool, means: Sequence[int] | None
+) -> None:
+    """Prepare for tensors that came twice in a row; one change of shape is not worth it."""
+    if hiddens[0].device.type not in _POINTS:
+        return
+    seen = (stacked, means, [(x.shape, x.stride(), x.dtype) for x in (*hiddens, *grads)])
+    if seen != _last_seen[0]:
+        _last_seen[0] = seen
+        return
+    _last_seen[0] = None
+    # Refused: what the operator copies, or tensors of a class of their own.
+    with contextlib.suppress(ValueError):
+        made = PreparedStatistics(hiddens, grads, stacked=stacked, means=means)
+        _recent.insert(0, made)
+        del _recent[_MOST_RECENT:]
 
 
 def direction_cosines(
@@ -448,12 +770,21 @@ def _register_rules() -> None:
     _register_rules.library = library  # type: ignore[attr-defined]  # a Library ends with its object
 
     @torch.library.register_fake("fadiag::layer_statistics")
-    def _(hiddens: Sequence[Tensor], grads: Sequence[Tensor], stacked: bool = False) -> Tensor:
+    def _(
+        hiddens: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        stacked: bool = False,
+        without_mean: Sequence[int] = (),
+    ) -> Tensor:
         checks.check_statistics_input(hiddens, grads, stacked)
         batch_dims = 2 if stacked else 1
         *stack, rows = hiddens[0].shape[:batch_dims]
         wide = hiddens[0].dtype == torch.float64
-        width = sum(math.prod(hidden.shape[batch_dims:]) for hidden in hiddens)
+        width = sum(
+            math.prod(hidden.shape[batch_dims:])
+            for layer, hidden in enumerate(hiddens)
+            if layer not in without_mean
+        )
         width = width + (2 if wide else 4) * len(hiddens) * rows
         if stacked and not wide:
             width = width + width % 2
@@ -491,12 +822,14 @@ def _register_rules() -> None:
         hiddens: Sequence[Tensor],
         grads: Sequence[Tensor],
         stacked: bool = False,
+        without_mean: Sequence[int] = (),
     ) -> tuple[Tensor, int]:
         hidden_dims, grad_dims = in_dims[:2]
         packed = _statistics_op(
             _stack(hiddens, hidden_dims, info.batch_size, stacked),
             _stack(grads, grad_dims, info.batch_size, stacked),
             True,
+            without_mean,
         )
         return (packed.unflatten(0, (info.batch_size, -1)) if stacked else packed), 0
 
@@ -531,3 +864,9 @@ if "cpu" in _NATIVE_DEVICES:
     _statistics_op = torch.ops.fadiag.layer_statistics.default
     _cosines_op = torch.ops.fadiag.direction_cosines.default
     _step_row_op = torch.ops.fadiag.step_row.default
+
+_POINTS: dict[str, _EntryPoints] = {
+    device: points
+    for device in ("cpu", "cuda")
+    if device in _NATIVE_DEVICES and (points := _entry_points(device)) is not None
+}

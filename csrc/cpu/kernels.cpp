@@ -110,7 +110,8 @@ void statistics_tile_of(const Layer& layer, const Tile& tile, double* hidden_squ
                        tile.row_begin * layer.hidden_row_stride + tile.column_begin;
   const auto* grad = static_cast<const Element*>(layer.grad) +
                      tile.row_begin * layer.grad_row_stride + tile.column_begin;
-  for (int64_t i = 0; i < Sums::kColumnWords * columns; ++i) column_sums[i] = 0.0;
+  const bool with_columns = column_sums != nullptr;
+  for (int64_t i = 0; with_columns && i < Sums::kColumnWords * columns; ++i) column_sums[i] = 0.0;
   int64_t r = 0;
   const auto step = [&](auto group) {
     constexpr int kRows = decltype(group)::value;
@@ -124,8 +125,13 @@ void statistics_tile_of(const Layer& layer, const Tile& tile, double* hidden_squ
     const int64_t grad_stride = layer.grad_row_stride;
     add_rows<Element, kRows, false>(hidden + r * hidden_stride, hidden_stride, columns,
                                     ahead(hidden_stride), hidden_squares + word, nullptr);
-    add_rows<Element, kRows, true>(grad + r * grad_stride, grad_stride, columns, ahead(grad_stride),
-                                   grad_squares + word, column_sums);
+    if (with_columns) {
+      add_rows<Element, kRows, true>(grad + r * grad_stride, grad_stride, columns,
+                                     ahead(grad_stride), grad_squares + word, column_sums);
+    } else {
+      add_rows<Element, kRows, false>(grad + r * grad_stride, grad_stride, columns,
+                                      ahead(grad_stride), grad_squares + word, nullptr);
+    }
     r += kRows;
   };
   while (r + kRowGroup <= rows) step(std::integral_constant<int, kRowGroup>{});
@@ -138,7 +144,7 @@ void column_means_of(const double* sums, int64_t word_stride, int64_t columns, i
   using Sums = typename SumsOf<Element>::type;
   using Mean = std::conditional_t<std::is_same_v<Element, double>, double, float>;
   auto* target = static_cast<Mean*>(means);
-  const auto count = static_cast<double>(rows);
+  const Divisor count(static_cast<double>(rows));
   for (int64_t c = 0; c < columns; ++c) {
     double words[Sums::kColumnWords];
     for (int w = 0; w < Sums::kColumnWords; ++w) words[w] = sums[w * word_stride + c];

@@ -18,7 +18,7 @@ struct Tile {
 // `type` is an ElementType of checks.h: float16, bfloat16, float32, float64.
 struct CpuKernels {
   // Writes the words of each row's squares, [rows, words], and of each column's sum,
-  // [words, columns], of one tile.
+  // [words, columns], of one tile; the latter unless column_sums is null.
   void (*statistics_tile)(int type, const Layer& layer, const Tile& tile, double* hidden_squares,
                           double* grad_squares, double* column_sums);
   // Writes the means over `rows` of the columns whose sums are given, [words, columns] with

@@ -4,6 +4,7 @@
 
 #include "../accumulate.h"
 #include "../checks.h"
+#include "../prepared.h"
 #include "dispatch.h"
 
 namespace fadiag {
@@ -42,6 +43,7 @@ struct LayerWork {
   // Into one workspace of the whole call.
   double* squares;      // [tiles, 2, rows, words]
   double* column_sums;  // [splits, words, columns]; unused for a single split
+  bool with_mean;
 };
 
 void write_means(const LayerWork& work, int64_t column_begin, int64_t columns, int64_t rows,
@@ -68,7 +70,8 @@ void run_tile(LayerWork& work, int64_t task, int64_t rows, void* means) {
   double* squares = work.squares + tile * 2 * rows * kWords + block.row_begin * kWords;
   alignas(64) double sums[Sums::kColumnWords * kTileColumns];
   cpu_kernels().statistics_tile(work.type, *work.layer, block, squares, squares + rows * kWords,
-                                sums);
+                                work.with_mean ? sums : nullptr);
+  if (!work.with_mean) return;
   if (work.plan.num_splits == 1) {
     write_means(work, block.column_begin, block_columns, rows, sums, block_columns, means);
     return;
@@ -94,7 +97,7 @@ void finish_layer(LayerWork& work, int64_t rows, double* const (&norms)[2], void
       target[r] = Sums::norm(words);
     }
   }
-  if (work.plan.num_splits <= 1) return;
+  if (work.plan.num_splits <= 1 || !work.with_mean) return;
   const int64_t size = Sums::kColumnWords * work.layer->columns;
   double* total = work.column_sums;
   for (int64_t split = 1; split < work.plan.num_splits; ++split) {
@@ -104,8 +107,7 @@ void finish_layer(LayerWork& work, int64_t rows, double* const (&norms)[2], void
   write_means(work, 0, work.layer->columns, rows, total, work.layer->columns, means);
 }
 
-Tensor layer_statistics(std::vector<Tensor> hiddens, std::vector<Tensor> grads, bool stacked) {
-  const StatisticsCall call = check_statistics_call(hiddens, grads, stacked);
+void run(const StatisticsCall& call) {
   const int64_t rows = call.rows;
   std::vector<LayerWork> works;
   int64_t num_layers = 0;
@@ -120,11 +122,13 @@ Tensor layer_statistics(std::vector<Tensor> hiddens, std::vector<Tensor> grads, 
   };
   const auto column_sums_size = [&](const LayerWork& work) {
     const int words = work.type == kDouble ? WideSums::kColumnWords : NarrowSums::kColumnWords;
-    return work.plan.num_splits > 1 ? work.plan.num_splits * words * work.layer->columns : 0;
+    const bool needed = work.plan.num_splits > 1 && work.with_mean;
+    return needed ? work.plan.num_splits * words * work.layer->columns : 0;
   };
   for (int type = 0; type < kNumElementTypes; ++type) {
     for (const Layer& layer : call.layers[type]) {
-      works.push_back({&layer, type, TilePlan(rows, layer.columns), num_tasks, nullptr, nullptr});
+      works.push_back({&layer, type, TilePlan(rows, layer.columns), num_tasks, nullptr, nullptr,
+                       layer.mean_offset != kNoMean});
       const LayerWork& work = works.back();
       num_tasks += work.plan.num_tiles * std::max<int64_t>(1, work.plan.num_splits);
       elements += 2 * rows * layer.columns;
@@ -160,11 +164,17 @@ Tensor layer_statistics(std::vector<Tensor> hiddens, std::vector<Tensor> grads, 
       finish_layer<NarrowSums>(work, rows, call.norms, call.means);
     }
   });
-  return call.packed;
+}
+
+Tensor layer_statistics(std::vector<Tensor> hiddens, std::vector<Tensor> grads, bool stacked,
+                        std::vector<int64_t> without_mean) {
+  return layer_statistics_with(run, hiddens, grads, stacked, without_mean);
 }
 
 }  // namespace
 }  // namespace fadiag
+
+FADIAG_PREPARED_STATISTICS(fadiag::run)
 
 STABLE_TORCH_LIBRARY_IMPL(fadiag, CPU, m) {
   m.impl("layer_statistics", TORCH_BOX(&fadiag::layer_statistics));

@@ -5,11 +5,7 @@
 
 namespace fadiag {
 
-constexpr int kWarpSize = 32;
-constexpr int kWarps = 8;
-constexpr int kConsumers = kWarps * kWarpSize;
-// A warp's turn: four rows of h and of g, eight 16-byte vectors per lane.
-constexpr int kRowGroup = 4;
+constexpr int kThreads = kWarps * kWarpSize;
 
 // Sums eight values over a warp, transposed: lane i returns the total of value i / 4.
 __device__ __forceinline__ double sum_transposed(double (&v)[8], int lane) {
@@ -30,16 +26,21 @@ __device__ __forceinline__ double sum_transposed(double (&v)[8], int lane) {
   return total;
 }
 
+// A column's mean as it is stored.
+template <typename Sums>
+using MeanOf = std::conditional_t<std::is_same_v<Sums, WideSums>, double, float>;
+
+template <typename Sums>
+__device__ __forceinline__ MeanOf<Sums> mean_of(const double (&words)[Sums::kColumnWords],
+                                                const Divisor& rows) {
+  return static_cast<MeanOf<Sums>>(Sums::mean(words, rows));
+}
+
 template <typename Sums>
 __device__ __forceinline__ void write_mean(void* means, int64_t index,
                                            const double (&words)[Sums::kColumnWords],
-                                           int64_t rows) {
-  const double mean = Sums::mean(words, static_cast<double>(rows));
-  if constexpr (Sums::kColumnWords == WideSums::kColumnWords) {
-    static_cast<double*>(means)[index] = mean;
-  } else {
-    static_cast<float*>(means)[index] = static_cast<float>(mean);
-  }
+                                           const Divisor& rows) {
+  static_cast<MeanOf<Sums>*>(means)[index] = mean_of<Sums>(words, rows);
 }
 
 // The sums of a lane's columns over all its rows, and of its share of four rows.

@@ -1,4 +1,9 @@
 // layer_statistics for CUDA tensors: plans, workspace, launches, registration.
+#include <array>
+#include <limits>
+#include <mutex>
+
+#include "../prepared.h"
 #include "glue.h"
 #include "layer_statistics_kernel.cuh"
 #include "small_layers_kernel.cuh"
@@ -9,28 +14,17 @@ namespace {
 // What all launches of a call share.
 struct Target {
   const StatisticsCall& call;
-  int multiprocessors;
+  Chip chip;
   bool has_clusters;
-  bool has_ring;
+  int32_t device;
   cudaStream_t stream;
 };
-
-template <typename Element>
-StatisticsEntry describe(const Layer& layer, int64_t rows) {
-  StatisticsEntry entry{};
-  entry.layer = layer;
-  const int64_t hidden_stride = rows > 1 ? layer.hidden_row_stride : 0;
-  const int64_t grad_stride = rows > 1 ? layer.grad_row_stride : 0;
-  entry.aligned = is_aligned(layer.hidden, hidden_stride, sizeof(Element)) &&
-                  is_aligned(layer.grad, grad_stride, sizeof(Element));
-  entry.bulk = entry.aligned && layer.columns * sizeof(Element) % kVectorBytes == 0;
-  return entry;
-}
 
 template <int kCapacity>
 void point_at_outputs(const StatisticsCall& call, size_t count, StatisticsTable<kCapacity>& table) {
   table.count = static_cast<int>(count);
   table.rows = call.rows;
+  table.divisor = Divisor(static_cast<double>(call.rows));
   table.norms[0] = call.norms[0];
   table.norms[1] = call.norms[1];
   table.means = call.means;
@@ -45,7 +39,8 @@ void launch_small(const Target& target, const Layer* layers, size_t count) {
   constexpr int64_t kWarpWidth = kWarpSize * kVectorBytes / sizeof(Element);
   for (size_t i = 0; i < count; ++i) {
     StatisticsEntry& entry = table.entries[i];
-    entry = describe<Element>(layers[i], target.call.rows);
+    entry.layer = layers[i];
+    describe_memory<Element>(entry, target.call.rows, target.call.means);
     entry.warp_columns = 1;
     while (entry.warp_columns * kWarpWidth < layers[i].columns) entry.warp_columns *= 2;
   }
@@ -54,41 +49,20 @@ void launch_small(const Target& target, const Layer* layers, size_t count) {
 
 // Launches for all others.
 template <typename Element, int kCapacity>
-void launch_large(const Target& target, const Layer* layers, size_t count) {
-  using Sums = typename SumsOf<Element>::type;
-  const int64_t rows = target.call.rows;
+void launch_large(const Target& target, Walk walk, const Layer* layers, size_t count) {
   StatisticsTable<kCapacity> table;
   point_at_outputs(target.call, count, table);
-  int64_t num_units = 0;
-  int64_t workspace_size = 0;
-  for (size_t i = 0; i < count; ++i) {
-    const Layer& layer = layers[i];
-    const StatisticsPlan plan(rows, layer.columns, sizeof(Element), Sums::kSquareWords);
-    StatisticsEntry& entry = table.entries[i];
-    entry = describe<Element>(layer, rows);
-    entry.first_unit = static_cast<int>(num_units);
-    entry.num_tiles = static_cast<int>(plan.num_tiles);
-    entry.num_splits = static_cast<int>(plan.num_splits);
-    entry.rows_per_unit = static_cast<int16_t>(plan.rows_per_unit);
-    entry.warp_columns = static_cast<int8_t>(plan.warp_columns);
-    entry.packed_rows = plan.num_tiles == 1 && layer.hidden_row_stride == layer.columns &&
-                        layer.grad_row_stride == layer.columns;
-    entry.squares_offset = workspace_size;
-    if (plan.num_tiles > 1) workspace_size += plan.num_tiles * 2 * rows * Sums::kSquareWords;
-    entry.sums_offset = workspace_size;
-    if (plan.num_splits > 1) {
-      workspace_size += plan.num_splits * layer.columns * Sums::kColumnWords;
-    }
-    num_units += plan.num_tiles * plan.num_splits;
-  }
-  table.num_units = static_cast<int>(num_units);
+  for (size_t i = 0; i < count; ++i) table.entries[i].layer = layers[i];
+  const int64_t workspace_size = plan_table<Element>(table);
+  if (workspace_size < 0) fail("layer_statistics: expected at most 2^31 units of work in a call");
   Tensor workspace;
   if (workspace_size > 0) {
-    workspace = empty_on(TensorInfo(target.call.packed), {workspace_size}, ScalarType::Double);
+    workspace =
+        empty_on(target.call.device_type, target.device, {workspace_size}, ScalarType::Double);
     table.workspace = static_cast<double*>(workspace.mutable_data_ptr());
   }
-  STD_CUDA_CHECK((launch_layer_statistics<Element, kCapacity>(
-      table, target.has_ring, target.multiprocessors, target.stream)));
+  STD_CUDA_CHECK(
+      (launch_layer_statistics<Element, kCapacity>(table, walk, target.chip, target.stream)));
 }
 
 // Calls small(begin, count) or large(begin, count) for stretches that a kernel's table holds.
@@ -102,18 +76,37 @@ void for_each_table(size_t total, Small&& small, Large&& large) {
   }
 }
 
-Tensor layer_statistics(std::vector<Tensor> hiddens, std::vector<Tensor> grads, bool stacked) {
-  StatisticsCall call = check_statistics_call(hiddens, grads, stacked);
-  const int32_t device = TensorInfo(hiddens[0]).device_index;
+// What a launch needs to know of a device; asked for once.
+Chip chip_of(int32_t device) {
+  constexpr int32_t kDevices = 64;
+  static std::array<std::once_flag, kDevices> asked;
+  static std::array<Chip, kDevices> chips;
+  const auto ask = [device] {
+    const auto get = [device](cudaDeviceAttr attribute) {
+      int value = 0;
+      STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+      return value;
+    };
+    cudaFuncAttributes attributes{};
+    STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, small_layers_kernel<float, kSmallTable>));
+    return Chip{get(cudaDevAttrMultiProcessorCount),
+                get(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                get(cudaDevAttrMaxSharedMemoryPerBlockOptin), attributes.ptxVersion / 10};
+  };
+  if (device >= kDevices) return ask();
+  std::call_once(asked[device], [&] { chips[device] = ask(); });
+  return chips[device];
+}
+
+void run(const StatisticsCall& checked) {
+  StatisticsCall call = checked;
+  if (call.rows > std::numeric_limits<int>::max()) {
+    fail("layer_statistics: expected at most 2^31 - 1 samples on CUDA, got ", call.rows);
+  }
+  const int32_t device = call.device_index;
   const torch::stable::accelerator::DeviceGuard guard(device);
-  int multiprocessors = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  const int major = compiled_capability<small_layers_kernel<float, kSmallTable>>(device) / 10;
-  int shared_bytes = 0;
-  STD_CUDA_CHECK(
-      cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const Target target{call, multiprocessors, major >= 9, has_room_for_ring(major, shared_bytes),
-                      current_stream(device)};
+  const Chip chip = chip_of(device);
+  const Target target{call, chip, chip.compute_major >= 9, device, current_stream(device)};
   for (int type = 0; type < kNumElementTypes; ++type) {
     std::vector<Layer>& layers = call.layers[type];
     if (layers.empty()) continue;
@@ -124,24 +117,46 @@ Tensor layer_statistics(std::vector<Tensor> hiddens, std::vector<Tensor> grads, 
             return target.has_clusters &&
                    fits_one_cluster(call.rows, layer.columns, sizeof(Element));
           });
-      const Layer* small = layers.data();
-      const Layer* large = small + (first_large - layers.begin());
-      const size_t num_small = large - small;
+      const auto walk_of = [&](const Layer& layer) {
+        return StatisticsPlan::walk_of(call.rows, layer.columns, sizeof(Element));
+      };
+      // At one number of rows there are at most two walks.
+      const Walk first_walk = first_large < layers.end() ? walk_of(*first_large) : Walk::kTeam;
+      const auto other_walk =
+          std::stable_partition(first_large, layers.end(),
+                                [&](const Layer& layer) { return walk_of(layer) == first_walk; });
+      const Layer* data = layers.data();
       for_each_table(
-          num_small,
-          [&](size_t b, size_t n) { launch_small<Element, kSmallTable>(target, small + b, n); },
-          [&](size_t b, size_t n) { launch_small<Element, kLargeTable>(target, small + b, n); });
-      for_each_table(
-          layers.size() - num_small,
-          [&](size_t b, size_t n) { launch_large<Element, kSmallTable>(target, large + b, n); },
-          [&](size_t b, size_t n) { launch_large<Element, kLargeTable>(target, large + b, n); });
+          first_large - layers.begin(),
+          [&](size_t b, size_t n) { launch_small<Element, kSmallTable>(target, data + b, n); },
+          [&](size_t b, size_t n) { launch_small<Element, kLargeTable>(target, data + b, n); });
+      for (const auto& [begin, end] :
+           {std::pair(first_large, other_walk), std::pair(other_walk, layers.end())}) {
+        if (begin == end) continue;
+        const Walk walk = walk_of(*begin);
+        const Layer* large = data + (begin - layers.begin());
+        for_each_table(
+            end - begin,
+            [&](size_t b, size_t n) {
+              launch_large<Element, kSmallTable>(target, walk, large + b, n);
+            },
+            [&](size_t b, size_t n) {
+              launch_large<Element, kLargeTable>(target, walk, large + b, n);
+            });
+      }
     });
   }
-  return call.packed;
+}
+
+Tensor layer_statistics(std::vector<Tensor> hiddens, std::vector<Tensor> grads, bool stacked,
+                        std::vector<int64_t> without_mean) {
+  return layer_statistics_with(run, hiddens, grads, stacked, without_mean);
 }
 
 }  // namespace
 }  // namespace fadiag
+
+FADIAG_PREPARED_STATISTICS(fadiag::run)
 
 STABLE_TORCH_LIBRARY_IMPL(fadiag, CUDA, m) {
   m.impl("layer_statistics", TORCH_BOX(&fadiag::layer_statistics));

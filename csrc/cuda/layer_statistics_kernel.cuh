@@ -1,303 +1,39 @@
-// layer_statistics on the GPU: one pass over the hiddens and grads of all layers.
-//
-// What:          per-sample sums of squares of h and g, and column sums of g.
-// Layout:        a work unit is (layer, column tile, row split). A block's eight consumer warps
-//                form a grid of warp_rows x warp_columns; a lane owns 16 bytes of columns and keeps
-//                their sums in registers while its warp walks down the rows, four at a time. Row
-//                sums leave by a transposed warp shuffle.
-// Loads:         blocks are persistent. Where the chip has bulk copies (9.0 and later) and shared
-//                memory for them (kRing), a ninth warp runs ahead of the others, over the ends of
-//                units, and fills a ring of stages; the memory never waits for arithmetic.
-//                Elsewhere, and where rows are no multiple of 16 bytes apart, lanes load directly.
-// Accumulation:  float64, accumulate.h.
-// Determinism:   the plan is a function of (rows, columns, element type) alone; partial results are
-//                merged in a fixed order by finish_statistics_kernel. No atomics.
-// Limits:        any row stride and alignment; samples must be dense; 64-bit offsets throughout.
+// layer_statistics on the GPU: one pass over the hiddens and grads of all layers, by the kernel
+// that suits their rows (stream_kernel.cuh, team_kernel.cuh), and a second kernel that merges what
+// units left, in a fixed order.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
-#include "lane_sums.cuh"
-#include "ring.cuh"
-#include "statistics_table.h"
+#include "stream_kernel.cuh"
+#include "team_kernel.cuh"
 
 namespace fadiag {
 
-constexpr int kThreads = kConsumers + kWarpSize;  // and the warp that fills the ring
-constexpr int kBlocksPerMultiprocessor = 2;
-constexpr int kStageBytes = kWarps * kRowGroup * kWarpSize * kVectorBytes;  // of either tensor
-// Two blocks of three stages keep up to 192 KB in flight per multiprocessor; 40 KB cover the
-// latency of the memory, the rest covers the ends of units.
-constexpr int kStages = 3;
-// A block's row sums wait in shared memory until all its column warps have theirs.
-constexpr int kRowSlots = 1024;  // rows of a unit times warp_columns
-// Units of a 64th of a layer spread even one layer over many multiprocessors; above the upper bound
-// the tail would show, below the lower one the cost of a unit's end.
-constexpr int64_t kUnitsPerLayer = 64;
-constexpr int64_t kMinUnitBytes = 16 << 10;
-constexpr int64_t kMaxUnitBytes = 1 << 20;
-constexpr int64_t kLargeLayerBytes = 16 << 20;
+// Where every worker has so many units, and a block's first ones so many bytes that its start does
+// not count, the last ones go to whoever is ready.
+constexpr int kSharedTurnsFrom = 2;
+constexpr int64_t kOwnBlockBytes = 96 << 10;
+constexpr int kSharedTenths = 8;
 
-struct StatisticsPlan {
-  int warp_columns;  // warps side by side; kWarps / warp_columns walk down the rows
-  int rows_per_unit;
-  int64_t num_tiles;
-  int64_t num_splits;
-
-  StatisticsPlan(int64_t rows, int64_t columns, int64_t element_size, int64_t square_words) {
-    const int64_t lane_columns = kVectorBytes / element_size;
-    const int64_t warp_width = kWarpSize * lane_columns;
-    const int64_t layer_bytes = 2 * rows * columns * element_size;
-    // Few rows: warps side by side, so that each still has several groups of rows to walk. Large
-    // layers: wide tiles, because every tile writes a partial sum for each of its rows.
-    warp_columns = rows <= 16 ? 8 : rows <= 64 || layer_bytes >= kLargeLayerBytes ? 4 : 2;
-    while (warp_columns > 1 && (warp_columns / 2) * warp_width >= columns) warp_columns /= 2;
-    const int64_t tile_width = warp_columns * warp_width;
-    // A layer without columns still has norms (zero) to write.
-    num_tiles = std::max<int64_t>(1, ceil_div(columns, tile_width));
-    const int64_t row_bytes =
-        std::max<int64_t>(1, 2 * std::min(columns, tile_width) * element_size);
-    const int64_t unit_bytes =
-        std::clamp(layer_bytes / kUnitsPerLayer, kMinUnitBytes, kMaxUnitBytes);
-    const int64_t step = kRowGroup * (kWarps / warp_columns);
-    const int64_t wanted = ceil_div(std::max<int64_t>(1, unit_bytes / row_bytes), step) * step;
-    const int64_t slots = kRowSlots / square_words / warp_columns / step * step;
-    rows_per_unit =
-        static_cast<int>(std::min<int64_t>({wanted, slots, ceil_div(rows, step) * step}));
-    num_splits = rows_per_unit > 0 ? ceil_div(rows, rows_per_unit) : 0;
-  }
-};
-
-template <int kCapacity>
-__device__ __forceinline__ int find_entry(const StatisticsTable<kCapacity>& table, int unit) {
-  int low = 0;
-  int high = table.count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (table.entries[middle].first_unit <= unit) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
-// Where one unit lies, and how this thread sees it.
-template <typename Element>
-struct Unit {
-  static constexpr int kSize = Vector<Element>::kSize;
-  static constexpr int kWarpWidth = kSize * kWarpSize;
-
-  int64_t tile;
-  int64_t split;
-  int64_t row_begin;
-  int rows;
-  int warp_columns;
-  int warp_rows;
-  int tile_width;
-  int64_t tile_begin;
-  int tile_columns;  // those that exist
-  int pitch;         // elements between the rows of a stage
-
-  __device__ Unit(const StatisticsEntry& entry, int unit, int64_t total_rows) {
-    tile = unit % entry.num_tiles;
-    split = unit / entry.num_tiles;
-    row_begin = split * entry.rows_per_unit;
-    const int64_t rows_left = total_rows - row_begin;
-    rows = rows_left < entry.rows_per_unit ? static_cast<int>(rows_left) : entry.rows_per_unit;
-    warp_columns = entry.warp_columns;
-    warp_rows = kWarps / warp_columns;
-    tile_width = warp_columns * kWarpWidth;
-    tile_begin = tile * tile_width;
-    const int64_t columns_left = entry.layer.columns - tile_begin;
-    tile_columns = columns_left < tile_width ? static_cast<int>(columns_left) : tile_width;
-    pitch = entry.packed_rows ? tile_columns : tile_width;
-  }
-  __device__ int rows_per_step() const { return warp_rows * kRowGroup; }
-  __device__ int steps() const { return (rows + rows_per_step() - 1) / rows_per_step(); }
-};
-
-// Shared memory of a block, in this order.
-template <bool kRing>
-struct SharedLayout {
-  static constexpr int kStagesAt = 0;  // [stages, hidden and grad, kStageBytes]
-  static constexpr int kSums = kStagesAt + (kRing ? kStages * 2 * kStageBytes : 0);
-  // Row sums first, column sums after them: the two never live at the same time.
-  static constexpr int kRowBytes = 2 * kRowSlots * sizeof(double);
-  static constexpr int kColumnBytes = kConsumers * 8 * sizeof(double);
-  static constexpr int kBarriers = kSums + (kRowBytes > kColumnBytes ? kRowBytes : kColumnBytes);
-  static constexpr int kBytes = kBarriers + kStages * 2 * sizeof(uint64_t);
-};
-static_assert(kBlocksPerMultiprocessor * (SharedLayout<true>::kBytes + 1024) <= 228 * 1024);
-static_assert(SharedLayout<false>::kBytes <= 48 * 1024, "every chip has this much");
-
-// The ninth warp: copies every stage of every unit of this block, as far ahead as the ring allows.
-template <typename Element, int kCapacity>
-__device__ void fill_ring(const StatisticsTable<kCapacity>& table, Ring<kStages>& ring,
-                          unsigned char* stages, int lane) {
-  for (int u = blockIdx.x; u < table.num_units; u += gridDim.x) {
-    const StatisticsEntry& entry = table.entries[find_entry(table, u)];
-    if (!entry.bulk) continue;
-    const Unit<Element> unit(entry, u - entry.first_unit, table.rows);
-    const int row_bytes = unit.tile_columns * static_cast<int>(sizeof(Element));
-    const int pitch_bytes = unit.pitch * static_cast<int>(sizeof(Element));
-    for (int step = 0; step < unit.steps(); ++step) {
-      const int first_row = step * unit.rows_per_step();
-      const int rows = min(unit.rows_per_step(), unit.rows - first_row);
-      // Rows without a gap between them are one copy.
-      const int copies = entry.packed_rows ? 1 : rows;
-      const int copy_bytes = entry.packed_rows ? rows * row_bytes : row_bytes;
-      ring.wait_empty();
-      if (lane == 0) ring.expect(2 * rows * row_bytes);
-      __syncwarp();
-      unsigned char* stage = stages + ring.stage() * 2 * kStageBytes;
-      for (int copy = lane; copy < 2 * copies; copy += kWarpSize) {
-        const bool is_grad = copy >= copies;
-        const int row = is_grad ? copy - copies : copy;
-        const void* base = is_grad ? entry.layer.grad : entry.layer.hidden;
-        const int64_t stride =
-            is_grad ? entry.layer.grad_row_stride : entry.layer.hidden_row_stride;
-        const auto* source = static_cast<const Element*>(base) +
-                             (unit.row_begin + first_row + row) * stride + unit.tile_begin;
-        ring.copy(stage + (is_grad ? kStageBytes : 0) + row * pitch_bytes, source, copy_bytes);
-      }
-      ring.advance();
-    }
-  }
-}
-
-template <typename Element, int kCapacity, bool kRing>
-__global__ void __launch_bounds__(kThreads, sizeof(Element) < 8 ? kBlocksPerMultiprocessor : 1)
-    layer_statistics_kernel(const __grid_constant__ StatisticsTable<kCapacity> table) {
-  using Lanes = LaneSums<Element>;
-  using Sums = typename Lanes::Sums;
-  constexpr int kWords = Lanes::kWords;
-  constexpr int kColumnWords = Lanes::kColumnWords;
-  constexpr int kSize = Lanes::kSize;
-
-  extern __shared__ __align__(128) unsigned char memory[];
-  using Shared = SharedLayout<kRing>;
-  unsigned char* stages = memory + Shared::kStagesAt;
-  auto* shared = reinterpret_cast<double*>(memory + Shared::kSums);
-  Ring<kStages> ring(reinterpret_cast<uint64_t*>(memory + Shared::kBarriers), kConsumers);
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  if (warp == kWarps) {
-    if constexpr (kRing) fill_ring<Element>(table, ring, stages, lane);
-    return;
-  }
-
-  const int64_t rows = table.rows;
-  for (int u = blockIdx.x; u < table.num_units; u += gridDim.x) {
-    const StatisticsEntry& entry = table.entries[find_entry(table, u)];
-    const Layer& layer = entry.layer;
-    const Unit<Element> unit(entry, u - entry.first_unit, rows);
-    const int warp_column = warp % unit.warp_columns;
-    const int warp_row = warp / unit.warp_columns;
-    const int tile_lanes = unit.warp_columns * kWarpSize;
-    const int tile_lane = warp_column * kWarpSize + lane;
-    const int tile_column = tile_lane * kSize;
-    const int left = unit.tile_columns - tile_column;
-    const int valid = left >= kSize ? kSize : left > 0 ? left : 0;
-    const bool bulk = kRing && entry.bulk && kHasBulkCopies;
-
-    Lanes sums;
-    for (int step = 0; step < unit.steps(); ++step) {
-      const int first_row = (step * unit.warp_rows + warp_row) * kRowGroup;
-      if (bulk) {
-        ring.wait_full();
-        const auto* stage =
-            reinterpret_cast<const Element*>(stages + ring.stage() * 2 * kStageBytes);
-#pragma unroll
-        for (int i = 0; i < kRowGroup; ++i) {
-          Vector<Element> h;
-          Vector<Element> g;
-          // Beyond the data a stage holds what an earlier one left there.
-          if (first_row + i < unit.rows && valid != 0) {
-            const int offset = (warp_row * kRowGroup + i) * unit.pitch + tile_column;
-            h.load_shared(stage + offset);
-            g.load_shared(stage + kStageBytes / sizeof(Element) + offset);
-          }
-          sums.add_row(i, h, g);
-        }
-        ring.release();
-        ring.advance();
-      } else {
-        const int64_t column = unit.tile_begin + tile_column;
-        const auto* hidden = static_cast<const Element*>(layer.hidden) + column;
-        const auto* grad = static_cast<const Element*>(layer.grad) + column;
-        // Few rows at a time: loads in flight, and registers for no more.
-        constexpr int kAtOnce = kWords == 1 ? 2 : 1;
-#pragma unroll
-        for (int first = 0; first < kRowGroup; first += kAtOnce) {
-          Vector<Element> h[kAtOnce];
-          Vector<Element> g[kAtOnce];
-#pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) {
-            const int64_t row = unit.row_begin + first_row + first + i;
-            const int count = first_row + first + i < unit.rows ? valid : 0;
-            h[i].load(hidden + row * layer.hidden_row_stride, count, entry.aligned);
-            g[i].load(grad + row * layer.grad_row_stride, count, entry.aligned);
-          }
-#pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) sums.add_row(first + i, h[i], g[i]);
-        }
-      }
-      sums.store_squares(shared, entry.rows_per_unit, first_row, unit.rows, unit.warp_columns,
-                         warp_column, lane);
-    }
-    sync_consumers<kConsumers>();
-
-    for (int i = threadIdx.x; i < 2 * unit.rows; i += kConsumers) {
-      const int which = i >= unit.rows;
-      const int row = which ? i - unit.rows : i;
-      double words[kWords];
-      Lanes::load_squares(shared, entry.rows_per_unit, which, row, unit.warp_columns, words);
-      if (entry.num_tiles == 1) {
-        table.norms[which][layer.norm_offset + unit.row_begin + row] = Sums::norm(words);
-      } else {
-        double* target = table.workspace + entry.squares_offset +
-                         ((unit.tile * 2 + which) * rows + unit.row_begin + row) * kWords;
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) target[w] = words[w];
-      }
-    }
-    sync_consumers<kConsumers>();
-
-    sums.store_columns(shared, tile_lanes, tile_lane, unit.warp_rows, warp_row);
-    sync_consumers<kConsumers>();
-    for (int c = threadIdx.x; c < unit.tile_columns; c += kConsumers) {
-      double words[kColumnWords];
-      Lanes::load_columns(shared, tile_lanes, unit.warp_rows, c, words);
-      if (entry.num_splits == 1) {
-        write_mean<Sums>(table.means, layer.mean_offset + unit.tile_begin + c, words, rows);
-      } else {
-#pragma unroll
-        for (int w = 0; w < kColumnWords; ++w) {
-          table.workspace[entry.sums_offset + (unit.split * kColumnWords + w) * layer.columns +
-                          unit.tile_begin + c] = words[w];
-        }
-      }
-    }
-    sync_consumers<kConsumers>();
-  }
-}
-
-constexpr int kFinishWarps = 16;
-constexpr int kFinishThreads = kFinishWarps * kWarpSize;
-// Up to this many partial results one thread adds by itself; more are shared among the warps.
+constexpr int kFinishThreads = 512;
+// Up to this many partial results one thread adds by itself; more are shared by several.
 constexpr int kFewPartials = 8;
+constexpr int kManyPartials = 512;
 
 // One kind of partial results of a layer: `count` of each of `values` figures.
 struct Partials {
   int64_t count;
   int64_t values;
 
-  FADIAG_HOST_DEVICE bool shared_by_warps() const { return count > kFewPartials; }
-  FADIAG_HOST_DEVICE int64_t values_per_block() const {
-    return shared_by_warps() ? kWarpSize : kFinishThreads;
+  // A power of two; what is left of a block's threads share the partial results of one value.
+  FADIAG_HOST_DEVICE int values_per_block() const {
+    if (count <= kFewPartials) return kFinishThreads;
+    int width = count <= kManyPartials ? kWarpSize : 8;
+    while (width / 2 >= values && width > 1) width /= 2;
+    return width;
   }
   // One partial result needs no merging: its unit wrote the figure itself.
   FADIAG_HOST_DEVICE int64_t blocks() const {
@@ -306,69 +42,70 @@ struct Partials {
 };
 
 FADIAG_HOST_DEVICE Partials row_partials(const StatisticsEntry& entry, int64_t rows) {
-  return {entry.num_tiles, 2 * rows};
+  return {entry.num_partials, 2 * rows};
 }
 FADIAG_HOST_DEVICE Partials column_partials(const StatisticsEntry& entry) {
-  return {entry.num_splits, entry.layer.columns};
+  return {entry.layer.mean_offset == kNoMean ? 0 : entry.num_splits, entry.layer.columns};
 }
 
-// Merges one value's words. With shared_by_warps all lanes of the block call it together, and the
-// result is warp 0's. Partial result p, word w lies at data[p * partial_stride + w * word_stride].
+// Merges the words of block `block`'s values; all its threads call it together. Returns the value
+// whose words this thread has, -1 if it has none. Partial result p, word w of value v lies at
+// data[p * partial_stride + v * value_stride + w * word_stride].
 template <int kWords>
-__device__ __forceinline__ bool merge(const Partials& partials, const double* data,
-                                      int64_t partial_stride, int64_t word_stride, bool exists,
-                                      double (*shared)[kWords][kWarpSize],
-                                      double (&words)[kWords]) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  const bool together = partials.shared_by_warps();
-  const int64_t step = together ? kFinishWarps : 1;
+__device__ __forceinline__ int64_t merge(const Partials& partials, int64_t block,
+                                         const double* data, int64_t partial_stride,
+                                         int64_t value_stride, int64_t word_stride,
+                                         double (&shared)[kWords][kFinishThreads],
+                                         double (&words)[kWords]) {
+  const int width = partials.values_per_block();
+  const int parts = kFinishThreads / width;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t value = block * width + thread % width;
 #pragma unroll
   for (int w = 0; w < kWords; ++w) words[w] = 0.0;
-  if (exists) {
+  if (value < partials.values) {
+    const double* own = data + value * value_stride;
 #pragma unroll 8
-    for (int64_t p = together ? warp : 0; p < partials.count; p += step) {
+    for (int64_t p = thread / width; p < partials.count; p += parts) {
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) words[w] += data[p * partial_stride + w * word_stride];
+      for (int w = 0; w < kWords; ++w) words[w] += own[p * partial_stride + w * word_stride];
     }
   }
-  if (!together) return exists;
+  // Halves onto halves.
+  for (int left = kFinishThreads / 2; left >= width; left /= 2) {
 #pragma unroll
-  for (int w = 0; w < kWords; ++w) shared[warp][w][lane] = words[w];
-  __syncthreads();
+    for (int w = 0; w < kWords; ++w) {
+      if (thread < 2 * left) shared[w][thread] = words[w];
+    }
+    __syncthreads();
 #pragma unroll
-  for (int w = 0; w < kWords; ++w) {
-    words[w] = shared[0][w][lane];
-    for (int other = 1; other < kFinishWarps; ++other) words[w] += shared[other][w][lane];
+    for (int w = 0; w < kWords; ++w) {
+      if (thread < left) words[w] += shared[w][thread + left];
+    }
+    __syncthreads();
   }
-  return exists && warp == 0;
+  return thread < width && value < partials.values ? value : -1;
 }
 
-// Merges the partial results of all tiles of a row, and of all splits of a column. Block (x, y)
-// does its share x of layer y.
+// Merges the partial results of all rows and columns. Block (x, y) does its share x of layer y.
 template <typename Sums, int kCapacity>
 __global__ void __launch_bounds__(kFinishThreads)
     finish_statistics_kernel(const __grid_constant__ StatisticsTable<kCapacity> table) {
   constexpr int kWords = Sums::kSquareWords;
   constexpr int kColumnWords = Sums::kColumnWords;
-  __shared__ double shared_squares[kFinishWarps][kWords][kWarpSize];
-  __shared__ double shared_sums[kFinishWarps][kColumnWords][kWarpSize];
-  wait_for_previous_kernel();
+  __shared__ double shared[kWords][kFinishThreads];
+  static_assert(kColumnWords <= kWords);
   const StatisticsEntry& entry = table.entries[blockIdx.y];
   const int64_t rows = table.rows;
-  const auto value_of = [](const Partials& partials, int64_t block) {
-    const int64_t within =
-        partials.shared_by_warps() ? threadIdx.x % kWarpSize : static_cast<int>(threadIdx.x);
-    return block * partials.values_per_block() + within;
-  };
+  wait_for_previous_kernel();
 
   const Partials squares = row_partials(entry, rows);
   int64_t block = blockIdx.x;
   if (block < squares.blocks()) {
-    const int64_t value = value_of(squares, block);  // which * rows + row
-    const double* data = table.workspace + entry.squares_offset + value * kWords;
     double words[kWords];
-    if (merge(squares, data, 2 * rows * kWords, 1, value < squares.values, shared_squares, words)) {
+    const int64_t value = merge<kWords>(squares, block, table.workspace + entry.squares_offset,
+                                        2 * rows * kWords, kWords, 1, shared, words);
+    if (value >= 0) {
       const int64_t which = value / rows;
       table.norms[which][entry.layer.norm_offset + value - which * rows] = Sums::norm(words);
     }
@@ -377,42 +114,101 @@ __global__ void __launch_bounds__(kFinishThreads)
   block -= squares.blocks();
   const Partials sums = column_partials(entry);
   if (block >= sums.blocks()) return;
-  const int64_t column = value_of(sums, block);
-  const double* data = table.workspace + entry.sums_offset + column;
   double words[kColumnWords];
-  if (merge(sums, data, kColumnWords * sums.values, sums.values, column < sums.values, shared_sums,
-            words)) {
-    write_mean<Sums>(table.means, entry.layer.mean_offset + column, words, rows);
+  auto& of_columns = reinterpret_cast<double (&)[kColumnWords][kFinishThreads]>(shared);
+  const int64_t column =
+      merge<kColumnWords>(sums, block, table.workspace + entry.sums_offset,
+                          kColumnWords * sums.values, 1, sums.values, of_columns, words);
+  if (column >= 0) {
+    write_mean<Sums>(table.means, entry.layer.mean_offset + column, words, table.divisor);
   }
 }
 
-// Whether a chip runs the variant with the ring.
-inline bool has_room_for_ring(int compute_major, int shared_bytes_per_block) {
-  return compute_major >= 9 && shared_bytes_per_block >= SharedLayout<true>::kBytes;
+// What a launch needs to know of its device.
+struct Chip {
+  int multiprocessors;
+  int shared_bytes;            // of a multiprocessor
+  int shared_bytes_per_block;  // at most
+  int compute_major;           // for which the code that runs was compiled
+};
+
+// Shares the units out; returns the number of blocks.
+template <int kCapacity>
+int plan_blocks(StatisticsTable<kCapacity>& table, int resident, int workers_per_block,
+                int multiprocessors) {
+  const int turn = resident * workers_per_block;
+  const int turns = table.num_units / turn;
+  const int64_t block_bytes = table.bytes / std::max(1, table.num_units) * workers_per_block;
+  if (turns < kSharedTurnsFrom || block_bytes < kOwnBlockBytes) {
+    table.shared_units = table.num_units;
+    // Few units go to as many multiprocessors as there are.
+    const int filled = static_cast<int>(ceil_div(table.num_units, workers_per_block));
+    table.resident =
+        std::min(resident, std::max(filled, std::min(table.num_units, multiprocessors)));
+    return table.resident;
+  }
+  table.resident = resident;
+  table.shared_units = std::max(1, turns * kSharedTenths / 10) * turn;
+  return resident +
+         static_cast<int>(ceil_div(table.num_units - table.shared_units, workers_per_block));
 }
 
-template <typename Element, int kCapacity, bool kRing>
-cudaError_t launch_units(const StatisticsTable<kCapacity>& table, int multiprocessors,
-                         cudaStream_t stream) {
-  const auto kernel = layer_statistics_kernel<Element, kCapacity, kRing>;
-  constexpr int kBytes = SharedLayout<kRing>::kBytes;
+template <typename Kernel>
+cudaError_t allow_shared_memory(Kernel kernel, int bytes) {
   // It holds for the current device alone, hence with every launch.
-  const cudaError_t allowed =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+template <typename Element, Walk kWalk, int kCapacity>
+cudaError_t launch_streams(StatisticsTable<kCapacity>& table, const Chip& chip,
+                           cudaStream_t stream) {
+  constexpr int kReserved = 1024;  // by the system, of every block
+  const auto bytes = [](int stages) { return kSlotMemory<kWalk> + kWarps * stages * kStageBytes; };
+  const auto fitting = [&](int stages) {
+    return std::min(chip.shared_bytes / (bytes(stages) + kReserved), kBlocksPerMultiprocessor);
+  };
+  table.stages = fitting(kMostStages) == kBlocksPerMultiprocessor ? kMostStages : kMostStages - 1;
+  const auto kernel = stream_layers_kernel<Element, kWalk, kCapacity>;
+  const cudaError_t allowed = allow_shared_memory(kernel, bytes(table.stages));
   if (allowed != cudaSuccess) return allowed;
-  const int blocks = std::min(table.num_units, kBlocksPerMultiprocessor * multiprocessors);
-  kernel<<<blocks, kThreads, kBytes, stream>>>(table);
+  const int resident = std::max(1, fitting(table.stages)) * chip.multiprocessors;
+  const int blocks = plan_blocks(table, resident, kWarps, chip.multiprocessors);
+  kernel<<<blocks, kThreads, bytes(table.stages), stream>>>(table);
   return cudaGetLastError();
 }
 
-// Launches both kernels for up to kCapacity layers of one element type.
+template <typename Element, bool kRing, int kCapacity>
+cudaError_t launch_teams(StatisticsTable<kCapacity>& table, const Chip& chip, cudaStream_t stream) {
+  const auto kernel = team_layers_kernel<Element, kCapacity, kRing>;
+  constexpr int kBytes = SharedLayout<kRing>::kBytes;
+  const cudaError_t allowed = allow_shared_memory(kernel, kBytes);
+  if (allowed != cudaSuccess) return allowed;
+  const int resident = kBlocksPerMultiprocessor * chip.multiprocessors;
+  const int blocks = plan_blocks(table, resident, 1, chip.multiprocessors);
+  kernel<<<blocks, kTeamThreads, kBytes, stream>>>(table);
+  return cudaGetLastError();
+}
+
+// Launches both kernels for up to kCapacity layers of one element type and walk.
 template <typename Element, int kCapacity>
-cudaError_t launch_layer_statistics(const StatisticsTable<kCapacity>& table, bool ring,
-                                    int multiprocessors, cudaStream_t stream) {
+cudaError_t launch_layer_statistics(StatisticsTable<kCapacity>& table, Walk walk, const Chip& chip,
+                                    cudaStream_t stream) {
   using Sums = typename SumsOf<Element>::type;
-  const cudaError_t launched =
-      ring ? launch_units<Element, kCapacity, true>(table, multiprocessors, stream)
-           : launch_units<Element, kCapacity, false>(table, multiprocessors, stream);
+  const auto launch = [&](auto walk) {
+    return launch_streams<Element, decltype(walk)::value, kCapacity>(table, chip, stream);
+  };
+  cudaError_t launched = cudaSuccess;
+  if (walk == Walk::kTeam) {
+    launched = has_room_for_ring(chip.compute_major, chip.shared_bytes_per_block)
+                   ? launch_teams<Element, true, kCapacity>(table, chip, stream)
+                   : launch_teams<Element, false, kCapacity>(table, chip, stream);
+  } else if (walk == Walk::kStream) {
+    launched = launch(std::integral_constant<Walk, Walk::kStream>{});
+  } else if constexpr (sizeof(Element) < 8) {
+    launched = walk == Walk::kFew1   ? launch(std::integral_constant<Walk, Walk::kFew1>{})
+               : walk == Walk::kFew2 ? launch(std::integral_constant<Walk, Walk::kFew2>{})
+                                     : launch(std::integral_constant<Walk, Walk::kFew4>{});
+  }
   if (launched != cudaSuccess) return launched;
   int64_t finish_blocks = 0;
   for (int i = 0; i < table.count; ++i) {
@@ -426,6 +222,68 @@ cudaError_t launch_layer_statistics(const StatisticsTable<kCapacity>& table, boo
                             stream, table);
   }
   return cudaSuccess;
+}
+
+// Fills in what depends on where a layer's data are.
+template <typename Element>
+void describe_memory(StatisticsEntry& entry, int64_t rows, const void* means) {
+  constexpr int64_t kItem = sizeof(Element);
+  const auto is_aligned = [&](int64_t bytes) {
+    const Layer& layer = entry.layer;
+    return reinterpret_cast<uintptr_t>(layer.hidden) % bytes == 0 &&
+           reinterpret_cast<uintptr_t>(layer.grad) % bytes == 0 &&
+           (rows == 1 || (layer.hidden_row_stride * kItem % bytes == 0 &&
+                          layer.grad_row_stride * kItem % bytes == 0));
+  };
+  entry.aligned = is_aligned(kVectorBytes);
+  entry.copy_bytes = static_cast<int8_t>(entry.aligned   ? kVectorBytes
+                                         : is_aligned(8) ? 8
+                                         : is_aligned(4) ? 4
+                                                         : 0);
+  entry.bulk = entry.aligned && entry.layer.columns * kItem % kVectorBytes == 0;
+  entry.packed_rows = entry.num_tiles == 1 &&
+                      entry.layer.hidden_row_stride == entry.layer.columns &&
+                      entry.layer.grad_row_stride == entry.layer.columns;
+  constexpr int64_t kMeanItem = kItem == 8 ? 8 : 4;
+  entry.aligned_means =
+      (reinterpret_cast<uintptr_t>(means) + entry.layer.mean_offset * kMeanItem) % kVectorBytes ==
+      0;
+}
+
+// Fills in the plans of the layers that the table's entries name. Returns the size of the workspace
+// in doubles, or -1 for more units than can be counted.
+template <typename Element, int kCapacity>
+int64_t plan_table(StatisticsTable<kCapacity>& table) {
+  using Sums = typename SumsOf<Element>::type;
+  const int64_t rows = table.rows;
+  int64_t num_units = 0;
+  int64_t workspace_size = 0;
+  table.bytes = 0;
+  for (int i = 0; i < table.count; ++i) {
+    StatisticsEntry& entry = table.entries[i];
+    const StatisticsPlan plan(rows, entry.layer.columns, sizeof(Element), Sums::kSquareWords);
+    entry.first_unit = static_cast<int>(num_units);
+    entry.num_tiles = static_cast<int>(plan.num_tiles);
+    entry.num_partials = static_cast<int>(plan.num_partials);
+    entry.num_splits = static_cast<int>(plan.num_splits);
+    entry.rows_per_unit = static_cast<int>(plan.rows_per_unit);
+    entry.vector_shift = static_cast<int8_t>(plan.vectors / 2);
+    entry.warp_columns = static_cast<int8_t>(plan.warp_columns);
+    describe_memory<Element>(entry, rows, table.means);
+    entry.squares_offset = workspace_size;
+    if (plan.num_partials > 1) {
+      workspace_size += plan.num_partials * 2 * rows * Sums::kSquareWords;
+    }
+    entry.sums_offset = workspace_size;
+    if (plan.num_splits > 1 && entry.layer.mean_offset != kNoMean) {
+      workspace_size += plan.num_splits * entry.layer.columns * Sums::kColumnWords;
+    }
+    num_units += plan.num_units;
+    table.bytes += 2 * rows * entry.layer.columns * static_cast<int64_t>(sizeof(Element));
+    if (num_units > std::numeric_limits<int>::max()) return -1;
+  }
+  table.num_units = static_cast<int>(num_units);
+  return workspace_size;
 }
 
 }  // namespace fadiag

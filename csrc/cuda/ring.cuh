@@ -1,5 +1,5 @@
-// A ring of shared-memory stages that one warp fills with bulk copies and others empty, and the
-// launch of a kernel that overlaps the end of the one before it. Both need compute capability 9.0.
+// A ring of shared-memory stages that one warp fills with bulk copies and others empty. It needs
+// compute capability 9.0.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -100,30 +100,5 @@ class Ring {
   int stage_ = 0;
   int pass_ = 0;
 };
-
-// The first statement of a kernel started by launch_dependent that reads what its predecessor
-// wrote.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
-}
-
-// Launches a kernel that may start while the one before it in the stream drains; it must call
-// wait_for_previous_kernel. Chips before 9.0 run the two one after the other.
-template <typename Argument>
-cudaError_t launch_dependent(void (*kernel)(Argument), dim3 grid, dim3 block, cudaStream_t stream,
-                             const std::remove_cv_t<Argument>& argument) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, argument);
-}
 
 }  // namespace fadiag

@@ -9,8 +9,8 @@
 
 #include <cooperative_groups.h>
 
+#include "copies.cuh"
 #include "lane_sums.cuh"
-#include "ring.cuh"
 #include "statistics_table.h"
 
 namespace fadiag {
@@ -28,7 +28,7 @@ inline bool fits_one_cluster(int64_t rows, int64_t columns, int64_t element_size
 }
 
 template <typename Element, int kCapacity>
-__global__ void __launch_bounds__(kConsumers, 2)
+__global__ void __launch_bounds__(kThreads, 2)
     small_layers_kernel(const __grid_constant__ StatisticsTable<kCapacity> table) {
   using Lanes = LaneSums<Element>;
   using Sums = typename Lanes::Sums;
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kConsumers, 2)
   constexpr int kSize = Lanes::kSize;
   constexpr int kRowSlots = kClusterRows / kClusterBlocks;
   constexpr int kRowDoubles = 2 * kRowSlots * kWords * kWarps;
-  constexpr int kColumnDoubles = kConsumers * kSize * kColumnWords;
+  constexpr int kColumnDoubles = kThreads * kSize * kColumnWords;
   // Row sums first, the warps' column sums after them; the block's own merged ones beside both.
   __shared__ double shared[kRowDoubles > kColumnDoubles ? kRowDoubles : kColumnDoubles];
   __shared__ double merged[kColumnDoubles];
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kConsumers, 2)
     sums.store_squares(shared, kRowSlots, first_row, block_rows, warp_columns, warp_column, lane);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < 2 * block_rows; i += kConsumers) {
+  for (int i = threadIdx.x; i < 2 * block_rows; i += kThreads) {
     const int which = i >= block_rows;
     const int row = which ? i - block_rows : i;
     double words[kWords];
@@ -93,10 +93,11 @@ __global__ void __launch_bounds__(kConsumers, 2)
     table.norms[which][layer.norm_offset + row_begin + row] = Sums::norm(words);
   }
   __syncthreads();
+  if (layer.mean_offset == kNoMean) return;
 
   sums.store_columns(shared, tile_lanes, tile_lane, warp_rows, warp_row);
   __syncthreads();
-  for (int c = threadIdx.x; c < columns; c += kConsumers) {
+  for (int c = threadIdx.x; c < columns; c += kThreads) {
     double words[kColumnWords];
     Lanes::load_columns(shared, tile_lanes, warp_rows, c, words);
 #pragma unroll
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(kConsumers, 2)
   cluster.sync();
   const int share = (columns + kClusterBlocks - 1) / kClusterBlocks;
   const int share_end = min(columns, (rank + 1) * share);
-  for (int c = rank * share + threadIdx.x; c < share_end; c += kConsumers) {
+  for (int c = rank * share + threadIdx.x; c < share_end; c += kThreads) {
     double words[kColumnWords] = {};
 #pragma unroll
     for (int block = 0; block < kClusterBlocks; ++block) {
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(kConsumers, 2)
 #pragma unroll
       for (int w = 0; w < kColumnWords; ++w) words[w] += other[w * columns + c];
     }
-    write_mean<Sums>(table.means, layer.mean_offset + c, words, rows);
+    write_mean<Sums>(table.means, layer.mean_offset + c, words, table.divisor);
   }
   // No block may end while another still reads its shared memory.
   cluster.sync();
@@ -129,7 +130,7 @@ cudaError_t launch_small_layers(const StatisticsTable<kCapacity>& table, cudaStr
   attribute.val.clusterDim = {kClusterBlocks, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(table.count * kClusterBlocks));
-  config.blockDim = dim3(kConsumers);
+  config.blockDim = dim3(kThreads);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;

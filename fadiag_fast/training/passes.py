@@ -139,7 +139,7 @@ def sample_norms(samples: Tensor) -> Tensor:
 def _row_norms(rows: Tensor) -> Tensor:
     # The operator reads pairs: of two halves, nothing is read twice but an odd row.
     half = (len(rows) + 1) // 2
-    found = ops.layer_statistics([rows[:half]], [rows[len(rows) - half :]])
+    found = ops.layer_statistics([rows[:half]], [rows[len(rows) - half :]], means=())
     return torch.cat([found.hidden_norm[0][: len(rows) - half], found.grad_norm[0]])
 
 
@@ -400,7 +400,8 @@ class Observation:
         norms: Tensor | None = None
         if hiddens:
             self._check_rows([h.shape[0] for h in hiddens])
-            found = ops.layer_statistics(hiddens, gradients)
+            wanted = [layers.index(l) for l in settings.direction_layers if l in layers]
+            found = ops.layer_statistics(hiddens, gradients, means=wanted)
             norms = (
                 found.norms
                 if isinstance(found, ops.PackedStatistics)

@@ -1088,10 +1088,11 @@ class StepProbe(OfThisRun):
             return None
 
         def reduce(places: Sequence[Tensor]) -> None:
-            found = ops.layer_statistics([*places[:n], places[-1]], places[n:])
-            assert isinstance(found, ops.PackedStatistics)
             assert self._settings is not None
-            means: list[Tensor | None] = [found.mean_of(l) for l in self._settings.direction_layers]
+            directions = self._settings.direction_layers
+            found = ops.layer_statistics([*places[:n], places[-1]], places[n:], means=directions)
+            assert isinstance(found, ops.PackedStatistics)
+            means: list[Tensor | None] = [found.mean_of(l) for l in directions]
             figures = Figures(found.norms, means, set(), len(places[-1]))
             self._write_row(figures, None, captured=True)
 

@@ -32,7 +32,7 @@ double mean(const Array& array, int parts) {
     }
     for (int w = 0; w < Sums::kColumnWords; ++w) total[w] += words[w];
   }
-  return Sums::mean(total, static_cast<double>(array.size()));
+  return Sums::mean(total, fadiag::Divisor(static_cast<double>(array.size())));
 }
 
 }  // namespace
@@ -41,6 +41,7 @@ PYBIND11_MODULE(accumulate_module, m) {
   m.def("wide_norm", &norm<fadiag::WideSums>);
   m.def("narrow_norm", &norm<fadiag::NarrowSums>);
   m.def("wide_mean", &mean<fadiag::WideSums>);
+  m.def("divide", [](double x, double count) { return fadiag::Divisor(count).divide(x); });
   m.def("cosine", &fadiag::cosine);
   m.def("self_cosine", &fadiag::self_cosine);
 }

@@ -108,3 +108,22 @@ def test_cosines(accumulate):
     assert math.isnan(accumulate.self_cosine(0.0))
     assert math.isnan(accumulate.self_cosine(math.inf))
     assert accumulate.self_cosine(1e-300) == 1.0
+
+
+def test_division_by_a_whole_number_is_rounded_correctly(accumulate):
+    """The GPU's way, against the bits of an ordinary division, near midpoints too."""
+    random = np.random.default_rng(0)
+    counts = [1, 2, 3, 5, 7, 12, 49, 255, 256, 1000, 8191, 2**31 - 1, 2**40 + 1]
+    for count in counts:
+        quotients = random.random(4000) + 0.5
+        sums = np.concatenate(
+            [
+                random.standard_normal(4000) * 10.0 ** random.integers(-40, 40, 4000),
+                # Sums whose quotients lie beside numbers and beside the middle between two.
+                quotients * count,
+                np.nextafter(quotients * count, np.inf),
+                [0.0, 2.0**-149, -3.4e38, np.inf, -np.inf, np.nan],
+            ]
+        )
+        got = np.array([accumulate.divide(x, float(count)) for x in sums])
+        np.testing.assert_array_equal(got, sums / count)
