@@ -14,8 +14,11 @@ INSTALL := $(BIN)/pip install --quiet --no-build-isolation -c $(VENV)/torch.txt
 
 .PHONY: test demo bench lint format native clean
 
+# A process for each core, with one thread each: more threads would only wait for each other.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
 test: lint native
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 demo: $(VENV)/.installed native
 	$(BIN)/fadiag demo

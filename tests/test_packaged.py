@@ -140,7 +140,10 @@ CASES = {
     "tied": (
         Tied,
         torch.randn(6, 5),
-        inputs_of("layers.0", "layers.1", "layers.2", "twice"),
+        inputs_of("layers.0")
+        + outputs_of("layers.0", "layers.1", "layers.2")
+        + inputs_of("twice")
+        + outputs_of("twice", "twice"),
     ),
 }
 LABELS = torch.arange(6) % 4
@@ -148,14 +151,14 @@ LABELS = torch.arange(6) % 4
 
 def by_hooks(model, x, places):
     """States (copied: in-place layers follow) and gradients of the original network."""
-    states = {}
+    states = {place: [] for place in places}
 
     def keep(place):
         def hook(module, args, output=None):
             state = args[0] if place[1] == "input" else output
-            if place not in states:  # the first call
+            if len(states[place]) < places.count(place):  # the first calls
                 state.retain_grad()
-                states[place] = state, state.detach().clone()
+                states[place].append((state, state.detach().clone()))
 
         return hook
 
@@ -163,13 +166,15 @@ def by_hooks(model, x, places):
         model.get_submodule(name).register_forward_pre_hook(keep((name, at)))
         if at == "input"
         else model.get_submodule(name).register_forward_hook(keep((name, at)))
-        for name, at in places
+        for name, at in dict.fromkeys(places)
     ]
     loss = nn.functional.cross_entropy(model(x), LABELS)
     loss.backward()
     for handle in handles:
         handle.remove()
-    return [states[p][1] for p in places], [states[p][0].grad for p in places]
+    calls = [places[:i].count(place) for i, place in enumerate(places)]
+    kept = [states[place][call] for place, call in zip(places, calls, strict=True)]
+    return [values for _, values in kept], [state.grad for state, _ in kept]
 
 
 def scripted(model, x):
@@ -299,7 +304,7 @@ def test_chains_are_named_by_the_original_classes(audits):
         assert chosen["branch"] == chosen["state"] == "residual contract"
         assert chosen["cnn"] == "chain of 3 Sequential in stages.*"
         assert chosen["encoder"] == "chain of 2 TransformerEncoderLayer in encoder.layers.*"
-        assert chosen["tied"] == "chain of 3 Linear in layers.*"
+        assert chosen["tied"] == ("chain of 3 Linear in layers.* and chain of 2 Linear in twice")
 
 
 @pytest.mark.parametrize("form", FORMS)

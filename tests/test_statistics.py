@@ -308,8 +308,13 @@ def test_logits_without_a_row_per_sample():
     model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(3)))
     pooled = Pooled(model)
     x, y = torch.randn(6, 5), torch.zeros(6, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"logits with a row for each of 6 samples, got shape \[5"):
-        Probe(pooled.eval(), loss=lambda logits, _: logits.sum()).capture(x, y)
+    probe = Probe(pooled.eval(), loss=lambda logits, _: logits.sum())
+    captured = probe.capture(x, y)
+    assert not probe.has_output  # so that gains are relative to the last state
+    with torch.no_grad():
+        before = model(x)
+    torch.testing.assert_close(captured.hiddens[-1], before)
+    assert torch.equal(captured.grads[-1], torch.ones_like(before))
 
 
 class Pooled(nn.Module):
