@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_fuzz import repacked, with_members
+from fuzzing.files import repacked, with_members
 from test_checkpoint_folders import metadata_of, rewrite, save_distributed, write_weights
 from test_checkpoints import assert_same
 from torch import Tensor

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import NoStateDict, UnreadableCheckpoint, at, brief, listed, printable
-from .placeholders import is_opaque
+from .placeholders import is_opaque, shown
 from .places import TensorPlace
 
 # Where training scripts put the weights, in the order in which we look: what is trained first, then
@@ -150,7 +150,7 @@ def find_content(
     extra: dict[str, Any] = {}
     for depth in reversed(range(len(taken))):
         level = _at(content, taken[:depth])
-        beside = {str(name): value for name, value in level.items() if name != taken[depth]}
+        beside = {str(shown(name)): value for name, value in level.items() if name != taken[depth]}
         extra = {**extra, **beside}
     container = ".".join(taken) or ("module" if isinstance(found, nn.Module) else "bare")
     if part:

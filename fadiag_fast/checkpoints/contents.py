@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from .errors import UnreadableCheckpoint
-from .placeholders import shown
+from .placeholders import NotLoaded, shown
 from .places import TensorPlace
 
 _ATOMS = frozenset({str, int, float, bool, type(None), bytes, complex})
@@ -20,7 +19,8 @@ def copied(value: Any, leaf: Callable[[Any], Any]) -> Any:
     """Return nested containers with other leaves; what is shared or recursive stays so.
 
     Args:
-        value: dicts, lists and tuples in each other; of any depth, but for tuples in tuples.
+        value: dicts, lists and tuples in each other; of any depth, but for tuples in tuples, of
+            which the inner ones are left out from some depth on.
         leaf: is given what is neither a container nor a plain value.
     """
     memo: dict[int, Any] = {}
@@ -41,10 +41,7 @@ def copied(value: Any, leaf: Callable[[Any], Any]) -> Any:
             to_fill.append((item, new))
         elif kind is tuple:
             if depth > _MOST_NESTED_TUPLES:
-                raise UnreadableCheckpoint(
-                    "expected plain values beside the weights, got tuples nested more than "
-                    f"{_MOST_NESTED_TUPLES} deep"
-                )
+                return NotLoaded("a tuple nested too deeply")
             new = tuple(convert(part, depth + 1) for part in item)
         else:
             new = leaf(item)
@@ -56,7 +53,7 @@ def copied(value: Any, leaf: Callable[[Any], Any]) -> Any:
         old, new = to_fill.pop()
         if isinstance(new, dict):
             for key, item in old.items():
-                new[key] = convert(item)
+                new[shown(key)] = convert(item)
         else:
             new.extend(map(convert, old))
     return result

@@ -155,7 +155,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read_json(path: Path, files: Files) -> dict[str, Any]:
     text = files.read_text(path, "a JSON file", MOST_JSON)
     try:
-        found = json.loads(text, object_pairs_hook=_once)
+        # As bytes it would be tried in other encodings too.
+        found = json.loads(text.decode(), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise damaged(path, error) from error
     if not isinstance(found, dict):

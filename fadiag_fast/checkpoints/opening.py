@@ -274,6 +274,20 @@ def open_regular(
     return file
 
 
+def check_regular(path: Path, error: type[Exception], what: str) -> None:
+    """Refuse what is no regular file and would be waited for, or read without an end.
+
+    Args:
+        path: a file, or a link to one; that it is missing or a folder, opening it will say.
+        error: what is raised.
+        what: the beginning of the message.
+    """
+    with suppress(OSError, ValueError):
+        kind = _special(os.stat(path).st_mode)
+        if kind is not None:
+            raise error(f"{what}: expected a regular file, got {kind}")
+
+
 def _special(mode: int) -> str | None:
     """Return what a file is that is neither a regular one nor a folder, else None."""
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):

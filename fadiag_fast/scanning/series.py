@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..checkpoints.errors import printable
+from ..checkpoints.opening import check_regular
 from ..checkpoints.remote import is_url
 from .extras import parquet, require
 
@@ -347,6 +348,7 @@ _Cells = Iterable[tuple[str, Mapping[str, Any]]]
 
 def _text_of(path: Path, kind: str) -> str:
     """Return a manifest's text."""
+    check_regular(path, SeriesError, f"manifest {path}")
     raw = path.read_bytes()
     try:
         return raw.decode("utf-8-sig")
@@ -395,6 +397,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _read_parquet(path: Path) -> _Cells:
     pq = parquet()
+    check_regular(path, SeriesError, f"manifest {path}")
     with path.open("rb"):  # what the system says, in its words
         pass
     try:

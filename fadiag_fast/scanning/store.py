@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.errors import printable
+from ..checkpoints.opening import check_regular
 from ..protocol import DiagnosticThresholds, Protocol, check_protocol
 from . import seals
 from .extras import arrow, compute, parquet, require
@@ -227,6 +228,7 @@ def _read_file(path: Path, schema: Any, names: Sequence[str] | None = None) -> A
         names: of a part's columns, where not all are needed.
     """
     pa = arrow()
+    check_regular(path, UnreadableResults, f"scan results: {path}")
     if names is not None:
         fields = [schema.field(index) for index in sorted(map(schema.get_field_index, names))]
         schema = pa.schema(fields, metadata=schema.metadata)

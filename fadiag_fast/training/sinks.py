@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from ..checkpoints.opening import check_regular
 from .alarms import Alarms, Event, TrainingStopped, event_from_dict, user_level
 from .distributed import Share
 from .records import FIGURES, StepRecord
@@ -261,9 +262,11 @@ def read_jsonlines(path: str | os.PathLike[str]) -> StepLog:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds lines, but none of them is of this format, or a later version wrote it.
+        ValueError: it holds lines, but none of them is of this format, or a later version wrote it;
+            or it is no regular file.
     """
     path = Path(path)
+    check_regular(path, ValueError, f"{path}")
     lines = path.read_bytes().split(b"\n")
     last_is_whole = lines[-1] == b""
     entries: list[tuple[int, StepRecord | Event]] = []  # with the session's number

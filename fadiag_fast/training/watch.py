@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.opening import check_regular
 from ..protocol import OUTPUT
 from ..report import text_table
 from .alarms import Alarm, AlarmPolicy, Alarms, Event, user_level
@@ -54,6 +55,8 @@ def _written_at(path: Path) -> float:
 
 
 def _is_log(path: Path) -> bool:
+    if not path.is_file():  # a FIFO would be waited for
+        return False
     with open(path, "rb") as file:
         return file.read(16).startswith(b'{"fadiag_steps"')
 
@@ -104,8 +107,9 @@ class Tail:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: a later version wrote it.
+            ValueError: a later version wrote it, or it is no regular file.
         """
+        check_regular(self.path, ValueError, f"watch: {self.path}")
         with open(self.path, "rb") as file:
             if file.seek(0, os.SEEK_END) < self._offset:
                 # The file was begun anew.
