@@ -259,6 +259,14 @@ def test_lightning_file(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
+def test_an_index_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.bin")
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_bytes(json.dumps({"weight_map": {"w": "a.bin"}}).encode("utf-16-le"))
+    with pytest.raises(UnreadableCheckpoint, match="whole checkpoint"):
+        load_checkpoint(index)
+
+
 # torch.distributed.checkpoint
 
 

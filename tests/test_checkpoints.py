@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import pickle
 import stat
@@ -33,6 +34,7 @@ from fadiag_fast.checkpoints import (
     UnwritableCheckpoint,
     load_checkpoint,
     load_into,
+    read_into,
     save_checkpoint,
 )
 
@@ -1001,3 +1003,48 @@ def test_save_keeps_permissions_and_links(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o604
     assert link.is_symlink()
     assert load_checkpoint(path).state_dict["w"].tolist() == [0.0]
+
+
+def test_half_characters_in_the_header_of_safetensors_are_refused(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    tensor = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    for header in (
+        {"\ud800": tensor},
+        {"w": tensor, "__metadata__": {"a": "\udfff"}},
+        {"w": tensor, "__metadata__": {"\ud800": "a"}},
+    ):
+        text = json.dumps(header).encode()
+        data = len(text).to_bytes(8, "little") + text + bytes(4)
+        (tmp_path / "a.safetensors").write_bytes(data)
+        with pytest.raises(Exception, match="invalid JSON"):
+            safetensors.load(data)
+        with pytest.raises(UnreadableCheckpoint, match="does not describe tensors"):
+            load_checkpoint(tmp_path / "a.safetensors")
+
+
+class Named:
+    """What a file's author has and its reader has not."""
+
+
+def test_classes_as_keys_beside_the_weights_are_named(tmp_path: Path) -> None:
+    content = {"model": {"w": torch.ones(2)}, Named: 1, "counts": {Named: 2}}
+    torch.save(content, tmp_path / "a.pt")
+    name = f"<{__name__}.Named, not loaded>"
+    found = load_checkpoint(tmp_path / "a.pt")
+    again = read_into(tmp_path / "a.pt", torch.zeros(1 << 16, dtype=torch.uint8))
+    for extra in (found.extra, again.extra):
+        assert extra[name] == 1
+        assert list(map(repr, extra["counts"])) == [name]
+
+
+def test_deep_tuples_beside_the_weights_keep_no_one_from_them(tmp_path: Path) -> None:
+    deep: tuple[Any, ...] = ()
+    for _ in range(300):
+        deep = (deep,)
+    torch.save({"model": {"w": torch.ones(2)}, "deep": deep, "epoch": 3}, tmp_path / "a.pt")
+    found = load_checkpoint(tmp_path / "a.pt")
+    again = read_into(tmp_path / "a.pt", torch.zeros(1 << 16, dtype=torch.uint8))
+    assert torch.equal(found.state_dict["w"], torch.ones(2))
+    for extra in (found.extra, again.extra):
+        assert extra["epoch"] == 3
+        assert "a tuple nested too deeply, not loaded" in repr(extra["deep"])

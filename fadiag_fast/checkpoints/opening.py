@@ -282,10 +282,11 @@ def check_regular(path: Path, error: type[Exception], what: str) -> None:
         error: what is raised.
         what: the beginning of the message.
     """
+    kind = None
     with suppress(OSError, ValueError):
         kind = _special(os.stat(path).st_mode)
-        if kind is not None:
-            raise error(f"{what}: expected a regular file, got {kind}")
+    if kind is not None:
+        raise error(f"{what}: expected a regular file, got {kind}")
 
 
 def _special(mode: int) -> str | None:

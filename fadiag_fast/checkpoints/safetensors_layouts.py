@@ -106,6 +106,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse(header: bytes, first: int, stop: int) -> _Header:
     entries = json.loads(header.decode(), object_pairs_hook=_once)
     metadata = entries.pop("__metadata__", None) or {}
+    "".join([*entries, *metadata, *map(str, metadata.values())]).encode()  # no half characters
     places = {}
     spans = []
     for name, entry in sorted(entries.items()):

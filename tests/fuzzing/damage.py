@@ -150,7 +150,23 @@ def change_the_header(whole: bytes, rng: random.Random) -> bytes:
     return struct.pack("<Q", len(header)) + header + whole[8 + length :]
 
 
-_OF_BYTES: tuple[Mutation, ...] = (flip_bits, flip_bits, cut, double, damage_the_structure)
+def change_the_values(whole: bytes, rng: random.Random) -> bytes:
+    """Flip bits of one member of a zip file, or behind a header, so that the file stays whole."""
+    if not whole.startswith(b"PK"):
+        first = 8 + int.from_bytes(whole[:8], "little") if whole[8:9] == b"{" else len(whole) // 2
+        return whole[:first] + (flip_bits(whole[first:], rng) if whole[first:] else b"")
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        names = [info.filename for info in archive.infolist() if info.file_size]
+    chosen = rng.choice([name for name in names if "/data/" in name] or names)
+    return with_members(
+        whole, lambda name, data: (name, flip_bits(data, rng) if name == chosen else data)
+    )
+
+
+_OF_BYTES: tuple[Mutation, ...] = (
+    *(flip_bits, flip_bits, cut, double, damage_the_structure),
+    *(change_the_values, change_the_values),
+)
 _OF_TEXTS: tuple[Mutation, ...] = (change_the_text, change_the_text, change_the_text)
 _OF_PICKLES: tuple[Mutation, ...] = (damage_the_pickle, damage_the_pickle, damage_the_pickle)
 

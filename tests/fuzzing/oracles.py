@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -18,8 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from .files import with_members
 
 
 def torch_content(data: bytes) -> Any:
@@ -41,17 +40,15 @@ def _unless_refused(data: bytes, load: Callable[[io.BytesIO], Any]) -> Any:
 
 
 def _without_number(data: bytes) -> bytes:
-    def change(name: str, held: bytes) -> tuple[str, bytes]:
-        ours = name.endswith("/.data/serialization_id") and not held.isascii()
-        return name, b"1" if ours else held
-
+    """Write ones over that number, where the file has it."""
     try:
-        changed = with_members(data, change)
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            (info,) = (i for i in archive.infolist() if i.filename.endswith("/serialization_id"))
     except Exception:
         return data
-    with zipfile.ZipFile(io.BytesIO(changed)) as one, zipfile.ZipFile(io.BytesIO(data)) as two:
-        same = all(one.read(name) == two.read(name) for name in one.namelist())
-    return data if same else changed
+    name_size, extra_size = struct.unpack_from("<2H", data, info.header_offset + 26)
+    first = info.header_offset + 30 + name_size + extra_size
+    return data[:first] + b"1" * info.file_size + data[first + info.file_size :]
 
 
 class Stub:

@@ -377,11 +377,13 @@ class Reader:
             raise FindingError(f"read_manifest does not name the file: {error}")
 
         def compare() -> str:
-            wanted = sorted(map(_cells_text, _rows_of(path)))
+            wanted = sorted(
+                _cells_text({**row, "path": path.parent / row["path"]}) for row in _rows_of(path)
+            )
             ours = sorted(
                 _cells_text(
                     {
-                        "path": os.path.relpath(e.path, path.parent),
+                        "path": e.path,
                         "step": e.step,
                         "accuracy": e.accuracy,
                     }

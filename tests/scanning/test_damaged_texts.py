@@ -1,6 +1,7 @@
 """Manifests and step records that are damaged or of other types are told by name and line."""
 
 import json
+import os
 import random
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from torch import nn
 
 from fadiag_fast import StepProbe
-from fadiag_fast.scanning import read_manifest
+from fadiag_fast.scanning import ScanResult, ScanWriter, read_manifest
 from fadiag_fast.scanning.series import SeriesError
+from fadiag_fast.scanning.store import UnreadableResults
 from fadiag_fast.training.sinks import read_jsonlines
-from fadiag_fast.training.watch import Tail, scan_result_of, view
+from fadiag_fast.training.watch import Tail, find_log, scan_result_of, view
 
 TOML = '[[checkpoint]]\npath = "a.pt"\n'
 
@@ -161,4 +163,38 @@ def test_a_file_of_damaged_records_alone_is_named_with_its_lines(steps):
         ValueError, match=r"expected step records.*could not be read: line"
     ) as error:
         scan_result_of([path])
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_nobody_waits_for_a_fifo_in_a_file_s_place(tmp_path):
+    """It would be for ever: nobody writes to it."""
+    pytest.importorskip("pyarrow")
+    for name in ("m.csv", "m.toml", "m.parquet", "steps.jsonl"):
+        os.mkfifo(tmp_path / name)
+    for name in ("m.csv", "m.toml", "m.parquet"):
+        if name.endswith("toml"):
+            pytest.importorskip("tomllib")
+        with pytest.raises(SeriesError, match=f"{name}: expected a regular file, got a FIFO"):
+            read_manifest(tmp_path / name)
+    with pytest.raises(ValueError, match=r"steps.jsonl: expected a regular file, got a FIFO"):
+        read_jsonlines(tmp_path / "steps.jsonl")
+    with pytest.raises(ValueError, match=r"steps.jsonl: expected a regular file, got a FIFO"):
+        Tail(tmp_path / "steps.jsonl").read()
+    with pytest.raises(FileNotFoundError, match="none in the folder"):
+        find_log(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+@pytest.mark.parametrize("name", ["checkpoints.parquet", "layers.parquet", "parts/part-0-1.arrow"])
+def test_nobody_waits_for_a_fifo_among_a_scan_s_tables(name, tmp_path):
+    pytest.importorskip("pyarrow")
+    with ScanWriter(tmp_path) as writer:
+        writer.configure({"batches": 8})
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(UnreadableResults, match="expected a regular file, got a FIFO") as error:
+        ScanResult.load(tmp_path)
     assert str(path) in str(error.value)
