@@ -1,6 +1,7 @@
 """One test for each row of the README's table of training steps: what happens, and it is said."""
 
 import copy
+import math
 import pickle
 import re
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import test_training_distributed as distributed
 import test_training_loops as loops
+import test_training_observed as observed
 import test_training_tensor_parallel as tensor_parallel
 import torch
 from ranks import needs_gloo, spawned
@@ -428,6 +430,53 @@ def test_nameless_state():
 
     message = "input of head: expected a state that a module returns"
     refused_or_unseen(Scaled(), batch_of(), message, taps="head:input")
+
+
+@row("compiled: several forward passes before one backward pass")
+def test_two_passes_before_a_backward_pass():
+    x, y = batch_of()
+
+    def both(run):
+        nn.functional.cross_entropy(run(x) + run(x + 0.1), y).backward()
+
+    model, probe, _ = probed(example=x)
+    both(torch.compile(model, backend="aot_eager"))
+    with pytest.raises(RuntimeError, match="one forward pass of the compiled model"):
+        probe.step()
+    probe.remove()
+    torch.compiler.reset()
+    model, probe, records = probed(example=x, alarms=False)
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.warns(RuntimeWarning, match="figures of such steps are NaN"):
+        for go in (loss_backward, both, loss_backward):
+            go(compiled)
+            probe.step()
+        probe.flush()
+    known = [[math.isfinite(v) for v in (*r.hidden_norms, *r.grad_norms)] for r in records]
+    assert [set(k) for k in known] == [{True}, {False}, {True}]
+
+
+def loss_backward(run):
+    loss_of(run).backward()
+
+
+@row("compiled: a head that is called for some of the samples each")
+@pytest.mark.parametrize("pieces", [observed.by_samples, observed.uneven])
+def test_a_head_that_is_called_for_some_of_the_samples(pieces):
+    ids = observed.ids_of()
+    model, probe, records = probed(observed.Tokens(pieces), example=ids)
+    loss = torch.compile(model, backend="aot_eager")(ids, ids)
+    loss.backward()
+    with pytest.warns(RuntimeWarning, match="calls for some of the samples each"):
+        probe.step()
+    probe.remove()
+    assert records[0].gain_reference == probe.taps.labels[-1]
+    assert records[0].credit_gains[-1] == 1.0
+    _, again, eager = probed(model, example=ids)
+    model(ids, ids).backward()
+    again.step()
+    again.remove()
+    assert records[0].grad_norms == pytest.approx(eager[0].grad_norms, rel=1e-4)
 
 
 def refused_or_unseen(model, batch, message, **options):

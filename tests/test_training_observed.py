@@ -51,6 +51,10 @@ def by_samples(head, h, y):
     return [(head(a), b) for a, b in zip(h.chunk(2, 0), y.chunk(2, 0), strict=True)]
 
 
+def uneven(head, h, y):
+    return [(head(a), b) for a, b in zip(h.split([3, 1]), y.split([3, 1]), strict=True)]
+
+
 def checkpointed(head, h, y):
     return [
         (checkpoint(head, a, use_reentrant=False), b)

@@ -434,6 +434,8 @@ class StepProbe(OfThisRun):
         self._autocast: str | None = None
         self._compiled_autocast: torch.dtype | None = None
         self._said_why = False
+        self._told_flaws = False  # of what is compiled
+        self._compiled_passes = 0
         self._observed = ""
         # Modules with hooks, by name; those that are called several times with the known number.
         self._hooked: list[tuple[str, nn.Module]] = []
@@ -1115,11 +1117,44 @@ class StepProbe(OfThisRun):
         eager, compiled = self._parts, list(self._slot_parts)
         if compiled and self._tensor_ranks is not None:
             raise RuntimeError(_NOT_COMPILED)
+        if compiled:
+            self._tell_flaws(first=not self._compiled_passes)
+            self._compiled_passes += len(compiled)
         if compiled and not eager:
             self._autocast = _name_of(self._compiled_autocast)
         if eager and len(eager) == len(compiled):  # some modules are compiled, others not
             return [_joined(a, b) for a, b in zip(eager, compiled, strict=True)]
         return eager + compiled
+
+    def _tell_flaws(self, first: bool) -> None:
+        """Tell what a compiled backward pass cannot show, and stop where that is so from the first.
+
+        Later on this is asked for figures that are NaN, and not of every step: it waits.
+        """
+        slots = self._slots
+        captured = self._has_gpu and torch.cuda.is_current_stream_capturing()
+        if slots is None or captured or self._told_flaws:
+            return
+        if slots.summed_passes():
+            self._told_flaws = True
+            reason = (
+                "StepProbe: expected one forward pass of the compiled model for each backward "
+                "pass, got several, of which only the sum arrives"
+            )
+            advice = "give the model both batches in one call, or probe it without torch.compile"
+            if first:
+                raise RuntimeError(f"{reason}; {advice}")
+            warnings.warn(
+                f"{reason}: figures of such steps are NaN; {advice}",
+                RuntimeWarning,
+                stacklevel=user_level(),
+            )
+        elif slots.divided_logits():
+            self._told_flaws = True
+            self._without_output(
+                "StepProbe: output: expected a compiled forward to make the logits of all samples "
+                "in each call, got calls for some of the samples each, which cannot be told apart"
+            )
 
     def _nothing_arrived(self, step: int) -> str:
         compiled = any(
@@ -1136,6 +1171,8 @@ class StepProbe(OfThisRun):
             )
         elif not self._prepared:
             more = "; the model was not called in training mode with gradients enabled"
+        elif self._slots is not None and self._slots.refusal and (compiled or _has_compiled()):
+            more = f"; of a compiled model, {self._slots.refusal}"
         elif compiled or _has_compiled():
             more = (
                 "; if the model is compiled, the probe must be built before its first compiled call"
@@ -1353,6 +1390,8 @@ class StepProbe(OfThisRun):
                 num_directions = max(num_directions, len(known))
                 if known:
                     stabilities[layer] = total / len(known)
+        if error != error and self._compiled_passes:  # NaN
+            self._tell_flaws(first=False)
         scale, skipped = 1.0, False
         if meta.scaled:
             scale, skipped = row[at], row[at + 1] != 0

@@ -28,9 +28,9 @@ _STATE_SCALE = 2.0**-32
 _GRAD_SCALE = 2.0**32
 # Features of a position whose sum is kept from the forward to the backward.
 _WIDE = 128
-# The state's sum of squares, the gradient's, and one more than the features of a sample that was
-# there.
-_ROWS = 3
+# The state's sum of squares, the gradient's, one more than the features of a sample that was there,
+# and where a sample begins the number of calls that brought it.
+_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,10 @@ def _partly_summed(squares: Tensor) -> Tensor:
     return (squares.flatten(1).sum(1) if squares.dim() > 1 else squares)[:, None]
 
 
-def _rows_of(state: Tensor | None, grad: Tensor | None, like: Tensor, features: int) -> Tensor:
-    """Return the three rows of a slot, ``[3, N]``, of what is left to sum over P.
+def _rows_of(
+    state: Tensor | None, grad: Tensor | None, like: Tensor, features: int, each: int
+) -> Tensor:
+    """Return the four rows of a slot, ``[4, N]``, of what is left to sum over P.
 
     Chosen by an index, and not stacked: a stack would be a copy, and its sum a kernel more.
 
@@ -83,14 +85,18 @@ def _rows_of(state: Tensor | None, grad: Tensor | None, like: Tensor, features: 
         grad: ``[N, P]``; likewise. The sample counts where its gradient is given.
         like: either.
         features: of a sample.
+        each: rows of a sample: of tokens, as many as it has.
     """
     row = torch.arange(_ROWS, device=like.device)[:, None, None]
     first = torch.arange(like.shape[1], device=like.device) == 0
     nothing = like.new_zeros(())
-    count = nothing
+    count = calls = nothing
     if grad is not None:
         count = torch.where(first, torch.full_like(nothing, features + 1), nothing)
+        begins = torch.arange(like.shape[0], device=like.device)[:, None] % each == 0
+        calls = torch.where(begins & first, torch.ones_like(nothing), nothing)
     chosen = torch.where(row == 1, nothing if grad is None else grad, count)
+    chosen = torch.where(row == 3, calls, chosen)
     return torch.where(row == 0, nothing if state is None else state, chosen).sum(-1)
 
 
@@ -133,10 +139,11 @@ class _Slot(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         how = SampleReduction(ctx.kind, ctx.feature_dim)
         if ctx.samples:  # the logits: a row for each of so many samples
-            reduced = sample_rows(grad, ctx.samples, ctx.batch_dim, "StepProbe")
-            reduced = _first(reduced, ctx.observed)
+            samples = sample_rows(grad, ctx.samples, ctx.batch_dim, "StepProbe")
+            samples = reduced = _first(samples, ctx.observed)
         else:
-            reduced = how.of_grad(_first(by_sample(grad, ctx.batch_dim), ctx.observed))
+            samples = _first(by_sample(grad, ctx.batch_dim), ctx.observed)
+            reduced = how.of_grad(samples)
         squares = _grad_squares(reduced) if ctx.take_grad else None
         state = ctx.saved_tensors[0] if ctx.saved_tensors else None
         like = squares if squares is not None else state
@@ -144,7 +151,9 @@ class _Slot(torch.autograd.Function):
         if squares is not None and state is not None and state.shape != squares.shape:
             state, squares = (part.sum(-1, keepdim=True) for part in (state, squares))
             like = squares
-        rows = _rows_of(state, squares, like, reduced.numel() // max(1, reduced.shape[0]))
+        count = max(1, reduced.shape[0])
+        each = max(1, count // max(1, samples.shape[0]))
+        rows = _rows_of(state, squares, like, reduced.numel() // count, each)
         if rows.shape[1] != ctx.capacity:
             rows = torch.nn.functional.pad(rows, (0, ctx.capacity - rows.shape[1]))
         total = reduced.float().sum(0) if ctx.summed else None
@@ -185,6 +194,10 @@ class Slots:
         self.batch_dim = batch_dim
         self.observed = samples or 0  # a number in compiled code: 0 for all
         self.refusal = "; ".join(refusals.values())
+        # What is wrong with what came, on the device: that several forward passes were summed, and
+        # that several calls made logits of some of the samples each.
+        self._flaws: Tensor | None = None
+        self._without_logits = False
         self._arrived = arrived
         self.leaves = [self._leaf((_ROWS, capacity), device) for _ in range(n)]
         self.leaves.append(self._leaf((_ROWS, error_capacity), device))
@@ -266,12 +279,47 @@ class Slots:
             got[l] = leaf.grad
         leaf.grad = None
 
+    def summed_passes(self) -> bool:
+        """Say whether passes came together, whose sum is all that is known; waits for the device.
+
+        A backward pass through several of them brings a slot one gradient, summed over all.
+        """
+        return self._flaws is not None and bool(self._flaws[0])
+
+    def divided_logits(self) -> bool:
+        """Say whether logits came in pieces of the samples; waits for the device.
+
+        The pieces are added into the same places then. From now on, logits are not looked at.
+        """
+        self._without_logits |= self._flaws is not None and bool(self._flaws[1])
+        return self._without_logits
+
+    def _look_for_flaws(self, calls: Tensor, of_logits: Tensor | None) -> Tensor:
+        """Return both flaws of a backward pass, ``[2]``, and keep them beside earlier ones.
+
+        Args:
+            calls: ``[n, N]``, where a sample begins how many calls brought it.
+            of_logits: ``[N']``, the same.
+        """
+        found = calls.amax(0)
+        several = found.amax() > 1
+        divided = torch.zeros_like(several)
+        if of_logits is not None:
+            divided = of_logits.count_nonzero() != found.count_nonzero()
+        now = torch.stack([several, divided])
+        first = self._flaws is None
+        self._flaws = now if self._flaws is None else self._flaws | now
+        captured = now.is_cuda and torch.cuda.is_current_stream_capturing()
+        if first and not captured:
+            self.divided_logits()  # of the first pass at once: it is usually like all others
+        return now
+
     def forget(self) -> None:
         """Drop what a backward pass brought that did not come to its end."""
         self._got, self._got_sums = {}, {}
 
     def _norms(self, rows: Tensor) -> Tensor:
-        """Return the norms of states and gradients, ``[2, k, N]`` float64, of rows ``[3, k, N]``.
+        """Return the norms of states and gradients, ``[2, k, N]`` float64, of rows ``[4, k, N]``.
 
         NaN where there was no sample.
         """
@@ -291,10 +339,15 @@ class Slots:
         # Each of these calls is a launch: some 4 µs of a step of 45 ms.
         one = got[present[0]]
         empty = one if len(present) == n else torch.zeros_like(one)
+        if self._without_logits:
+            got.pop(n, None)
         beside = n in got and got[n].shape == one.shape
         # A copy too: what a graph of the compiler returned is overwritten by its next replay.
         rows = torch.stack([got.get(l, empty) for l in range(n + beside)], 1)
-        norms = self._norms(rows)
+        flaws = self._look_for_flaws(rows[3, :n], got[n][3] if n in got else None)
+        norms = self._norms(rows).masked_fill_(flaws[0], torch.nan)
+        if beside:
+            norms[:, n].masked_fill_(flaws[1], torch.nan)
         rms = norms[0, :n] / (rows[2, :n].double() - 1).sqrt()
         there = (rows[2, :n] > 0).any(0).float()
         if not beside:
@@ -305,13 +358,14 @@ class Slots:
                 places = torch.arange(len(there), device=there.device)
                 at = (places / each).long().clamp(max=got[n].shape[1] - 1)
                 found = self._norms(got[n][:, None]).index_select(2, at)
-                error = found.masked_fill(there == 0, torch.nan)
+                error = found.masked_fill((there == 0) | flaws.any(), torch.nan)
             norms = torch.cat([norms, error], 1)
         samples = there.sum(dtype=torch.float64)
         kept = [
-            sums[l] / samples if l in sums else None
+            (sums[l] / samples).masked_fill_(flaws[0], torch.nan) if l in sums else None
             for l, total in enumerate(self.totals)
             if total is not None
         ]
         missing = {l for l in range(n) if l not in got}
-        self._arrived(Figures(norms, kept, missing, None, samples, rms=rms, has_error=n in got))
+        has_error = n in got and not self._without_logits
+        self._arrived(Figures(norms, kept, missing, None, samples, rms=rms, has_error=has_error))
