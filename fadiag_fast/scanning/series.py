@@ -322,8 +322,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Entry]:
     )
     if reader is None:
         raise SeriesError(f"manifest {path}: expected a .csv, .parquet or .toml file")
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise SeriesError(f"manifest {path}: expected a regular file, got a device or pipe")
+    check_regular(path, SeriesError, f"manifest {path}")
     entries: list[Entry] = []
     places: dict[str, str] = {}
     for place, cells in reader(path):
@@ -348,7 +347,6 @@ _Cells = Iterable[tuple[str, Mapping[str, Any]]]
 
 def _text_of(path: Path, kind: str) -> str:
     """Return a manifest's text."""
-    check_regular(path, SeriesError, f"manifest {path}")
     raw = path.read_bytes()
     try:
         return raw.decode("utf-8-sig")
@@ -397,7 +395,6 @@ def _listed(names: Sequence[str]) -> str:
 
 def _read_parquet(path: Path) -> _Cells:
     pq = parquet()
-    check_regular(path, SeriesError, f"manifest {path}")
     with path.open("rb"):  # what the system says, in its words
         pass
     try:

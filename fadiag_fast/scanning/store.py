@@ -232,10 +232,6 @@ def _read_file(path: Path, schema: Any, names: Sequence[str] | None = None) -> A
     if names is not None:
         fields = [schema.field(index) for index in sorted(map(schema.get_field_index, names))]
         schema = pa.schema(fields, metadata=schema.metadata)
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise UnreadableResults(
-            f"scan results: {path}: expected a regular file, got a device or pipe"
-        )
     try:
         # Not a file of Python's: Arrow's threads let go of one when they like, and a process that
         # is just ending then aborts.

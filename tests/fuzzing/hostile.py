@@ -126,7 +126,7 @@ CALLS = {
     "a network's class": b"ctorch.nn.modules.linear\nLinear\n)\x81}" + _text(b"x") + b"K\x01sb",
 }
 
-_DEEP = 200_000
+_DEEP = 100_000
 BOMBS = {
     "a memo index": b"Nr\xff\xff\xff\x0f",
     "a memo index as text": b"Np" + b"9" * 100_000 + b"\n",
