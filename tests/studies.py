@@ -38,6 +38,7 @@ def any_figures(draw):
         num_batches=draw(st.integers(0, 12)),
         headline_acc=draw(fractions),
         frozen_baseline_acc=draw(fractions),
+        gain_reference=draw(st.text(max_size=5)),
     )
 
 

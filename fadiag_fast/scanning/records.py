@@ -183,6 +183,7 @@ def _figure_columns(figures: Figures) -> Row:
         "equal_logits": None if figures.equal_logits is None else int(figures.equal_logits),
         "output_error": figures.output_error,
         "grad_dtype": figures.grad_dtype,
+        "gain_reference": figures.gain_reference,
     }
 
 
@@ -296,17 +297,8 @@ def figures_of(row: Row, layers: Sequence[Row]) -> Figures:
         test_size=row.get("test_size"),
         frozen_test_size=row.get("frozen_test_size"),
         chain_starts=_chain_starts(layers),
-        gain_reference=_gain_reference(row, layers),
+        gain_reference=OUTPUT if row.get("gain_reference") is None else row["gain_reference"],
     )
-
-
-def _gain_reference(row: Row, layers: Sequence[Row]) -> str:
-    """Return what gains are relative to: the last state is where no figure of logits is known."""
-    known = row.get("output_error") is not None or row["accuracy"] is not None
-    if known or not layers or layers[-1]["credit_gain"] != 1.0:
-        return OUTPUT
-    same = layers[-1]["grad_norm"] == row["output_grad_norm"]
-    return str(layers[-1]["name"]) if same else OUTPUT
 
 
 def _chain_starts(layers: Sequence[Row]) -> tuple[int, ...]:

@@ -144,6 +144,12 @@ CHECKPOINT_COLUMNS: tuple[Column, ...] = (
         "output_error", "number", "median ‖softmax − onehot‖ over all batches; null without classes"
     ),
     Column("grad_dtype", "text", "dtype of the deepest state's gradient"),
+    Column(
+        "gain_reference",
+        "text",
+        "what credit gains are relative to: `output`, or the name of the last state; null: "
+        "`output`",
+    ),
 )
 
 LAYER_COLUMNS: tuple[Column, ...] = (

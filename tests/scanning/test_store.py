@@ -275,13 +275,7 @@ def test_a_reader_needs_no_lock(tmp_path):
         assert len(ScanResult.load(tmp_path)) == 1
 
 
-def tells_its_reference(one):
-    """Leave out what tables cannot tell: a last state whose gradient is like that of the logits."""
-    last = zip(one.credit_gains[-1:], one.bp_grad_norms[-1:], strict=False)
-    return all(gain != 1.0 or norm != one.output_grad_norm for gain, norm in last)
-
-
-@given(st.lists(any_figures().filter(tells_its_reference), max_size=6))
+@given(st.lists(any_figures(), max_size=6))
 @settings(max_examples=14, deadline=None)
 def test_figures_come_back_to_the_last_bit(given_figures):
     with tempfile.TemporaryDirectory() as folder:
