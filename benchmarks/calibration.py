@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from fadiag_fast import DiagnosticReport, diagnose
-from fadiag_fast.calibrated import find_causes, judge_figures, state_scales
 from fadiag_fast.protocol import DiagnosticThresholds, growth_ratios, verdict_of
+from fadiag_fast.protocol.calibrated import state_scales
+from fadiag_fast.protocol.explanations import find_causes
+from fadiag_fast.protocol.judging import judge_figures
 from fadiag_fast.zoo import build_model, load_dataset, model_spec, train
 
 from . import architectures, rows

@@ -14,7 +14,7 @@ from torch import nn
 
 from fadiag_fast import CompiledProbe
 from fadiag_fast.capture import Probe, untouched
-from fadiag_fast.statistics import reduce_captured
+from fadiag_fast.capture.statistics import reduce_captured
 
 from . import rows
 from .timing import Plan, measure, pick

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 import torch
 import xxhash
 
+from fadiag_fast.reports.html import write_report
 from fadiag_fast.scanning import (
     CheckpointRecord,
     ScanResult,
@@ -26,7 +27,6 @@ from fadiag_fast.scanning import (
     content_hash,
     sweep_thresholds,
 )
-from fadiag_fast.scanning.html import write_report
 
 from . import rows, study
 from .rows import Row

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fadiag_fast.zoo import build_model, make_rule, model_spec
-from fadiag_fast.zoo.stepping import Stepper, stream_of_thread
+from fadiag_fast.zoo.graphed_steps import Stepper, stream_of_thread
 
 from . import rows
 

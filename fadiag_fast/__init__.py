@@ -1,16 +1,15 @@
 """fadiag_fast: find out whether a network's hidden states and gradients can be trusted."""
 
-__version__ = "0.1.0"
-
-from .compiled import CompiledProbe, LoadedProbe, load_probe
+from ._version import __version__
+from .capture.compiled import CompiledProbe, LoadedProbe, load_probe
+from .capture.points import TapError
 from .diagnosis import diagnose
 from .ops import PreparedStatistics, direction_cosines, layer_statistics, prepare_statistics
-from .packaged import load_packaged
+from .ops.reference import LayerStatistics
+from .programs.loading import load_packaged
 from .protocol import DiagnosticThresholds
-from .reference import LayerStatistics
 from .report import DiagnosticReport
 from .scanning import ScanResult, scan
-from .taps import TapError
 from .training import StepProbe, StepRecord
 
 __all__ = [
@@ -24,6 +23,7 @@ __all__ = [
     "StepProbe",
     "StepRecord",
     "TapError",
+    "__version__",
     "diagnose",
     "direction_cosines",
     "layer_statistics",

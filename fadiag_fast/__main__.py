@@ -24,7 +24,7 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(3) from None
-    from .text import finish_output
+    from ._common.text import finish_output
 
     try:
         try:

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference
-from .batches import check_batch, device_of, to_device
+from ._common.tables import number, text_table
 from .capture import Output, Probe, untouched
-from .report import _number, text_table
-from .statistics import SampleReduction
-from .taps import Select, unwrap
+from .capture.batches import check_batch, device_of, to_device
+from .capture.points import Select, unwrap
+from .capture.reduction import SampleReduction
+from .ops import reference
 
 # (x, y) → one credit vector per state, [B, ...] per sample; None where a state gets none.
 CreditFunction = Callable[[Any, Any], Sequence[Tensor | None]]
@@ -184,7 +184,7 @@ def measure_credit(
         seed: of the directions, and the first of the fresh draws' seeds.
         loss: (logits, y) → the loss of each sample ``[B]``; None is cross-entropy, averaged over
             the tokens where there is a label for each. Computed on float64 logits.
-        taps: where the states are, see :func:`fadiag_fast.taps.find_taps`.
+        taps: where the states are, see :func:`fadiag_fast.capture.taps.find_taps`.
         reduction: ``"flatten"``, or ``"cls"`` for the first position of ``[B, T, D]`` alone.
         output: which part of a structured model output counts as logits.
         batch_dim: the dimension of the states that counts samples.
@@ -389,4 +389,4 @@ def _interval(mean: float | None, sd: float | None) -> str:
 
 
 def _norm(value: float | None) -> str:
-    return "N/A" if value is None else _number(value)
+    return "N/A" if value is None else number(value)

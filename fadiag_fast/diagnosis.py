@@ -11,20 +11,22 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from . import ops
-from .arguments import (
-    check_count,
+from ._common.arguments import check_count, check_fraction
+from ._version import __version__
+from .capture import Loss, Output, Probe, classification_loss, untouched
+from .capture.arguments import (
     check_fits_forward,
-    check_fraction,
     check_how,
     check_module,
-    check_thresholds,
     each_batch,
     named_failures,
 )
-from .batches import check_batch, check_labels, device_of, sample_counts, to_device
-from .calibrated import find_causes, judge_figures
-from .capture import Loss, Output, Probe, classification_loss, untouched
-from .packaged import as_module
+from .capture.batches import check_batch, check_labels, device_of, sample_counts, to_device
+from .capture.directions import direction_figures
+from .capture.points import Select, unwrap
+from .capture.reduction import Reduction, SampleReduction
+from .capture.statistics import BatchStatistics, batch_statistics, medians
+from .programs.loading import as_module
 from .protocol import (
     OUTPUT,
     DiagnosticThresholds,
@@ -34,16 +36,10 @@ from .protocol import (
     explain_disagreement,
     explain_shapes,
 )
+from .protocol.explanations import find_causes
+from .protocol.judging import judge_figures
+from .protocol.thresholds import check_thresholds
 from .report import DiagnosticReport
-from .statistics import (
-    BatchStatistics,
-    Reduction,
-    SampleReduction,
-    batch_statistics,
-    direction_figures,
-    medians,
-)
-from .taps import Select, unwrap
 
 
 def diagnose(
@@ -84,7 +80,7 @@ def diagnose(
         notes: a remark for the report.
         protocol: ``"paper"`` judges as published; ``"calibrated"`` by figures that depend neither
             on batch size, loss scale and dtype nor on how well the task is solved, with causes: see
-            :mod:`fadiag_fast.calibrated`. Its medians are over the samples of all batches.
+            :mod:`fadiag_fast.protocol.calibrated`. Its medians are over the samples of all batches.
         thresholds: other limits than the published ones.
         test_size: images behind ``headline_acc``; the calibrated (d) asks for it.
         frozen_test_size: images behind ``frozen_baseline_acc``; by default as many.
@@ -94,10 +90,10 @@ def diagnose(
         taps: where to observe: None chooses (the residual contract ``embed``, ``blocks``,
             ``out_ln``, ``out_head``; a forward with ``return_hidden=True``; the longest chain of
             repeated blocks), or names, globs, classes, modules: see
-            :func:`fadiag_fast.taps.find_taps`.
+            :func:`fadiag_fast.capture.taps.find_taps`.
         reduction: what one sample's state is where states have positions: ``"flatten"``,
             ``"cls"``, ``"mean"``, ``"token"``, or a
-            :class:`~fadiag_fast.statistics.SampleReduction`.
+            :class:`~fadiag_fast.capture.reduction.SampleReduction`.
         output: which part of a structured model output counts as logits: an attribute, key or
             index, or a function; by default ``logits`` or the first floating tensor.
         batch_dim: the dimension of the states that counts samples.
@@ -330,7 +326,6 @@ def _provenance(
     loss: Any,
     backend: ops.Backend | None,
 ) -> dict[str, Any]:
-    from . import __version__
 
     sizes = [batch.batch_size for batch in batches]
     same = f"{len(sizes)} of {sizes[0]}" if sizes and len(set(sizes)) == 1 else str(sizes)

@@ -2,34 +2,15 @@
 
 import dataclasses
 import json
-import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ._common.jsonio import strict
+from ._common.tables import markdown_table, number, table_cell, text_table
+from ._common.text import for_terminal
 from .protocol import Diagnostic, Figures, Protocol, growth_ratios, verdict_of
-from .text import for_terminal
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    """Format a figure in at most nine characters; a dash where there is none."""
-    if value is None or math.isnan(value):
-        return "-" if value is None else "nan"
-    if value != 0 and not 1e-2 <= abs(value) < 1e5:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:.{digits}g}"
-
-
-def _strict(value: Any) -> Any:
-    """Replace what JSON has no number for by its name."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    return value
 
 
 @dataclass(frozen=True)
@@ -131,27 +112,27 @@ class DiagnosticReport:
 
     def to_json(self, indent: int | None = 2) -> str:
         """Return strict JSON; non-finite figures become the strings NaN, Infinity, -Infinity."""
-        return json.dumps(_strict(self.to_dict()), indent=indent, ensure_ascii=False)
+        return json.dumps(strict(self.to_dict()), indent=indent, ensure_ascii=False)
 
     def layer_rows(self) -> list[list[str]]:
         """Return the per-layer table as text, the columns of :meth:`layer_header`."""
         starts = self.figures.chain_starts
-        growth = ["", *(_number(ratio) for ratio in growth_ratios(self.residual_norms, starts))]
+        growth = ["", *(number(ratio) for ratio in growth_ratios(self.residual_norms, starts))]
         rms_growth = [
             "",
-            *(_number(ratio) for ratio in growth_ratios(self.figures.rms_norms, starts)),
+            *(number(ratio) for ratio in growth_ratios(self.figures.rms_norms, starts)),
         ]
         return [
             [
                 f"h_{l}",
                 self.figures.layers[l],
                 *(["×".join(map(str, self.figures.shapes[l]))] if self._has_positions else []),
-                _number(self.residual_norms[l]),
+                number(self.residual_norms[l]),
                 growth[l],
                 *([rms_growth[l]] if self._has_sizes else []),
-                _number(self.bp_grad_norms[l]),
-                _number(self.credit_gains[l]),
-                _number(self.figures.stabilities[l]),
+                number(self.bp_grad_norms[l]),
+                number(self.credit_gains[l]),
+                number(self.figures.stabilities[l]),
             ]
             for l in range(len(self.residual_norms))
         ]
@@ -187,8 +168,8 @@ class DiagnosticReport:
         return [
             [
                 f"({d.key}) {d.name}",
-                _number(d.value),
-                f"{d.comparison} {_number(d.threshold)}",
+                number(d.value),
+                f"{d.comparison} {number(d.threshold)}",
                 d.label,
                 d.evidence,
             ]
@@ -212,12 +193,12 @@ class DiagnosticReport:
 
     def to_markdown(self) -> str:
         """Return the report for a paper's appendix: two tables, remarks, provenance."""
-        lines = [f"### {_cell(self.method_name)}: {self.verdict}", ""]
+        lines = [f"### {table_cell(self.method_name)}: {self.verdict}", ""]
         if self.notes:
             lines += [self.notes, ""]
         if rows := self.layer_rows():
-            lines += [*_markdown_table(self.layer_header(), rows), ""]
-        lines += [*_markdown_table(DIAGNOSTIC_HEADER, self.diagnostic_rows()), ""]
+            lines += [*markdown_table(self.layer_header(), rows), ""]
+        lines += [*markdown_table(DIAGNOSTIC_HEADER, self.diagnostic_rows()), ""]
         if self.protocol != "paper":
             lines += [f"Judged by the {self.protocol} protocol.", ""]
         lines += [f"- {remark}" for remark in (*self.causes, *self.remarks)]
@@ -229,25 +210,6 @@ class DiagnosticReport:
 
 
 DIAGNOSTIC_HEADER = ["diagnostic", "value", "fires", "label", "evidence"]
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align columns; the last one is left as long as it is."""
-    widths = [max(len(row[c]) for row in [header, *rows]) for c in range(len(header))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [header, *rows]
-    ]
-
-
-def _cell(text: str) -> str:
-    """Escape what would end a Markdown table cell."""
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines]
 
 
 @dataclass(frozen=True)
@@ -264,10 +226,10 @@ class SummaryRow:
         return [
             report.method_name,
             "-" if acc is None else f"{100 * acc:.1f}%",
-            _number(report["a"].value),
-            _number(report.bp_grad_norms[-1] if report.bp_grad_norms else None),
-            _number(report.credit_gains[-1] if report.credit_gains else None),
-            _number(report["c"].value),
+            number(report["a"].value),
+            number(report.bp_grad_norms[-1] if report.bp_grad_norms else None),
+            number(report.credit_gains[-1] if report.credit_gains else None),
+            number(report["c"].value),
             "-" if utility.value is None else f"{utility.value:+.1f} pp {utility.label}",
             report.verdict,
         ]

@@ -63,10 +63,10 @@ def test_without_a_compiler_the_package_is_built_and_says_so_at_first_use(tmp_pa
     native = tmp_path / "lib" / "fadiag_fast" / "_native"
     assert [path.name for path in native.iterdir()] == ["build_info.json"]
     program = (
-        "import pathlib, sys, warnings, fadiag_fast.ops as ops\n"
-        "ops._FOLDER = pathlib.Path(sys.argv[1])\n"
-        "ops.LIBRARIES = ops._load_all()\n"
-        "ops._NATIVE_DEVICES = frozenset()\n"
+        "import pathlib, sys, warnings, fadiag_fast.ops as ops, fadiag_fast.ops.native as native\n"
+        "native._FOLDER = pathlib.Path(sys.argv[1])\n"
+        "native.LIBRARIES.update(native._load_all())\n"
+        "native.NATIVE_DEVICES = frozenset()\n"
         "import torch\n"
         "h = torch.tensor([[3.0, 4.0]])\n"
         "with warnings.catch_warnings(record=True) as caught:\n"

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from fadiag_fast import cli
 from fadiag_fast.checkpoints import save_checkpoint
 from fadiag_fast.credit import CreditReport, measure_credit, sample_cross_entropy
-from fadiag_fast.reference import NORM_FLOOR, credit_statistics
+from fadiag_fast.ops.reference import NORM_FLOOR, credit_statistics
 from fadiag_fast.zoo import ResidualMLP, build_model, make_rule, restore_rule, rule_credit
 
 BATCH, INPUT, DIM, CLASSES, BLOCKS = 16, 5, 24, 4, 3

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fadiag_fast import capture, diagnose
-from fadiag_fast.capture import Probe, constants_of, untouched
-from fadiag_fast.taps import TapError
+from fadiag_fast import diagnose
+from fadiag_fast.capture import Probe, constants_of, prober, untouched
+from fadiag_fast.capture.points import TapError
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 ROWS = set()
@@ -703,7 +703,7 @@ def test_models_that_cannot_be_probed(make, message):
 def test_states_on_two_devices(monkeypatch):
     x, y = batch_of()
     model = Net().eval()
-    found = capture.sighting_at
+    found = prober.sighting_at
 
     def elsewhere(seen, tap):
         """Stand in for a second GPU."""
@@ -712,7 +712,7 @@ def test_states_on_two_devices(monkeypatch):
             sighting.tensor = sighting.tensor.to("meta")
         return sighting
 
-    monkeypatch.setattr(capture, "sighting_at", elsewhere)
+    monkeypatch.setattr(prober, "sighting_at", elsewhere)
     message = r"all states on one device, got input of layers\.0 on cpu, input of head on meta"
     with pytest.raises(TapError, match=message):
         Probe(model).capture(x, y)

@@ -25,6 +25,7 @@ Every failure is a CheckpointError, grouped by what the user can do about it:
 from __future__ import annotations
 
 from .applying import load_into
+from .buffers import SlabCheckpoint, SlabTooSmall, read_into
 from .content import Checkpoint, state_signature
 from .errors import (
     CheckpointError,
@@ -41,7 +42,6 @@ from .errors import (
 from .loading import load_checkpoint
 from .places import TensorPlace
 from .saving import save_checkpoint
-from .slabs import SlabCheckpoint, SlabTooSmall, read_into
 
 __all__ = [
     "Checkpoint",

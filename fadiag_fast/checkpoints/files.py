@@ -28,14 +28,7 @@ from .opening import Source, SourceStream, open_regular
 from .pickles import scan_pickles, scan_zip, unsafe_globals
 from .restricted_pickle import PickleError, UnknownInstruction
 from .safetensors_layouts import SafetensorsError, looks_like_safetensors, read_header
-from .torch_zip import (
-    Archive,
-    ZipError,
-    pickle_of,
-    read_archive,
-    read_content,
-    unpacked,
-)
+from .torch_zip import Archive, ZipError, pickle_of, read_archive, read_content, unpacked
 
 # With this variable set, torch.load ignores weights_only=False.
 FORCE_SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .content import Checkpoint
-from .contents import copied, without_data
+from .copying import copied, without_data
 from .distributed import OPTIMIZER
 from .errors import damaged
 from .files import read_file, usable_device

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from ..scanning.extras import require
+from .._common.extras import require
 from ..training.alarms import Alarm, Alarms
 from . import Session, as_list
 

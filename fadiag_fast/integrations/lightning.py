@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..scanning.extras import require
+from .._common.extras import require
 from ..training.alarms import Alarm, Alarms
 from ..training.sinks import LogSink
 from . import Session, as_list

@@ -4,22 +4,17 @@ The rows are written by :class:`ScanWriter` and read by :class:`ScanResult`; the
 ``fadiag-fast[scan]`` installs what both need.
 """
 
-from .driver import Progress, scan
-from .extras import MissingExtra
+from .._common.extras import MissingExtra
+from .driver import scan
+from .errors import LockedResults, NewerResults, ResultsError, UnreadableResults, UnwritableResults
 from .hashing import ContentHasher, config_hash, content_hash
+from .pipeline import Progress
 from .records import CheckpointRecord
 from .results import FirstFired, FrozenComparison, Moment, ScanCounts, ScanResult, Trend
+from .run_names import Entry, Pattern, SeriesError, read_manifest, series
 from .schema import SCHEMA_VERSION
-from .series import Entry, Pattern, SeriesError, read_manifest, series
-from .store import (
-    LockedResults,
-    NewerResults,
-    ResultsError,
-    ScanWriter,
-    UnreadableResults,
-    UnwritableResults,
-)
 from .thresholds import ThresholdSweep, sweep_thresholds
+from .writer import ScanWriter
 
 __all__ = [
     "SCHEMA_VERSION",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..statistics import SampleReduction
+from ..capture.reduction import SampleReduction
 from .hashing import ContentHasher
 
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from .extras import require
+from .._common.extras import require
 
 # Large enough to be read at the disk's rate, small enough to stay in the cache while it is hashed.
 _CHUNK = 1 << 20

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..calibrated import find_causes, judge_figures
+from .._version import __version__
 from ..protocol import (
     OUTPUT,
     DiagnosticThresholds,
@@ -23,6 +23,8 @@ from ..protocol import (
     middle_layer,
     verdict_of,
 )
+from ..protocol.explanations import find_causes
+from ..protocol.judging import judge_figures
 
 AUDITED, FAILED = "audited", "failed"
 # Kind of error of a checkpoint that holds what is no number.
@@ -118,7 +120,6 @@ def fields_text(fields: Mapping[str, str]) -> str:
 
 @cache
 def _versions() -> tuple[str, str]:
-    from .. import __version__
 
     return __version__, str(torch.__version__)
 

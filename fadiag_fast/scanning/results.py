@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from .._common.extras import arrow, require
+from .._common.tables import text_table
+from .._common.text import display_name, for_terminal
 from ..protocol import (
     NOT_ENOUGH_DATA,
     TRUSTWORTHY,
@@ -22,11 +25,9 @@ from ..protocol import (
     Status,
     check_protocol,
 )
-from ..report import text_table
-from ..text import display_name, for_terminal
-from .extras import arrow, require
+from .errors import UnreadableResults
 from .records import AUDITED, NON_FINITE_WEIGHTS, Row, figures_of, protocol_of, thresholds_of
-from .store import Tables, UnreadableResults, judge, layers_by_record, read_tables
+from .store import Tables, judge, layers_by_record, read_tables
 
 KEYS = ("a", "b", "c", "d")
 
@@ -351,7 +352,7 @@ class ScanResult:
         any, the order of the paths stands for time.
         """
         return {
-            run: {key: _first_fired(_in_time(rows), key) for key in KEYS}
+            run: {key: _first_fired(in_time(rows), key) for key in KEYS}
             for run, rows in self.runs().items()
         }
 
@@ -451,7 +452,7 @@ class ScanResult:
         for run, rows in list(runs.items())[:_MOST_RUNS]:
             steps = [row["step"] for row in rows if row["step"] is not None]
             # The last one says how the run ended, also where its weights are no numbers any more.
-            ends = [row for row in _in_time(rows) if _is_known(row)]
+            ends = [row for row in in_time(rows) if _is_known(row)]
             table.append(
                 [
                     _shorten(for_terminal(run), _LONGEST_NAME),
@@ -500,7 +501,7 @@ def _shorten(text: str, length: int) -> str:
     return f"{text[:head]}…{text[len(text) - (length - 1 - head) :]}"
 
 
-def _in_time(rows: Sequence[Row]) -> list[Row]:
+def in_time(rows: Sequence[Row]) -> list[Row]:
     """Return the rows that have a place in time: those with steps, or all if none has.
 
     A step of a checkpoint that could not be read places no verdict.
@@ -553,7 +554,7 @@ def _trend(rows: Sequence[Row], figure: str, logarithmic: bool) -> Trend:
 
 def _accuracy_at(rows: Sequence[Row], step: int | None) -> float | None:
     """Return the accuracy of a run at a step, or at its last step before it."""
-    known = [row for row in _in_time(rows) if row["accuracy"] is not None]
+    known = [row for row in in_time(rows) if row["accuracy"] is not None]
     if step is not None:
         known = [row for row in known if row["step"] is None or row["step"] <= step]
     return known[-1]["accuracy"] if known else None

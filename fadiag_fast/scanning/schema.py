@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from .extras import arrow
+from .._common.extras import arrow
 
 SCHEMA_VERSION = 2
 

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from .._common.jsonio import strict
+from .._common.tables import number, text_table
 from ..protocol import DiagnosticThresholds
-from ..report import _number, _strict, text_table
 from .records import AUDITED
-from .results import ScanResult, _in_time
+from .results import ScanResult, in_time
 from .store import layers_by_record
 
 _Array = np.ndarray[Any, np.dtype[Any]]
@@ -68,8 +69,8 @@ class Gap:
     ratio: bool
 
     def __str__(self) -> str:
-        width = f"a factor of {_number(self.width)}" if self.ratio else _number(self.width)
-        return f"{_number(self.low, 4)} to {_number(self.high, 4)} ({width})"
+        width = f"a factor of {number(self.width)}" if self.ratio else number(self.width)
+        return f"{number(self.low, 4)} to {number(self.high, 4)} ({width})"
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,13 @@ class ThresholdSweep:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; non-finite ones by name."""
-        record: dict[str, Any] = _strict(asdict(self))
+        record: dict[str, Any] = strict(asdict(self))
         return record
 
     def __str__(self) -> str:
         word = "above" if self.comparison == ">" else "below"
         lines = [
-            f"{self.title}: fires {word} {_number(self.current)}; "
+            f"{self.title}: fires {word} {number(self.current)}; "
             f"{self.fires:,} of {self.evaluated:,} checkpoints do"
             + (f", {self.always:,} of them at any threshold (not finite)" if self.always else "")
         ]
@@ -141,7 +142,7 @@ class ThresholdSweep:
             found = self.at(threshold)
             rows.append(
                 [
-                    _number(threshold) + (" (now)" if threshold == self.current else ""),
+                    number(threshold) + (" (now)" if threshold == self.current else ""),
                     *(
                         f"{count:,}"
                         for count in (
@@ -194,7 +195,7 @@ def sweep_thresholds(
         rows = [
             audited[-1]
             for run in result.runs().values()
-            if (audited := [row for row in _in_time(run) if row["status"] == AUDITED])
+            if (audited := [row for row in in_time(run) if row["status"] == AUDITED])
         ]
     where = layers_by_record(result.to_arrow("layers"))
     norms = np.asarray(result.to_arrow("layers")["hidden_norm"].to_numpy(), dtype=np.float64)

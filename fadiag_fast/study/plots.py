@@ -8,8 +8,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from .._common.extras import MissingExtra, require
 from ..protocol import DiagnosticThresholds
-from ..scanning.extras import MissingExtra, require
 from .running import RunRecord, StudyResult
 
 # Figure, title, whether its axis is in powers of ten, the field of the paper's limit.

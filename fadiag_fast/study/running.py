@@ -25,7 +25,6 @@ import math
 import os
 import platform
 import re
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,13 +38,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calibrated import find_causes, judge_figures
+from .._common.files import write_whole
+from .._common.jsonio import plain, strict
+from .._common.process import prompt_switches
+from .._version import __version__
 from ..checkpoints import load_checkpoint, load_into, save_checkpoint
 from ..credit import CreditReport, LayerCredit
 from ..diagnosis import diagnose
-from ..process import prompt_switches
 from ..protocol import Diagnostic, DiagnosticThresholds, Figures, Protocol, verdict_of
-from ..report import _strict
+from ..protocol.explanations import find_causes
+from ..protocol.judging import judge_figures
 from ..zoo import (
     CannotResume,
     ImageDataset,
@@ -56,9 +58,9 @@ from ..zoo import (
     rule_credit,
     train,
 )
-from ..zoo.anatomy import anatomy_of
+from ..zoo.graphed_steps import recording_stream, stream_of_thread
+from ..zoo.residual_contract import anatomy_of
 from ..zoo.rules import rule_class
-from ..zoo.stepping import recording_stream, stream_of_thread
 from .suites import StudyModel, Suite
 
 # Changes whenever an audit's figures change their meaning; older ones are then made anew.
@@ -741,7 +743,7 @@ def _audited(plan: _Plan, record: dict[str, Any] | None, study: _Study, alone: b
         audit = {"key": key, "steps": [_step_to_dict(step) for step in steps]}
         _write(path, audit)
         # Through JSON also where it was made just now: a later call then sees the same figures.
-        known = tuple(_step_from_dict(_plain(step)) for step in audit["steps"])
+        known = tuple(_step_from_dict(plain(step)) for step in audit["steps"])
     return replace(run, steps=known)
 
 
@@ -750,7 +752,7 @@ def _steps_of(audit: Mapping[str, Any] | None, key: str) -> tuple[StepRecord, ..
     if audit is None or audit.get("key") != key:
         return None
     try:
-        return tuple(_step_from_dict(_plain(step)) for step in audit["steps"])
+        return tuple(_step_from_dict(plain(step)) for step in audit["steps"])
     except (KeyError, TypeError, AttributeError, ValueError):
         return None
 
@@ -854,18 +856,6 @@ def _step_from_dict(record: Mapping[str, Any]) -> StepRecord:
     return StepRecord(record["step"], Figures(**figures), credit)
 
 
-_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def _plain(value: Any) -> Any:
-    """Undo what strict JSON did to numbers that are not finite."""
-    if isinstance(value, str):
-        return _NOT_FINITE.get(value, value)
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
-
-
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
@@ -875,7 +865,6 @@ def _hash(value: Any) -> str:
 
 
 def _environment(device: torch.device) -> str:
-    from .. import __version__
 
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -899,17 +888,4 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
-    write_whole(path, json.dumps(_strict(dict(record)), indent=1, ensure_ascii=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is either whole or as it was."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, json.dumps(strict(dict(record)), indent=1, ensure_ascii=False) + "\n")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..scanning.extras import require
+from .._common.extras import require
 from ..zoo import MODELS
 from ..zoo.rules import rule_class
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._common.files import write_whole
+from .._common.tables import markdown_table, number
 from ..protocol import NOT_ENOUGH_DATA, PROTOCOLS, TRUSTWORTHY, Diagnostic, Protocol, Status
-from ..report import _markdown_table, _number
-from .reference import MISSING, PUBLISHED, PUBLISHED_DECISIONS, PUBLISHED_FIRST
-from .running import RunRecord, StepRecord, StudyResult, write_whole
+from .plots import write_curves
+from .published import MISSING, PUBLISHED, PUBLISHED_DECISIONS, PUBLISHED_FIRST
+from .running import RunRecord, StepRecord, StudyResult
 
 # 97.5% of a normal distribution lie below.
 _NORMAL_975 = 1.959963984540054
@@ -275,8 +277,8 @@ def run_table(result: StudyResult) -> list[list[str]]:
             [
                 *start,
                 _decimal(last.accuracy),
-                *(_number(v) for v in (last.hidden_norm, last.growth, last.grad_norm)),
-                _number(last.credit_gain),
+                *(number(v) for v in (last.hidden_norm, last.growth, last.grad_norm)),
+                number(last.credit_gain),
                 _decimal(last.stability),
                 _signed(last.deep_gamma),
                 _signed(last.deep_rho),
@@ -385,7 +387,7 @@ def gap_table(result: StudyResult) -> list[list[str]]:
             f"({gap.key})",
             f"{gap.fired}/{gap.judged}",
             *(
-                _number(value) if math.isfinite(value) else MISSING
+                number(value) if math.isfinite(value) else MISSING
                 for value in (gap.low, gap.limit, gap.high)
             ),
         ]
@@ -410,8 +412,8 @@ def geometric(values: Sequence[float | None]) -> str:
         return "N/A"
     for value in known:
         if not 0 < value < math.inf:
-            return _number(value)
-    return _number(math.exp(math.fsum(map(math.log, known)) / len(known)))
+            return number(value)
+    return number(math.exp(math.fsum(map(math.log, known)) / len(known)))
 
 
 def _decimal(value: float | None) -> str:
@@ -452,7 +454,7 @@ def markdown(result: StudyResult, *, command: str = "", images: Sequence[str] = 
         "columns are the published figures, on CIFAR-10 after 100 epochs: another data set and "
         "another length of training than here, unless you chose them so.",
         "",
-        *_markdown_table(
+        *markdown_table(
             [*MEAN_HEADER, *(f"published: {name}" for name in PUBLISHED_HEADER)],
             mean_table(result, beside=True),
         ),
@@ -467,14 +469,14 @@ def markdown(result: StudyResult, *, command: str = "", images: Sequence[str] = 
         "",
     ]
     for model in dict.fromkeys(run.model for run in result.runs):
-        lines += [f"### {model}", "", *_markdown_table(*decision_lines(result, model)), ""]
+        lines += [f"### {model}", "", *markdown_table(*decision_lines(result, model)), ""]
     lines += [
         "## First firings",
         "",
         f"First audited step at which a diagnostic fired; an epoch is {result.steps_per_epoch} "
         f"steps. (d) compares with the frozen run at the same step.",
         "",
-        *_markdown_table(FIRST_HEADER, first_table(result)),
+        *markdown_table(FIRST_HEADER, first_table(result)),
         "",
     ]
     variants = dict.fromkeys(run.variant for run in result.runs)
@@ -491,9 +493,9 @@ def markdown(result: StudyResult, *, command: str = "", images: Sequence[str] = 
         "The figures nearest to the published limits, at the last checkpoints: a limit anywhere "
         "between them decides alike.",
         "",
-        *_markdown_table(GAP_HEADER, gap_table(result)),
+        *markdown_table(GAP_HEADER, gap_table(result)),
     ]
-    lines += ["", "## Runs", "", *_markdown_table(RUN_HEADER, run_table(result)), ""]
+    lines += ["", "## Runs", "", *markdown_table(RUN_HEADER, run_table(result)), ""]
     lines += [f"![{name}]({name})" for name in images]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -518,7 +520,6 @@ def write_tables(result: StudyResult, folder: Path, *, command: str = "") -> lis
 
     Returns the files written. Raises OSError for a folder that cannot be written.
     """
-    from .plots import write_curves
 
     images = write_curves(result, folder)
     written = [*images]

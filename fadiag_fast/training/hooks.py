@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import output_of
-from ..tracing import argument_state, exporting, recorded, state_in, transformed
-from .slots import Job
+from ..capture.tracing import argument_state, exporting, recorded, state_in, transformed
+from .compiled_taps import Job
 
 if TYPE_CHECKING:
     from .probe import StepProbe

@@ -27,15 +27,22 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..arguments import check_how, check_module
+from .._common.warn import user_level
 from ..capture import Output, Probe, check_model, output_of, sample_rows, untouched
+from ..capture.arguments import check_how, check_module
+from ..capture.chains import is_sum
+from ..capture.outputs import by_sample
+from ..capture.points import Select, TapError, Taps, sighting_at, unwrap
+from ..capture.reduction import Reduction, SampleReduction
+from ..capture.taps import find_taps
+from ..capture.tracing import Trace, clean_name, exporting, recorded, transformed
 from ..protocol import OUTPUT, middle_layer
-from ..statistics import Reduction, SampleReduction
-from ..taps import Select, TapError, Taps, find_taps, is_sum, sighting_at, unwrap
-from ..tracing import Trace, clean_name, exporting, recorded, transformed
-from .alarms import Alarms, TrainingStopped, user_level
+from .alarms import Alarms, TrainingStopped
+from .compiled_taps import Job, Slots
 from .directions import Directions
-from .distributed import Exchange, Pending, Share, all_present, default_group, fingerprint
+from .exchange import Exchange, Pending, Share, all_present, default_group, fingerprint
+from .figures import Figures, Parts, merged, root_of
+from .forward_pass import Observation, Pass, Settings
 from .hooks import (
     EndHook,
     Hook,
@@ -47,23 +54,12 @@ from .hooks import (
     RootHook,
     autocast_dtype,
 )
-from .passes import (
-    Figures,
-    Observation,
-    Parts,
-    Pass,
-    Settings,
-    by_sample,
-    merged,
-    root_of,
-)
 from .records import StepRecord
 from .replay import STEPS_BEFORE, Replay, like_of
 from .ring import Ring
 from .schedule import Budget, Schedule, as_schedule
-from .sharded import TensorRanks, find_tensor_ranks, is_dtensor, like_whole
 from .sinks import Forward, files_of, guard
-from .slots import Job, Slots
+from .tensor_parallel import TensorRanks, find_tensor_ranks, is_dtensor, like_whole
 
 Mode = Literal["auto", "passing", "together"]
 
@@ -265,7 +261,7 @@ class StepProbe(OfThisRun):
         model: any module, wrappers (DistributedDataParallel, ``torch.compile``) included. To be
             observed inside ``torch.compile`` the probe must be there before the first compiled
             call, and know its taps: from ``example``, or because it was given the compiled module.
-        taps: where to observe, see :func:`fadiag_fast.taps.find_taps`; None chooses.
+        taps: where to observe, see :func:`fadiag_fast.capture.taps.find_taps`; None chooses.
         sink: where every :class:`~fadiag_fast.training.records.StepRecord` goes, in order, some
             steps after its own: a path for JSON lines (of ranks that share their figures the first
             one writes), a SummaryWriter, a W&B run, ``log(dict,
@@ -285,7 +281,7 @@ class StepProbe(OfThisRun):
         sketch: keep so many numbers of each direction instead of D: a count sketch, with which a
             cosine c has the standard error √((1 + c²) / sketch).
         reduction: what one sample's state is, see
-            :class:`~fadiag_fast.statistics.SampleReduction`.
+            :class:`~fadiag_fast.capture.reduction.SampleReduction`.
         output: which part of a structured output counts as logits.
         batch_dim: the dimension of every state that counts samples.
         ring: how many recorded steps may be on their way from the device.

@@ -55,7 +55,7 @@ class StepRecord:
             growth is compared inside a chain only.
         gain_reference: what credit gains are relative to: ``output``, or the name of the last
             observed state where the step has shown no logits with a row for each sample.
-        observed: what is observed, in words; see :attr:`fadiag_fast.taps.Taps.observed`.
+        observed: what is observed, in words; see :attr:`fadiag_fast.capture.points.Taps.observed`.
     """
 
     step: int

@@ -15,10 +15,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from .._common.extras import arrow
+from .._common.tables import text_table
+from .._common.warn import user_level
 from ..checkpoints.opening import check_regular
-from ..protocol import OUTPUT
-from ..report import text_table
-from .alarms import Alarm, AlarmPolicy, Alarms, Event, user_level
+from ..protocol import OUTPUT, Figures
+from ..scanning.records import CheckpointRecord, row_of
+from ..scanning.results import ScanResult
+from ..scanning.schema import checkpoint_schema, part_schema
+from ..scanning.store import Tables, flattened
+from .alarms import Alarm, AlarmPolicy, Alarms, Event
 from .records import StepRecord
 from .sinks import LineReader, StepLog, read_jsonlines
 
@@ -350,13 +356,6 @@ def scan_result_of(
         MissingExtra: pyarrow is not installed.
     """
     from dataclasses import replace
-
-    from ..protocol import Figures
-    from ..scanning.extras import arrow
-    from ..scanning.records import CheckpointRecord, row_of
-    from ..scanning.results import ScanResult
-    from ..scanning.schema import checkpoint_schema, part_schema
-    from ..scanning.store import Tables, flattened
 
     limits = (policy or AlarmPolicy()).thresholds
     rows: list[dict[str, Any]] = []

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .folders import load_folders
+from .image_folders import load_folders
 
 Array = npt.NDArray[Any]
 
@@ -188,7 +188,7 @@ def load_dataset(spec: str, **options: Any) -> ImageDataset:
               ``[N, 1, 1, D]``); integer labels, of which the largest training label gives the
               number of classes;
             - ``imagefolder:FOLDER``: images in one folder a class, see
-              :func:`fadiag_fast.zoo.folders.load_folders`.
+              :func:`fadiag_fast.zoo.image_folders.load_folders`.
         options: of ``imagefolder``: size, limit, channels, normalize; of the others: ``channels=3``
             repeats the channel of grey images.
 

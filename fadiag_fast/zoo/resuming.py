@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from .graphed_steps import host_state
 from .rules import Rule
-from .stepping import host_state
 
 _PROCESS = secrets.token_hex(16)
 

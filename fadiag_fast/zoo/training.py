@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .data import ImageDataset
+from .graphed_steps import Stepper, recording_stream
 from .models import build_model, model_spec
 from .resuming import load_training_state, training_state
 from .rules import Rule, make_rule
-from .stepping import Stepper, recording_stream
 
 # How often, at most, a progress callback is called during one training run. Each call reads the
 # loss, which on an accelerator waits for the step to finish.

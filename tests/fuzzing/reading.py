@@ -31,7 +31,7 @@ from fadiag_fast.checkpoints import (
     read_into,
 )
 from fadiag_fast.checkpoints.programs import program_kind
-from fadiag_fast.packaged import load_packaged
+from fadiag_fast.programs.loading import load_packaged
 
 from . import marks, oracles
 from .damage import DEVICE, EMPTY, FIFO, FOLDER, LOOP, damaged_files
@@ -368,7 +368,7 @@ class Reader:
 
     def _manifest(self, name: str, path: Path, whole: bool) -> tuple[Any, Callable[[], str]]:
         from fadiag_fast.scanning import read_manifest
-        from fadiag_fast.scanning.series import SeriesError
+        from fadiag_fast.scanning.run_names import SeriesError
 
         got, error = self._tried(
             "read_manifest", (SeriesError, OSError), lambda: read_manifest(path)
@@ -435,7 +435,7 @@ class Reader:
 
     def _tables(self, name: str, path: Path, whole: bool) -> tuple[Any, Callable[[], str]]:
         from fadiag_fast.scanning import ScanResult
-        from fadiag_fast.scanning.store import ResultsError
+        from fadiag_fast.scanning.errors import ResultsError
 
         def rows() -> list[Any]:
             with warnings.catch_warnings():

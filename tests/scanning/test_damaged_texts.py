@@ -10,8 +10,8 @@ from torch import nn
 
 from fadiag_fast import StepProbe
 from fadiag_fast.scanning import ScanResult, ScanWriter, read_manifest
-from fadiag_fast.scanning.series import SeriesError
-from fadiag_fast.scanning.store import UnreadableResults
+from fadiag_fast.scanning.errors import UnreadableResults
+from fadiag_fast.scanning.run_names import SeriesError
 from fadiag_fast.training.sinks import read_jsonlines
 from fadiag_fast.training.watch import Tail, find_log, scan_result_of, view
 

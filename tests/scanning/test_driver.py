@@ -26,10 +26,11 @@ from fadiag_fast.scanning import Entry, ScanCounts, ScanResult, ScanWriter, scan
 
 pytest.importorskip("pyarrow")
 
-from fadiag_fast.scanning import driver
-from fadiag_fast.scanning.passes import Way
-from fadiag_fast.scanning.reading import Reader
-from fadiag_fast.scanning.store import Disk, UnwritableResults
+from fadiag_fast.scanning import driver, pipeline
+from fadiag_fast.scanning.batching import Way
+from fadiag_fast.scanning.errors import UnwritableResults
+from fadiag_fast.scanning.prefetch import Reader
+from fadiag_fast.scanning.writer import Disk
 
 
 @pytest.fixture(autouse=True)
@@ -381,7 +382,7 @@ def test_other_thresholds_judge_again_without_measuring(tmp_path):
 
 
 def test_an_error_for_want_of_memory_shrinks_the_stack(tmp_path, monkeypatch):
-    from fadiag_fast.scanning.passes import Auditor
+    from fadiag_fast.scanning.auditor import Auditor
 
     models = study(tmp_path / "runs", range(4))
     sizes = []
@@ -432,7 +433,7 @@ class Costs:
 @pytest.fixture
 def settled(monkeypatch):
     """Run a search whose measurements take what a function says; return the auditor and the way."""
-    from fadiag_fast.scanning import search
+    from fadiag_fast.scanning import autotuner
 
     def run(auditor, stack="auto", most=64, total=10_000):
         def seconds_of(call, device):
@@ -440,8 +441,8 @@ def settled(monkeypatch):
             count, way = auditor.measured[-1]
             return pending, count * auditor.cost(way)
 
-        monkeypatch.setattr(search, "seconds_of", seconds_of)
-        found = search.Search(auditor, stack, most, total)
+        monkeypatch.setattr(autotuner, "seconds_of", seconds_of)
+        found = autotuner.Search(auditor, stack, most, total)
         for _ in range(20):
             found.measure(torch.zeros(found.way.stack, 1), None)
         return found.way
@@ -482,9 +483,9 @@ def test_the_search_takes_the_quickest_way_whose_figures_are_right(settled):
 @pytest.mark.parametrize("samples", [0, 3, 6, 18, 54])
 @pytest.mark.parametrize("stack", [1, 3])
 def test_passes_may_be_shared_without_changing_figures(samples, stack, tmp_path):
-    from fadiag_fast.scanning.passes import Auditor
-    from fadiag_fast.scanning.weights import Fitter
-    from fadiag_fast.statistics import SampleReduction
+    from fadiag_fast.capture.reduction import SampleReduction
+    from fadiag_fast.scanning.auditor import Auditor
+    from fadiag_fast.scanning.weight_layout import Fitter
 
     models = [Branching().double() for _ in range(stack)]
     fitter = Fitter(models[0])
@@ -505,7 +506,7 @@ def test_passes_may_be_shared_without_changing_figures(samples, stack, tmp_path)
 
 def test_files_that_all_differ_in_layout_are_told_apart_and_not_all_remembered():
     from fadiag_fast.checkpoints import SlabCheckpoint
-    from fadiag_fast.scanning.weights import Fitter
+    from fadiag_fast.scanning.weight_layout import Fitter
 
     model = Branching()
     fitter = Fitter(model)
@@ -635,16 +636,16 @@ def test_progress_counts_everything(tmp_path):
 @pytest.fixture
 def far_ahead(monkeypatch):
     """Let a scan on the CPU take groups of two files and be four groups ahead, as on a GPU."""
-    original = driver._Scan.run
+    original = pipeline.Pipeline.run
     monkeypatch.setattr(
-        driver._Scan, "run", lambda self, entries, fewest, ahead: original(self, entries, 2, 4)
+        pipeline.Pipeline, "run", lambda self, entries, fewest, ahead: original(self, entries, 2, 4)
     )
 
 
 def test_groups_that_wait_to_be_written_down_stay_in_order(tmp_path, monkeypatch, far_ahead):
     models = study(tmp_path / "runs", range(12), runs=("a",))
     launched, released, told, waited = [], threading.Event(), [], []
-    launch, finish = driver._Scan._launch, driver._Scan._finish
+    launch, finish = pipeline.Pipeline._launch, pipeline.Pipeline._finish
 
     def launching(self, group):
         launched.append(group)
@@ -660,8 +661,8 @@ def test_groups_that_wait_to_be_written_down_stay_in_order(tmp_path, monkeypatch
     def telling(progress):
         told.append((progress.done, threading.current_thread()))
 
-    monkeypatch.setattr(driver._Scan, "_launch", launching)
-    monkeypatch.setattr(driver._Scan, "_finish", finishing)
+    monkeypatch.setattr(pipeline.Pipeline, "_launch", launching)
+    monkeypatch.setattr(pipeline.Pipeline, "_finish", finishing)
     glob, out = str(tmp_path / "runs/*/*.pt"), tmp_path / "out"
     result = scan(glob, Branching(), batches_of(), out, stack=1, on_progress=telling)
     assert waited == [True] * 6
@@ -672,7 +673,7 @@ def test_groups_that_wait_to_be_written_down_stay_in_order(tmp_path, monkeypatch
 
 def test_what_the_disk_refuses_ends_the_scan_though_groups_wait(tmp_path, monkeypatch, far_ahead):
     study(tmp_path / "runs", range(12), runs=("a",))
-    write, finish = Disk.write, driver._Scan._finish
+    write, finish = Disk.write, pipeline.Pipeline._finish
     full, finished, told = threading.Event(), [], []
 
     def writing(self, path, data):
@@ -687,7 +688,7 @@ def test_what_the_disk_refuses_ends_the_scan_though_groups_wait(tmp_path, monkey
         return finish(self, group)
 
     monkeypatch.setattr(Disk, "write", writing)
-    monkeypatch.setattr(driver._Scan, "_finish", finishing)
+    monkeypatch.setattr(pipeline.Pipeline, "_finish", finishing)
     monkeypatch.setattr(driver, "ScanWriter", partial(ScanWriter, flush_rows=1))
     glob, out = str(tmp_path / "runs/*/*.pt"), tmp_path / "out"
     with pytest.raises(UnwritableResults, match="the disk is full"):

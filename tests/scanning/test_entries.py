@@ -9,14 +9,16 @@ from networks import Branching
 from torch import nn
 
 from fadiag_fast import diagnose
-from fadiag_fast.scanning import memory, reading, scan
-from fadiag_fast.statistics import SampleReduction
+from fadiag_fast.capture.reduction import SampleReduction
+from fadiag_fast.scanning import memory, scan
+from fadiag_fast.scanning import prefetch as reading
 
 pytest.importorskip("pyarrow")
 
-from fadiag_fast.scanning import passes
-from fadiag_fast.scanning.passes import Auditor, Way
-from fadiag_fast.scanning.weights import canonical
+from fadiag_fast.scanning import auditor as passes
+from fadiag_fast.scanning.auditor import Auditor
+from fadiag_fast.scanning.batching import Way
+from fadiag_fast.scanning.weight_layout import canonical
 
 FIGURES = ("residual_norms", "bp_grad_norms", "credit_gains", "stabilities", "pooled_norms")
 

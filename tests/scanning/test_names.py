@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 pytest.importorskip("pyarrow", reason="needs the extra 'scan'")
 
 from fadiag_fast import cli
+from fadiag_fast._common.text import display_name, for_terminal
+from fadiag_fast.cli.watch import _text
 from fadiag_fast.scanning import ScanResult
-from fadiag_fast.text import display_name, for_terminal
-from fadiag_fast.training.cli import _text
 from fadiag_fast.training.watch import Line
 from fadiag_fast.zoo import build_model
 

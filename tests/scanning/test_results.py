@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from studies import CONFIG, figures, record
 
 from fadiag_fast.scanning import FirstFired, Moment, ScanResult, ScanWriter, UnreadableResults
-from fadiag_fast.scanning.results import _first_fired, _in_time
+from fadiag_fast.scanning.results import _first_fired, in_time
 
 
 @pytest.fixture
@@ -118,10 +118,10 @@ def test_first_fired_against_an_oracle(statuses):
 def test_checkpoints_without_a_step_are_no_moment_in_a_run_with_steps():
     rows = [{"step": step, "status": "audited"} for step in (1, 2, None)]
     failed = {"step": 3, "status": "failed", "error_kind": "unreadable"}
-    assert _in_time(rows) == rows[:2]
-    assert _in_time(rows[2:]) == rows[2:]
-    assert _in_time([*rows, failed]) == [*rows[:2], failed]
-    assert _in_time([failed, rows[2]]) == [failed, rows[2]]
+    assert in_time(rows) == rows[:2]
+    assert in_time(rows[2:]) == rows[2:]
+    assert in_time([*rows, failed]) == [*rows[:2], failed]
+    assert in_time([failed, rows[2]]) == [failed, rows[2]]
 
 
 @pytest.mark.parametrize(

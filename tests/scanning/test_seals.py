@@ -7,8 +7,9 @@ import pytest
 
 from fadiag_fast.protocol import Figures
 from fadiag_fast.scanning import ScanWriter, seals, store
+from fadiag_fast.scanning.errors import UnreadableResults
 from fadiag_fast.scanning.records import CheckpointRecord
-from fadiag_fast.scanning.store import UnreadableResults, read_tables
+from fadiag_fast.scanning.store import read_tables
 
 pq = pytest.importorskip("pyarrow.parquet")
 

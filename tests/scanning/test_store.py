@@ -31,8 +31,8 @@ from fadiag_fast.scanning import (
     UnwritableResults,
     config_hash,
     schema,
-    store,
 )
+from fadiag_fast.scanning.writer import Disk
 
 HASH = config_hash(CONFIG)
 
@@ -41,7 +41,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing that handles errors sees it."""
 
 
-class MortalDisk(store.Disk):
+class MortalDisk(Disk):
     """A disk whose process dies before its n-th operation, or half-way through it."""
 
     def __init__(self, operations=10**9, torn=False):
@@ -105,7 +105,7 @@ def read_or_nothing(folder):
 @settings(max_examples=10, deadline=None)
 def test_killed_anywhere_and_run_again_it_gives_the_same_table(count, batch, kills):
     few = pytest.MonkeyPatch()
-    few.setattr(store, "_FAN_IN", 2)  # so that parts are joined as well
+    few.setattr("fadiag_fast.scanning.writer._FAN_IN", 2)  # so that parts are joined as well
     with few.context(), tempfile.TemporaryDirectory() as folder:
         undisturbed, disturbed = Path(folder, "a"), Path(folder, "b")
         write_all(undisturbed, count, batch)
@@ -127,7 +127,7 @@ def test_killed_anywhere_and_run_again_it_gives_the_same_table(count, batch, kil
 @pytest.mark.parametrize("torn", [False, True])
 def test_every_single_kill_point_keeps_what_was_flushed(tmp_path, monkeypatch, torn):
     """Not sampled: the process dies before each operation of a scan in turn."""
-    monkeypatch.setattr(store, "_FAN_IN", 2)
+    monkeypatch.setattr("fadiag_fast.scanning.writer._FAN_IN", 2)
     for operations in range(200):
         folder = tmp_path / str(operations)
         disk = MortalDisk(operations, torn)
@@ -156,8 +156,8 @@ def test_every_single_kill_point_keeps_what_was_flushed(tmp_path, monkeypatch, t
 KILLED_SCAN = """
 import os, random, signal, sys, time
 from studies import CONFIG, record
-from fadiag_fast.scanning import ScanWriter, config_hash, store
-store._FAN_IN = 3
+from fadiag_fast.scanning import ScanWriter, config_hash, writer
+writer._FAN_IN = 3
 folder, kills = sys.argv[1], int(sys.argv[2])
 def scan():
     with ScanWriter(folder) as writer:
@@ -193,7 +193,7 @@ def test_ten_sigkills_and_a_rerun_give_the_same_table(tmp_path):
     assert lasting(ScanResult.load(tmp_path / "b")) == lasting(ScanResult.load(tmp_path / "a"))
 
 
-class FullDisk(store.Disk):
+class FullDisk(Disk):
     """A disk that has no room for its n-th file, and then has again."""
 
     def __init__(self, at):
@@ -480,7 +480,7 @@ def test_a_path_that_changed_its_place_has_its_last_row_alone(tmp_path):
 
 
 def test_many_parts_are_joined(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_FAN_IN", 4)
+    monkeypatch.setattr("fadiag_fast.scanning.writer._FAN_IN", 4)
     with ScanWriter(tmp_path) as writer:
         config = writer.configure(CONFIG)
         for index in range(40):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from toys import noisy_patterns
 
 from fadiag_fast.zoo import RULES, ImageDataset, build_model, make_rule, train
-from fadiag_fast.zoo.anatomy import Anatomy, anatomy_of
+from fadiag_fast.zoo.residual_contract import Anatomy, anatomy_of
 
 # Small enough to be quick; the CNN's states have three shapes, the ViT's have tokens.
 SHAPE, CLASSES, BATCH = (2, 8, 8), 5, 6

@@ -197,7 +197,7 @@ def test_credit_bridge_is_stopped_before_and_after_it_leaves_dfa(images):
 
 
 def test_parts_of_the_history_need_not_begin_where_they_would_have(images, monkeypatch):
-    monkeypatch.setattr("fadiag_fast.zoo.stepping.CHUNK", 4)
+    monkeypatch.setattr("fadiag_fast.zoo.graphed_steps.CHUNK", 4)
     losses = {}
     whole, states, _ = run(images, "bp", progress=lambda *at: losses.update({at[0]: at[2]}))
     expected = dict(losses)

@@ -12,10 +12,8 @@ from torch.nn import functional as F
 from toys import Decaying  # noqa: F401 (found here by its name)
 
 from fadiag_fast.study import StudyModel, Suite, run_study
-from fadiag_fast.zoo import RULES, build_model, make_rule, stepping, train
-from fadiag_fast.zoo.rules import Backpropagation, DirectFeedbackAlignment
-from fadiag_fast.zoo.rules.schedule import DeviceCosine
-from fadiag_fast.zoo.stepping import (
+from fadiag_fast.zoo import RULES, build_model, graphed_steps, make_rule, train
+from fadiag_fast.zoo.graphed_steps import (
     WARMUP,
     HostReads,
     Stepper,
@@ -23,6 +21,8 @@ from fadiag_fast.zoo.stepping import (
     host_state,
     recording_alone,
 )
+from fadiag_fast.zoo.rules import Backpropagation, DirectFeedbackAlignment
+from fadiag_fast.zoo.rules.schedule import DeviceCosine
 
 OPTIONS = {
     "resmlp": {"d_hidden": 16, "num_blocks": 3},
@@ -156,8 +156,8 @@ def test_a_recording_that_breaks_off_makes_every_step_once(images, monkeypatch):
     def break_off(graph, step, generators):
         raise RuntimeError("broken\noff")
 
-    monkeypatch.setattr(stepping, "_reason_against", look)
-    monkeypatch.setattr(stepping, "_capture", break_off)
+    monkeypatch.setattr(graphed_steps, "_reason_against", look)
+    monkeypatch.setattr(graphed_steps, "_capture", break_off)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     made.record = True
     for one in (made, plain):
@@ -186,7 +186,7 @@ def test_steps_on_the_cpu_are_plain_updates(images):
 
 def test_a_long_history_goes_through_the_device_in_parts(images, monkeypatch):
     whole = stepper(images, "bp", steps=13)
-    monkeypatch.setattr("fadiag_fast.zoo.stepping.CHUNK", 5)
+    monkeypatch.setattr("fadiag_fast.zoo.graphed_steps.CHUNK", 5)
     parts = stepper(images, "bp", steps=13)
     assert len(parts._order) == 5
     for _ in range(13):
@@ -320,11 +320,11 @@ def test_the_host_state_is_found_at_any_depth():
 
 def test_one_thread_records_while_no_step_is_repeated():
     first, second = threading.Lock(), threading.Lock()
-    from fadiag_fast.zoo import stepping
+    from fadiag_fast.zoo import graphed_steps
 
-    with stepping._registry:
-        stepping._replaying.add(first)
-        stepping._replaying.add(second)
+    with graphed_steps._registry:
+        graphed_steps._replaying.add(first)
+        graphed_steps._replaying.add(second)
     order = []
 
     def record():

@@ -3,7 +3,7 @@
 The residual networks have three attributes, ``embed``, ``blocks`` and ``out_head``, and may have a
 fourth, ``out_ln``; ``blocks[l](h)`` returns only the branch f_l(h), and whoever calls it adds the
 skip: h_{l+1} = h_l + f_l(h_l). A network of another build says in its attribute ``anatomy`` how it
-is read: see :mod:`fadiag_fast.zoo.anatomy`.
+is read: see :mod:`fadiag_fast.zoo.residual_contract`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...process import DEFAULT_GENERATORS
+from ..._common.process import DEFAULT_GENERATORS
 from .cnn import SmallCNN
 from .residual import ResidualBlock, ResidualMLP, StudentNet
 from .vit import TransformerBlock, ViTMini

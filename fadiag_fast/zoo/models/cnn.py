@@ -7,7 +7,7 @@ from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
-from ..anatomy import Anatomy
+from ..residual_contract import Anatomy
 from .sizes import check_image_shape, check_sizes
 
 

@@ -8,8 +8,8 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ...statistics import Reduction
-from ..anatomy import Anatomy
+from ...capture.reduction import Reduction
+from ..residual_contract import Anatomy
 from .sizes import check_image_shape, check_sizes
 
 # Class token and positions start this small, the usual choice for vision transformers; the class

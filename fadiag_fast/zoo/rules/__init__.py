@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ...named import load_named
+from ..._common.named import load_named
 from .base import ForwardStates, Rule
 from .bp import Backpropagation
 from .credit_bridge import CreditBridge

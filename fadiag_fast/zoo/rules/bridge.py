@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..anatomy import Anatomy
+from ..residual_contract import Anatomy
 
 
 def credit_offset(owner: str, anatomy: Anatomy, credit_at: str | None) -> int:

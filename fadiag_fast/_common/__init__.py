@@ -1,0 +1,1 @@
+"""What every package uses and none of the field's words appear in: files, text, JSON, process."""

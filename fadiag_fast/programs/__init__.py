@@ -1,0 +1,1 @@
+"""Networks that come without their source: exported programs and TorchScript."""
