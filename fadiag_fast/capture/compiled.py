@@ -42,7 +42,7 @@ class Program(nn.Module):
     """One traced graph with the model's own parameters and buffers, under their own names.
 
     ``forward`` takes the tensors among (x, y), in order, and returns those of
-    :class:`~fadiag_fast.capture.statistics.Reduced`: six, then the batch-mean gradient of each state.
+    :class:`~.Reduced`: six, then the batch-mean gradient of each state.
     """
 
     def __init__(self, graph: GraphModule, constants: Mapping[str, Tensor]) -> None:
@@ -148,7 +148,7 @@ class CompiledProbe:
         graph: replay one CUDA graph per shape: a call costs one launch. The model's device must
             be a GPU.
 
-    Calling it with (x, y) returns :class:`~fadiag_fast.capture.statistics.Reduced`, on the device and
+    Calling it with (x, y) returns :class:`~.Reduced`, on the device and
     without waiting for it. A new shape, dtype or device of x or y traces and compiles once more;
     ``num_programs`` counts.
 

@@ -3,7 +3,7 @@
 Notation, with B samples in a batch and L blocks: h_0 = embed(x), h_{l+1} = h_l + f_l(h_l), and
 CE is the cross-entropy of the logits head(norm(h_L)). For a network without skips read h_{l+1} =
 f_l(h_l); for one without an embedding, h_0 = x. A rule knows a network only through its
-:class:`~fadiag_fast.zoo.residual_contract.Anatomy`, ``self.anatomy``, and so needs no case for either.
+:class:`~.Anatomy`, ``self.anatomy``, and so needs no case for either.
 
 **Credit** a_l, l = 0 … L−1, is what a rule tells block l about its OUTPUT, per sample and not
 divided by B. Its counterpart in backpropagation is ∂CE_b/∂h_{l+1}, the gradient of sample b's OWN
@@ -76,7 +76,7 @@ class Rule(ABC):
     Args:
         model: has ``embed``, ``blocks``, ``out_head`` and optionally ``out_ln``; ``blocks[l](h)``
             returns the branch without the skip, ``[B, d]`` for ``[B, d]``. Or its class names
-            another :class:`~fadiag_fast.zoo.residual_contract.Anatomy`, as SmallCNN and ViTMini do. It is
+            another :class:`~.Anatomy`, as SmallCNN and ViTMini do. It is
             trained in place and should be on its device already.
         learning_rate: of AdamW at step 0; a cosine takes it to 0 at ``total_steps``.
         weight_decay: of AdamW.
