@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fadiag_fast import diagnose
-from fadiag_fast.capture import Probe, constants_of, prober, untouched
+from fadiag_fast.capture import Probe, constants_of, planning, untouched
 from fadiag_fast.capture.points import TapError
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -703,7 +703,7 @@ def test_models_that_cannot_be_probed(make, message):
 def test_states_on_two_devices(monkeypatch):
     x, y = batch_of()
     model = Net().eval()
-    found = prober.sighting_at
+    found = planning.sighting_at
 
     def elsewhere(seen, tap):
         """Stand in for a second GPU."""
@@ -712,7 +712,7 @@ def test_states_on_two_devices(monkeypatch):
             sighting.tensor = sighting.tensor.to("meta")
         return sighting
 
-    monkeypatch.setattr(prober, "sighting_at", elsewhere)
+    monkeypatch.setattr(planning, "sighting_at", elsewhere)
     message = r"all states on one device, got input of layers\.0 on cpu, input of head on meta"
     with pytest.raises(TapError, match=message):
         Probe(model).capture(x, y)

@@ -47,6 +47,24 @@ def sample_counts(x: Any, batch_dim: int) -> list[int]:
     return [first.shape[dimension] for dimension in sorted(dimensions) if dimension < first.dim()]
 
 
+def possible_samples(x: Any, batch_dim: int) -> set[int]:
+    """Return how many samples an input may hold, by any of its tensors' dimensions.
+
+    The first dimension of each, and the one that counts samples in the states.
+    """
+    tensors = [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.dim()]
+    sizes = {leaf.shape[0] for leaf in tensors}
+    fitting = [leaf for leaf in tensors if -leaf.dim() <= batch_dim < leaf.dim()]
+    return sizes | {leaf.shape[batch_dim] for leaf in fitting}
+
+
+def counts_samples(x: Any, state: Tensor, batch_dim: int) -> bool:
+    """Return whether a state's batch dimension is as long as one of the input's."""
+    counts = possible_samples(x, batch_dim)
+    fits = -state.dim() <= batch_dim < state.dim()
+    return not counts or (fits and state.shape[batch_dim] in counts)
+
+
 def check_batch(
     index: int, batch: object, batch_dim: int = 0, caller: str = "diagnose"
 ) -> tuple[Any, Any]:

@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from .points import TapError
-from .tracing import Source, tensors_in
+from .tracing import Source, tensors_in, with_leaves
 
 Path = Literal["torch.func", "autograd"]
 
@@ -94,6 +95,17 @@ def hooks_explained(start: str) -> Iterator[None]:
 
 class Unreached(TapError):
     """Report states to which no gradient of the loss leads."""
+
+
+def changed_input(plan: Plan, x: Any, change: Callable[[int, Tensor], Tensor]) -> Any:
+    """Return an input with ``change(spot, tensor)`` in place of the tensors that taps see."""
+    leaves = list(tree_leaves(x))
+    if plan.writes_input:
+        leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    for index, spot in enumerate(plan.spots):
+        if spot.source is not None and spot.source.kind == "input":
+            leaves[spot.source.number] = change(index, leaves[spot.source.number])
+    return with_leaves(x, leaves)
 
 
 class Calls(TorchFunctionMode):

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._common.warn import user_level
-from ..capture import Output, Probe, check_model, output_of, sample_rows, untouched
+from ..capture import Output, check_model, output_of, sample_rows, untouched
 from ..capture.arguments import check_how, check_module
+from ..capture.batches import counts_samples
 from ..capture.chains import is_sum
 from ..capture.outputs import by_sample
 from ..capture.points import Select, TapError, Taps, sighting_at, unwrap
@@ -511,13 +512,12 @@ class StepProbe(OfThisRun):
         try:
             # Before the model runs: fully_shard then shows its parameters as they are kept.
             self._find_tensor_ranks()
-            checker = Probe(self.model, batch_dim=self.batch_dim, output=self.output)
             with untouched(self.model):
                 found, seen = find_taps(
                     self.model,
                     x,
                     self.select,
-                    lambda state: checker.counts_samples(x, state),
+                    lambda state: counts_samples(x, state, self.batch_dim),
                     batch_dim=self.batch_dim,
                     several=self.reduction.kind != "token",
                 )
