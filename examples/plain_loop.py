@@ -8,9 +8,7 @@ import argparse
 import torch
 from torch import nn
 
-from fadiag_fast.training.alarms import Alarms, TrainingStopped
-from fadiag_fast.training.probe import StepProbe
-from fadiag_fast.training.sinks import guard
+from fadiag_fast.training import Alarms, StepProbe, TrainingStopped, guard
 from fadiag_fast.zoo import build_model
 
 
