@@ -78,11 +78,13 @@ def gradient_floor(figures: Figures, thresholds: DiagnosticThresholds) -> Diagno
         )
     layer = len(figures.bp_grad_norms) - 1
     value = figures.bp_grad_norms[layer]
-    where = f"median ‖g_L‖ at {figures.layers[layer]} over {figures.batch_size} samples"
+    where = f"median ‖g_L‖ at {figures.layers[layer]} over {figures.rows}"
     status, label, evidence = Status.PASSED, "OK", where
     if not math.isfinite(value):
         status, label = Status.FIRED, "NON-FINITE"
-        evidence = f"the gradients at {figures.layers[layer]} are not finite in most samples"
+        evidence = (
+            f"the gradients at {figures.layers[layer]} are not finite in most {figures.row_name}"
+        )
     elif value < floor:
         status, label = Status.FIRED, "AT FLOOR"
         stability = figures.stabilities[middle_layer(len(figures.stabilities))]
