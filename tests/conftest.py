@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from toys import noisy_patterns
 
 from fadiag_fast.ops import LIBRARIES
+from fadiag_fast.zoo import ImageDataset
 
 CUDA_REASON = (
     "no CUDA device"
@@ -19,6 +21,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "cuda" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def images() -> ImageDataset:
+    """Noisy 1x8x8 patterns of four classes: a transformer's patches of 4 fit."""
+    return noisy_patterns("patterns", (1, 8, 8), train=128, test=96, noise=1.0)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -76,7 +76,7 @@ def write_report(
 def render(result: ScanResult, *, title: str | None = None, most_states: int = MOST_STATES) -> str:
     """Return the report of a scan as HTML; see :func:`write_report`."""
     jinja2 = require("jinja2", "the HTML report")
-    templates = files("fadiag_fast.scanning").joinpath("templates")
+    templates = files("fadiag_fast.reports").joinpath("templates")
     style, script, page = (
         templates.joinpath(name).read_text(encoding="utf-8")
         for name in ("report.css", "report.js", "report.html.jinja")

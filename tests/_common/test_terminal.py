@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
+from records import healthy
 from terminals import Terminals
-from test_alarms import healthy
 
 from fadiag_fast import cli
 from fadiag_fast.checkpoints import save_checkpoint

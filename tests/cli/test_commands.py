@@ -339,12 +339,12 @@ def test_doctor():
 def test_doctor_gives_the_loaders_own_reason(tmp_path):
     """A library that is no library: the reason is the dynamic loader's."""
     program = (
-        "import pathlib, fadiag_fast.ops as ops\n"
-        f"ops._FOLDER = pathlib.Path({str(tmp_path)!r})\n"
-        "(ops._FOLDER / 'libfadiag_cpu.so').write_bytes(b'not a library')\n"
-        "print(ops._load('cpu').reason)\n"
-        "(ops._FOLDER / 'libfadiag_cpu.so').unlink()\n"
-        "print(ops._load('cpu').reason)\n"
+        "import pathlib, fadiag_fast.ops.native as native\n"
+        f"native._FOLDER = pathlib.Path({str(tmp_path)!r})\n"
+        "(native._FOLDER / 'libfadiag_cpu.so').write_bytes(b'not a library')\n"
+        "print(native._load('cpu').reason)\n"
+        "(native._FOLDER / 'libfadiag_cpu.so').unlink()\n"
+        "print(native._load('cpu').reason)\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

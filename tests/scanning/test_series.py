@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fadiag_fast.scanning import Entry, Pattern, SeriesError, read_manifest
-from fadiag_fast.scanning import run_names as series
+from fadiag_fast.scanning import Entry, Pattern, SeriesError, read_manifest, series
 from fadiag_fast.scanning.run_names import natural_key
 
 

@@ -7,7 +7,7 @@ import random
 import re
 
 import pytest
-from test_alarms import healthy, record
+from records import healthy, record
 from typer.testing import CliRunner
 
 from fadiag_fast import cli
