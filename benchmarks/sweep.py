@@ -17,11 +17,13 @@ from . import ceilings, pure, rows
 from .operator import OPERATOR, release, verdict
 from .timing import Plan, Run, choose_cache, fastest, measure, pick
 
-SAMPLES = (1, 2, 4, 8, 32, 64, 512, 4096)
+SAMPLES = (1, 2, 4, 8, 32, 64, 512, 4096, 8192)
 WIDTHS = (16, 256, 4096, 65536, 1 << 20, 1 << 24)
-LAYERS = (1, 8, 32)
+LAYERS = (1, 8, 32, 100)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MOST_BYTES = 4 << 30
+# Of the bandwidth that a neighbour leads one to expect.
+LEAST_SHARE = 0.7
 _MOST_FOREACH_SAMPLES = 2048
 
 Cell = tuple[str, int, int, int]  # dtype, L, N, D
@@ -103,12 +105,12 @@ def neighbours(cell: Cell, cells: Sequence[Cell]) -> list[Cell]:
 
 
 def find_cliffs(times: dict[Cell, float], nbytes: dict[Cell, float]) -> dict[Cell, Cell]:
-    """Return the cells under half of what a neighbour leads one to expect, with that neighbour.
+    """Return the cells under .7 of what a neighbour leads one to expect, with that neighbour.
 
     A small call costs a launch whatever it reads, so bandwidth rises with size and a plain
     comparison of bandwidths would call every small cell a cliff. Expected is therefore the
     neighbour's time scaled by the bytes, plus the quickest call with as many layers; a cell is a
-    cliff where it takes more than twice that. Where time is proportional to bytes this is half of
+    cliff where it takes more than that over .7. Where time is proportional to bytes this is .7 of
     the neighbour's bandwidth.
     """
     times = {cell: time for cell, time in times.items() if not math.isnan(time)}
@@ -119,7 +121,7 @@ def find_cliffs(times: dict[Cell, float], nbytes: dict[Cell, float]) -> dict[Cel
     for cell, time in times.items():
         for other in neighbours(cell, list(times)):
             expected = floors[cell[1]] + times[other] * nbytes[cell] / nbytes[other]
-            if time > 2 * expected:
+            if time * LEAST_SHARE > expected:
                 cliffs[cell] = other
                 break
     return cliffs

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from . import rows
+from . import rows, sweep
 from .operator import OPERATOR, STATISTICS
 from .rows import number
 
@@ -184,8 +184,8 @@ def _sweep(found: Rows) -> str:
     cliffs = [row for row in found if row["cliff"]]
     text = (
         f"{len(found)} cells: {len(slower)} slower than the best of eager and foreach in either "
-        f"mode, {len(cliffs)} under half of a neighbour. The weakest of them, and every such "
-        "cell:\n\n"
+        f"mode, {len(cliffs)} under {sweep.LEAST_SHARE} of what a neighbour leads one to expect. "
+        "The weakest of them, and every such cell:\n\n"
     )
     weakest = sorted(found, key=lambda row: number(row, "ratio"))[:5]
     shown = [row for row in found if row in slower or row in cliffs or row in weakest]

@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "element_types.h"
 #include "layer_table.h"
 
 namespace fadiag {
@@ -111,10 +112,6 @@ struct TensorInfo {
     return text.str();
   }
 };
-
-// The element types the kernels know, as an index into per-type tables.
-enum ElementType : int { kHalf, kBFloat16, kFloat, kDouble, kNumElementTypes };
-constexpr std::array<int64_t, kNumElementTypes> kElementSizes = {2, 2, 4, 8};
 
 // Returns the ElementType of torch's dtype code, -1 for all others.
 inline int element_type(int32_t dtype) {

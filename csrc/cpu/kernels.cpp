@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "../accumulate.h"
+#include "../element_types.h"
 #include "simd.h"
 
 #ifndef FADIAG_KERNELS
@@ -214,27 +215,12 @@ void dot_products_of(const void* const* vectors, const double* scales, int64_t n
   }
 }
 
-// Calls `function` with a null pointer of the element type that `type` names.
-template <typename Function>
-auto with_element(int type, Function&& function) {
-  switch (type) {
-    case 0:
-      return function(static_cast<const Half*>(nullptr));
-    case 1:
-      return function(static_cast<const BFloat16*>(nullptr));
-    case 2:
-      return function(static_cast<const float*>(nullptr));
-    default:
-      return function(static_cast<const double*>(nullptr));
-  }
-}
-
 template <typename Pointer>
-using ElementOf = std::remove_cv_t<std::remove_pointer_t<Pointer>>;
+using ElementOf = std::remove_pointer_t<Pointer>;
 
 void statistics_tile(int type, const Layer& layer, const Tile& tile, double* hidden_squares,
                      double* grad_squares, double* column_sums) {
-  with_element(type, [&](auto tag) {
+  with_element<Half, BFloat16>(type, [&](auto tag) {
     statistics_tile_of<ElementOf<decltype(tag)>>(layer, tile, hidden_squares, grad_squares,
                                                  column_sums);
   });
@@ -242,20 +228,20 @@ void statistics_tile(int type, const Layer& layer, const Tile& tile, double* hid
 
 void column_means(int type, const double* sums, int64_t word_stride, int64_t columns, int64_t rows,
                   void* means) {
-  with_element(type, [&](auto tag) {
+  with_element<Half, BFloat16>(type, [&](auto tag) {
     column_means_of<ElementOf<decltype(tag)>>(sums, word_stride, columns, rows, means);
   });
 }
 
 double largest_magnitude(int type, const void* vector, int64_t count) {
-  return with_element(type, [&](auto tag) {
+  return with_element<Half, BFloat16>(type, [&](auto tag) {
     return largest_magnitude_of<ElementOf<decltype(tag)>>(vector, count);
   });
 }
 
 void dot_products(int type, const void* const* vectors, const double* scales, int64_t num_vectors,
                   int64_t column_begin, int64_t column_end, double* products) {
-  with_element(type, [&](auto tag) {
+  with_element<Half, BFloat16>(type, [&](auto tag) {
     dot_products_of<ElementOf<decltype(tag)>>(vectors, scales, num_vectors, column_begin,
                                               column_end, products);
   });

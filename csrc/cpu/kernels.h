@@ -15,7 +15,7 @@ struct Tile {
   int64_t column_end;
 };
 
-// `type` is an ElementType of checks.h: float16, bfloat16, float32, float64.
+// `type` is an ElementType: float16, bfloat16, float32 or float64.
 struct CpuKernels {
   // Writes the words of each row's squares, [rows, words], and of each column's sum,
   // [words, columns], of one tile; the latter unless column_sums is null.

@@ -1,5 +1,4 @@
-// Asynchronous copies into a warp's ring of stages, and the launch of a kernel that overlaps the
-// end of the one before it.
+// Asynchronous copies into a warp's ring of stages.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -49,31 +48,6 @@ __device__ __forceinline__ void commit_copies() {
 template <int kLeft>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
-}
-
-// The first statement of a kernel started by launch_dependent that reads what its predecessor
-// wrote.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
-}
-
-// Launches a kernel that may start while the one before it in the stream drains; it must call
-// wait_for_previous_kernel. Chips before 9.0 run the two one after the other.
-template <typename Argument>
-cudaError_t launch_dependent(void (*kernel)(Argument), dim3 grid, dim3 block, cudaStream_t stream,
-                             const std::remove_cv_t<Argument>& argument) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, argument);
 }
 
 }  // namespace fadiag

@@ -57,7 +57,7 @@ Tensor direction_cosines(std::vector<Tensor> grad_means, int64_t num_batches, bo
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
   const auto num_groups = static_cast<int64_t>(call.columns.size());
-  with_element(call.type, [&](auto* tag) {
+  with_element<__half, __nv_bfloat16>(call.type, [&](auto* tag) {
     using Element = std::remove_pointer_t<decltype(tag)>;
     for (int64_t begin = 0; begin < num_groups;) {
       const int64_t left = num_groups - begin;

@@ -1,4 +1,4 @@
-// What both CUDA operators need from torch: the device, the stream, the element types.
+// What both CUDA operators need from torch: the stream, the code's own compute capability.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -40,21 +40,6 @@ int compiled_capability(int32_t device_index) {
 inline bool is_aligned(const void* pointer, int64_t row_stride, int64_t element_size) {
   return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0 &&
          row_stride * element_size % kVectorBytes == 0;
-}
-
-// Calls `function` with a null pointer of the element type that `type`, an ElementType, names.
-template <typename Function>
-auto with_element(int type, Function&& function) {
-  switch (type) {
-    case kHalf:
-      return function(static_cast<__half*>(nullptr));
-    case kBFloat16:
-      return function(static_cast<__nv_bfloat16*>(nullptr));
-    case kFloat:
-      return function(static_cast<float*>(nullptr));
-    default:
-      return function(static_cast<double*>(nullptr));
-  }
 }
 
 }  // namespace fadiag

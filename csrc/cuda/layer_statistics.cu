@@ -110,7 +110,7 @@ void run(const StatisticsCall& checked) {
   for (int type = 0; type < kNumElementTypes; ++type) {
     std::vector<Layer>& layers = call.layers[type];
     if (layers.empty()) continue;
-    with_element(type, [&](auto* tag) {
+    with_element<__half, __nv_bfloat16>(type, [&](auto* tag) {
       using Element = std::remove_pointer_t<decltype(tag)>;
       const auto first_large =
           std::stable_partition(layers.begin(), layers.end(), [&](const Layer& layer) {

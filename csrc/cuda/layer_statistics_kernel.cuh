@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "dependent_launch.cuh"
 #include "stream_kernel.cuh"
 #include "team_kernel.cuh"
 
@@ -218,8 +219,8 @@ cudaError_t launch_layer_statistics(StatisticsTable<kCapacity>& table, Walk walk
   }
   if (finish_blocks > 0) {
     const dim3 grid(static_cast<unsigned>(finish_blocks), static_cast<unsigned>(table.count));
-    return launch_dependent(finish_statistics_kernel<Sums, kCapacity>, grid, dim3(kFinishThreads),
-                            stream, table);
+    return launch_dependent(finish_statistics_kernel<Sums, kCapacity>, chip.compute_major >= 9,
+                            grid, dim3(kFinishThreads), 0, stream, table);
   }
   return cudaSuccess;
 }

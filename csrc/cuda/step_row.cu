@@ -32,24 +32,6 @@ int64_t add_layers(const StepRowCall& call, int64_t begin, StepTable& table) {
   return units;
 }
 
-// Launches the first kernel, which waits for the one before it in the stream by itself where it was
-// compiled to do so, and may be there before that one ends.
-template <typename Element>
-void launch_early(const StepTable& table, int32_t device, unsigned blocks, int threads,
-                  int64_t shared_bytes, cudaStream_t stream) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = compiled_capability<step_row_kernel<Element>>(device) >= 90 ? 1 : 0;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, step_row_kernel<Element>, table));
-}
-
 template <typename Element>
 void launch(const StepRowCall& call, const TensorInfo& norms, cudaStream_t stream) {
   const auto num_layers = static_cast<int64_t>(call.layers.size());
@@ -100,7 +82,10 @@ void launch(const StepRowCall& call, const TensorInfo& norms, cudaStream_t strea
     }
     table.closes = is_last && !is_long;
     const auto blocks = static_cast<unsigned>(table.num_medians + units);
-    launch_early<Element>(table, norms.device_index, blocks, threads, shared_bytes, stream);
+    const bool waits = compiled_capability<step_row_kernel<Element>>(norms.device_index) >= 90;
+    STD_CUDA_CHECK(launch_dependent(step_row_kernel<Element>, waits, dim3(blocks),
+                                    dim3(static_cast<unsigned>(threads)), shared_bytes, stream,
+                                    table));
     if (is_long) {
       table.closes = is_last;
       keep_directions_kernel<Element>

@@ -18,6 +18,7 @@
 
 #include <cstdint>
 
+#include "dependent_launch.cuh"
 #include "elements.cuh"
 
 namespace fadiag {
@@ -67,14 +68,6 @@ struct StepTable {
   bool moves_direction;
 };
 static_assert(sizeof(StepTable) <= 4096);
-
-// Waits until what an earlier launch of the stream wrote is there: a launch that may begin early
-// has to, and to any other it means nothing.
-__device__ __forceinline__ void wait_for_stream() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
-}
 
 // ---- places
 
@@ -341,7 +334,7 @@ __global__ void __launch_bounds__(kStepWarps * 32, 1)
     step_row_kernel(const __grid_constant__ StepTable table) {
   extern __shared__ double shared_sums[];  // [K + 2, 2]
   __shared__ Places places;
-  wait_for_stream();
+  wait_for_previous_kernel();
   const PlaceReader reader(table);
   if (blockIdx.x < table.num_medians) {
     __shared__ Selection found;
