@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.reference import sample_norm
+from .forward_pass import TRAINS
 
 # Micro-batches of one step. Nobody accumulates so many; a loop that forgot to call step() does.
 MOST_PARTS = 10_000
@@ -64,6 +65,7 @@ class Figures:
         rms: in their place ``[n, N]`` float64, the norms over the root of the features, where these
             differ between samples or only the device knows them.
         has_error: whether the gradients of the logits are among the norms.
+        purpose: what the backward pass does with its gradients.
     """
 
     norms: Tensor
@@ -75,6 +77,7 @@ class Figures:
     sizes: tuple[int, ...] = ()
     rms: Tensor | None = None
     has_error: bool = True
+    purpose: int = TRAINS
 
     def root_mean_squares(self) -> Tensor:
         """Return ``rms``, computed from the sizes where these are known."""

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .. import ops
 from .._common.warn import user_level
@@ -43,7 +44,7 @@ from .compiled_taps import Job, Slots
 from .directions import Directions
 from .exchange import Exchange, Pending, Share, all_present, default_group, fingerprint
 from .figures import Figures, Parts, merged, root_of
-from .forward_pass import Observation, Pass, Settings
+from .forward_pass import TRAINS, Gradients, Observation, Pass, Settings
 from .hooks import (
     EndHook,
     Hook,
@@ -241,6 +242,14 @@ def _as_input(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return found
 
 
+def _without_batch(x: Any) -> torch.Size | None:
+    """Return the shape of an input whose floating tensors have one dimension; None of others."""
+    tensors = [one for one in tree_leaves(x) if isinstance(one, Tensor)]
+    shapes = [one.shape for one in tensors if one.is_floating_point()]
+    alike = bool(shapes) and len(shapes) == len(tensors) and {len(s) for s in shapes} == {1}
+    return shapes[0] if alike else None
+
+
 class StepProbe(OfThisRun):
     """Record hidden states and gradients of every training step, from the training's own passes.
 
@@ -425,6 +434,7 @@ class StepProbe(OfThisRun):
         self._was_transformed = False  # whether a pass was inside of a function transform
         self._steps = _Steps()
         weakref.finalize(self, self._steps.tell)  # at the exit of the process at the latest
+        self._gradients = Gradients(self.model, self._forget_cleared)
         self._parts = Parts()
         self._slot_parts = Parts(self._steps.count)
         self._seconds = 0.0
@@ -528,11 +538,17 @@ class StepProbe(OfThisRun):
                         f"return_hidden=True; name the taps"
                     )
                 self._install(found, seen)
-        except BaseException:
+        except BaseException as error:
             # The next pass is the first one then.
             for handle in self._handles:
                 handle.remove()
             self._handles = []
+            shape = _without_batch(x)
+            if isinstance(error, TapError) and shape is not None:
+                raise TapError(
+                    f"{error} The input has shape {list(shape)}: if it is one sample without a "
+                    f"batch dimension, call the model with x[None], of shape {[1, *shape]}."
+                ) from error
             raise
         finally:
             self._preparing_now = False
@@ -560,12 +576,19 @@ class StepProbe(OfThisRun):
         }[self._which_directions]
         limits = {"passing": -1, "together": 2**62, "auto": _KEPT_BYTES // (2 * (n + 1))}
         sightings = [sighting_at(seen, point) for point in points]
+        if all(s is not None and s.tensor.dim() == 1 for s in sightings):
+            assert sightings[0] is not None
+            raise TapError(
+                f"{type(self.model).__name__}: {found.labels[0]}: expected a state with a batch "
+                f"dimension and features, got shape {list(sightings[0].tensor.shape)}."
+            )
         self._settings = Settings(
             type(self.model).__name__,
             found.labels,
             self.reduction,
             self.batch_dim,
             layers,
+            self._gradients,
             limits[self.mode],
             any(s is not None and s.tensor.is_complex() for s in sightings),
             {l for l, s in enumerate(sightings) if s is not None and s.overwritten},
@@ -792,6 +815,7 @@ class StepProbe(OfThisRun):
             next(state.tensor.device for state in states if state is not None),
             refusals,
             self.samples,
+            self._gradients,
             self._slot_parts.add,  # not of the probe, which the slots would keep alive
         )
         return logits is not None
@@ -941,8 +965,32 @@ class StepProbe(OfThisRun):
 
     def _opened(self, observation: Observation) -> None:
         self._steps.count()
+        if observation.purpose == TRAINS:
+            self._gradients.begins()
         self._observations.append(observation)
         self._backward_of = observation.of
+
+    def _forget_cleared(self) -> None:
+        """Leave out backward passes whose gradients were cleared before an optimiser used them.
+
+        As after an exception that was caught, or when the loss of another network is gone.
+        """
+        count = len(self._observations) + len(self._parts) + len(self._slot_parts)
+        if count:
+            _log.info(
+                "%s: step %d: left out %d earlier forward passes, whose gradients were cleared",
+                type(self.model).__name__,
+                self._step,
+                count,
+            )
+        self._forget_passes()
+
+    def _forget_passes(self) -> None:
+        for observation in self._observations:
+            observation.forget()
+        self._observations = []
+        self._parts.clear()
+        self._slot_parts.clear()
 
     def _reduce_finished(self) -> None:
         """Reduce the micro-batches whose backward passes have ended; drop broken ones."""
@@ -1032,6 +1080,7 @@ class StepProbe(OfThisRun):
         if self._step_was_wanted:
             self.schedule.note(step, self._seconds + now - began, now - self._step_began)
             self._wanted = self._schedule_wants()  # it may think better of the next one now
+        self._gradients.ignored = False
         self._seconds = 0.0
         self._step_began = now
 
@@ -1110,7 +1159,9 @@ class StepProbe(OfThisRun):
         return self._active and bool(self.schedule.wants(self._step))
 
     def _take_parts(self) -> list[Figures]:
-        eager, compiled = self._parts, list(self._slot_parts)
+        best = max((part.purpose for part in self._parts), default=0)
+        eager = [part for part in self._parts if part.purpose == best]
+        compiled = list(self._slot_parts)
         if compiled and self._tensor_ranks is not None:
             raise RuntimeError(_NOT_COMPILED)
         if compiled:
@@ -1164,6 +1215,11 @@ class StepProbe(OfThisRun):
             more = (
                 "; passes inside of function transforms (torch.func.grad, vmap and others) are not "
                 "looked at: differentiate with backward() or torch.autograd.grad"
+            )
+        elif self._gradients.ignored:
+            more = (
+                "; a backward pass that adds to no parameter's .grad, as torch.autograd.grad for "
+                "inputs does, is not counted: differentiate the loss with backward()"
             )
         elif not self._prepared:
             more = "; the model was not called in training mode with gradients enabled"
@@ -1480,11 +1536,7 @@ class StepProbe(OfThisRun):
         """
         self._current = None
         self._aside = []
-        for observation in self._observations:
-            observation.forget()
-        self._observations = []
-        self._parts.clear()
-        self._slot_parts.clear()
+        self._forget_passes()
 
     def remove(self) -> None:
         """Flush, take all hooks away, and close the sinks that were opened here.
