@@ -13,10 +13,19 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.reference import sample_norm
-from .forward_pass import TRAINS
 
 # Micro-batches of one step. Nobody accumulates so many; a loop that forgot to call step() does.
 MOST_PARTS = 10_000
+
+# What a backward pass does with gradients, in the order in which a step prefers them.
+#: ``torch.autograd.grad`` for parameters; whoever trains so has no others in a step.
+HANDED_OUT = 1
+#: They are added to ``.grad``, but to none of the probed model's: of an input, a prompt, another
+#: network.
+ELSEWHERE = 2
+#: They are added to the parameters' ``.grad``, perhaps only as the gradient of a gradient.
+SECOND_ORDER = 3
+TRAINS = 4
 
 
 def sample_norms(samples: Tensor) -> Tensor:

@@ -28,7 +28,15 @@ from ..capture.outputs import by_sample
 from ..capture.points import TapError
 from ..capture.reduction import SampleReduction
 from ..ops.reference import sample_norm
-from .figures import Figures, norms_and_mean, sample_norms
+from .figures import (
+    ELSEWHERE,
+    HANDED_OUT,
+    SECOND_ORDER,
+    TRAINS,
+    Figures,
+    norms_and_mean,
+    sample_norms,
+)
 from .tensor_parallel import Part, TensorRanks, like_whole, plain_part
 
 # Say whether a tensor belongs to a function transform: to vmap, say, where it stands for many.
@@ -40,16 +48,6 @@ _backward_task = torch._C._current_graph_task_id
 _node_at_work: Callable[[], Any] = torch._C._current_autograd_node
 _LEAF: Any = type(torch.autograd.graph.get_gradient_edge(torch.empty(0, requires_grad=True)).node)
 _will_execute: Callable[[Any], bool] = torch._C._will_engine_execute_node
-
-# What a backward pass does with gradients, in the order in which a step prefers them.
-#: ``torch.autograd.grad`` for parameters; whoever trains so has no others in a step.
-HANDED_OUT = 1
-#: They are added to ``.grad``, but to none of the probed model's: of an input, a prompt, another
-#: network.
-ELSEWHERE = 2
-#: They are added to the parameters' ``.grad``, perhaps only as the gradient of a gradient.
-SECOND_ORDER = 3
-TRAINS = 4
 
 _queue_callback: Callable[[Callable[[], None]], None] = (
     torch.autograd.Variable._execution_engine.queue_callback

@@ -43,8 +43,8 @@ from .alarms import Alarms, TrainingStopped
 from .compiled_taps import Job, Slots
 from .directions import Directions
 from .exchange import Exchange, Pending, Share, all_present, default_group, fingerprint
-from .figures import Figures, Parts, merged, root_of
-from .forward_pass import TRAINS, Gradients, Observation, Pass, Settings
+from .figures import TRAINS, Figures, Parts, merged, root_of
+from .forward_pass import Gradients, Observation, Pass, Settings
 from .hooks import (
     EndHook,
     Hook,
