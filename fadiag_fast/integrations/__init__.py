@@ -64,9 +64,9 @@ class Session(OfThisRun):
             model, taps, sink=take, alarms=False, first_step=first_step, **probe_options
         )
         self._tell_events = Forward(self.alarms, self.sinks)
-        self.probe._share.judged = self.alarms is not None
+        self.probe.share.judged = self.alarms is not None
         for file in (file for sink in self.sinks for file in files_of(sink)):
-            file.share = self.probe._share
+            file.share = self.probe.share
 
     def _take(self, record: StepRecord) -> None:
         self.latest = record

@@ -24,7 +24,7 @@ from ..capture import sample_rows
 from ..capture.outputs import by_sample
 from ..capture.reduction import SampleReduction
 from .figures import Figures
-from .forward_pass import Gradients
+from .gradients import Gradients
 
 _STATE_SCALE = 2.0**-32
 _GRAD_SCALE = 2.0**32

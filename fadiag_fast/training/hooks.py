@@ -9,7 +9,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from ..capture import output_of
 from ..capture.tracing import argument_state, exporting, recorded, state_in, transformed
 from .compiled_taps import Job
-
-if TYPE_CHECKING:
-    from .probe import StepProbe
-
+from .observer import Observer
 
 # -1 outside of a backward pass.
 _backward_task = torch._C._current_graph_task_id
@@ -98,8 +95,8 @@ class OfThisRun:
 class Hook:
     """One hook of the probe; see :class:`Handle` for what copies of the model have of it."""
 
-    def __init__(self, probe: StepProbe, number: int) -> None:
-        self.probe = probe
+    def __init__(self, observer: Observer, number: int) -> None:
+        self.observer = observer
         self.number = number
         self.taps: tuple[tuple[int, int], ...] = ()  # (which call, which state)
         self.several = False
@@ -122,12 +119,12 @@ class Hook:
         raise NotImplementedError
 
     def _see(self, state: Tensor) -> None:
-        probe = self.probe
-        current = probe._current
+        observer = self.observer
+        current = observer.current
         if _backward_task() != -1:
             # A checkpointed block runs its forward again inside of the backward pass. What the
             # first forward saw is not counted twice; with use_reentrant=True it saw no gradient.
-            current = probe._backward_of
+            current = observer.backward_of
             if current is not None and not self.several:
                 current.see(self.taps[0][1], state)
             return
@@ -147,21 +144,21 @@ class OutputHook(Hook):
     """A forward hook."""
 
     def __call__(self, module: nn.Module, args: Any, result: Any) -> Any:
-        probe = self.probe
+        observer = self.observer
         if torch.compiler.is_compiling():
-            if not self.jobs or not probe._observes():
+            if not self.jobs or not observer.observes():
                 return None
             state = self._state_of(result)
             if state is None:
                 return None
-            passed = probe._through(self.jobs, state)
+            passed = observer.through(self.jobs, state)
             return _replaced(result, state, passed)
-        if self.stand_ins and probe._current is not None:
+        if self.stand_ins and observer.current is not None:
             for l in self.stand_ins:
                 state = state_in(result)
-                if l in (probe._in_compiled or ()) and state is not None:
-                    probe._current.see(l, state)
-        if self.taps and (probe._current or probe._backward_of):
+                if l in (observer.in_compiled or ()) and state is not None:
+                    observer.current.see(l, state)
+        if self.taps and (observer.current or observer.backward_of):
             state = result if type(result) is Tensor else state_in(result)
             if state is not None:
                 self._see(state)
@@ -186,33 +183,33 @@ class LogitsHook(OutputHook):
             return super().__call__(module, args, result)
         if transformed():
             return None
-        probe = self.probe
-        if self.is_inner and (probe._current or probe._backward_of):
+        observer = self.observer
+        if self.is_inner and (observer.current or observer.backward_of):
             logits = self._state_of(result)
             again = _backward_task() != -1
-            current = probe._backward_of if again else probe._current
+            current = observer.backward_of if again else observer.current
             if current is not None and logits is not None:
                 current.see_logits(logits, again)
         return None
 
     def _state_of(self, result: Any) -> Tensor | None:
-        return state_in(result) if self.is_inner else output_of(result, self.probe.output)
+        return state_in(result) if self.is_inner else output_of(result, self.observer.output)
 
 
 class InputHook(Hook):
     """A forward pre-hook."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        probe = self.probe
+        observer = self.observer
         if torch.compiler.is_compiling():
-            if not self.jobs or not probe._observes():
+            if not self.jobs or not observer.observes():
                 return None
             state = argument_state(args, kwargs)
             if state is None:
                 return None
-            passed = probe._through(self.jobs, state)
+            passed = observer.through(self.jobs, state)
             return _replaced(args, state, passed), _replaced(kwargs, state, passed)
-        if self.taps and (probe._current or probe._backward_of):
+        if self.taps and (observer.current or observer.backward_of):
             state = argument_state(args, kwargs)
             if state is not None:
                 self._see(state)
@@ -225,14 +222,14 @@ class RootHook(Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
             # Compiled for each state of autocast anew, and set with every call of what is compiled.
-            self.probe._compiled_autocast = autocast_dtype()
+            self.observer.compiled_autocast = autocast_dtype()
             return
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "StepProbe: expected one copy of the model in a process, got a replica of "
                 "DataParallel, whose copies run at the same time; use DistributedDataParallel"
             )
-        self.probe._begin(args, kwargs)
+        self.observer.begin(args, kwargs, autocast_dtype())
 
 
 class EndHook(Hook):
@@ -241,17 +238,10 @@ class EndHook(Hook):
     def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        probe = self.probe
-        current, probe._current = probe._current, None
-        if current is not None and (
-            current.again
-            or any(current.calls.get(hook.number, 0) > known for hook, known in probe._looped)
-        ):
-            probe._called_more(current)
-        probe._given = None
+        current = self.observer.end()
         # There is no result after an error.
         if current is not None and result is not None and not current.logit_shapes:
-            logits = output_of(result, probe.output)
+            logits = output_of(result, self.observer.output)
             if logits is not None:
                 current.see_logits(logits)
 
@@ -260,28 +250,28 @@ class PrepareHook(Hook):
     """The forward pre-hook of what was given as the model, until the taps are known."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        probe = self.probe
+        observer = self.observer
         if exporting():
             return
         if not torch.compiler.is_compiling() and (transformed() or recorded()):
-            probe._was_transformed = transformed()
+            observer.was_transformed = transformed()
             return
         if torch.compiler.is_compiling() or callable(_compiler_of_frames()):
-            if probe._awaits_first_pass():
-                _prepare_outside(probe, args, kwargs)
+            if observer.awaits_first_pass():
+                _prepare_outside(observer, args, kwargs)
             return
-        probe._prepare_from_call(args, kwargs)
-        if module is probe.model and probe._prepared:
+        observer.installer.prepare_from_call(args, kwargs)
+        if module is observer.model and observer.installer.prepared:
             # torch does not call hooks of this very call that came during it.
-            probe._begin(args, kwargs)
+            observer.begin(args, kwargs, autocast_dtype())
 
 
-def _prepare_outside(probe: StepProbe, args: Any, kwargs: Any) -> None:
+def _prepare_outside(observer: Observer, args: Any, kwargs: Any) -> None:
     """Find the taps between two graphs; the compiler breaks the one it is at before this call.
 
     What comes behind, the model's own forward, is then compiled with the hooks in it.
     """
-    probe._prepare_from_call(args, kwargs)
+    observer.installer.prepare_from_call(args, kwargs)
 
 
 # What torch.compiler.disable does, whose import takes seconds.

@@ -608,15 +608,15 @@ def test_small_steps_are_reduced_by_a_graph_and_others_among_them_are_not():
         StepProbe(model, sink=records.append, directions="all") as probe,
         StepProbe(twin, sink=expected.append, directions="all") as plain,
     ):
-        plain._replay_refused = True
+        plain._recorder._graphed.refused = True
         for seed, parts in enumerate(sizes):
             for net, its in ((model, probe), (twin, plain)):
                 for part, samples in enumerate(parts):
                     x, y = (t.cuda() for t in batch_of(samples, seed=100 * seed + part))
                     nn.functional.cross_entropy(net(x), y).backward()
                 its.step()
-        assert probe._replay is not None
-        assert plain._replay is None
+        assert probe._recorder._graphed.replay is not None
+        assert plain._recorder._graphed.replay is None
     assert len(records) == len(sizes)
     assert_alike(records, expected, tolerance=1e-6)
 

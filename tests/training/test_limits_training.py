@@ -194,7 +194,7 @@ def test_never_a_step(monkeypatch):
     def train():
         for _ in range(45):
             loss_of(model).backward()
-            assert len(probe._parts) <= 10
+            assert len(probe._observer.eager) <= 10
 
     with pytest.warns(RuntimeWarning, match=r"expected step\(\) after each.* got 10 ba") as caught:
         train()

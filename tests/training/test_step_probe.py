@@ -1052,7 +1052,7 @@ def test_the_state_is_not_kept_alive():
         probe.step()
         handle.remove()
         lost = model(x)
-        assert probe._observations == []
+        assert probe._observer.observations == []
         del lost
     finally:
         gc.enable()
