@@ -62,6 +62,7 @@ class Installation:
         model: the probed one, unwrapped.
         given: the module whose call shows the first pass: the model, or a wrapper around it.
         options: of the probe.
+        owner: lives as long as the hooks do, although nobody else may hold it.
 
     Attributes:
         observer: what the hooks talk to.
@@ -75,8 +76,10 @@ class Installation:
         model: nn.Module,
         given: nn.Module,
         options: ProbeOptions,
+        owner: object,
     ) -> None:
         self.model = model
+        self._owner = owner
         self._given = given
         self._options = options
         self._user: TapsUser | None = None

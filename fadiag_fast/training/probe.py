@@ -194,7 +194,7 @@ class StepProbe(OfThisRun):
         check_model(self.model)
         self.schedule = as_schedule(schedule)
         self._delivery = Delivery(sink, alarms, group)
-        self._installation = Installation(self.model, model, options)
+        self._installation = Installation(self.model, model, options, owner=self)
         observer = self._observer = self._installation.observer
         observer.step = first_step
         observer.wanted = self._schedule_wants()
