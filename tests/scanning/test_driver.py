@@ -30,7 +30,7 @@ from fadiag_fast.scanning import driver, pipeline
 from fadiag_fast.scanning.batching import BatchingPlan
 from fadiag_fast.scanning.errors import UnwritableResults
 from fadiag_fast.scanning.prefetch import Reader
-from fadiag_fast.scanning.writer import Disk
+from fadiag_fast.scanning.folder import Disk
 
 
 @pytest.fixture(autouse=True)
