@@ -29,8 +29,8 @@ pytest.importorskip("pyarrow")
 from fadiag_fast.scanning import driver, pipeline
 from fadiag_fast.scanning.batching import BatchingPlan
 from fadiag_fast.scanning.errors import UnwritableResults
-from fadiag_fast.scanning.prefetch import Reader
 from fadiag_fast.scanning.folder import Disk
+from fadiag_fast.scanning.prefetch import Reader
 
 
 @pytest.fixture(autouse=True)
