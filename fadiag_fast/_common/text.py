@@ -62,5 +62,19 @@ def finish_output() -> None:
             raise
 
 
+def first_line(error: BaseException, *, named: bool = False) -> str:
+    """Return the first line of what an error says; its class where it says nothing.
+
+    Args:
+        error: any.
+        named: put the error's class in front.
+    """
+    lines = str(error).strip().splitlines()
+    name = type(error).__name__
+    if named:
+        return f"{name}: {lines[0] if lines else ''}"
+    return lines[0] if lines else name
+
+
 def _spelled(character: str) -> str:
     return character.encode("unicode_escape").decode()

@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from .._common.cuda_graphs import UNWRITTEN, mark_unwritten, record
+from .._common.text import first_line
 from ..checkpoints.lookalikes import PROBE_METADATA
 from ..checkpoints.programs import program_kind, untrusted
 from .captured import Captured
@@ -283,7 +284,7 @@ class CompiledProbe:
                     raise
                 raise TapError(
                     f"{type(self.model).__name__}: expected a model that torch.func can run and "
-                    f"make_fx can trace, got: {str(error).strip().splitlines()[0]}"
+                    f"make_fx can trace, got: {first_line(error)}"
                 ) from error
         return Program(graph, constants)
 
@@ -382,7 +383,7 @@ def load_probe(path: str | os.PathLike[str], *, trust_code: bool = False) -> Loa
         try:
             exported = torch.export.load(path, extra_files=extra)
         except (RuntimeError, ValueError, KeyError, OSError) as error:
-            raise ValueError(f"{wrong}: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"{wrong}: {first_line(error)}") from None
         metadata, program = extra[PROBE_METADATA], exported.module()
     if not metadata:
         raise ValueError(f"{wrong}, got another program")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._common.process import eager, own_warnings
+from .._common.text import first_line
 from .autograd import capture_by_autograd
 from .captured import NO_GRADIENT, Captured
 from .functional import capture_functional
@@ -200,7 +201,7 @@ class Probe:
         except (RuntimeError, NotImplementedError) as error:
             if plan.unreachable:
                 raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            reason = first_line(error)
         captured = self._by_func(x, y, constants)
         self.path, self.path_reason = "torch.func", f"autograd: {reason}"
         return captured

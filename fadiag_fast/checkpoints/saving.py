@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-import secrets
-import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .._common.files import whole_file
 from .errors import (
     CheckpointError,
     UnsavableCheckpoint,
@@ -50,22 +48,13 @@ def save_checkpoint(obj: dict[str, Any], path: str | os.PathLike[str]) -> None:
                 caller="save_checkpoint",
             )
         )
-    temporary = None
     try:
-        # Through a link, the file it points to is replaced, not the link.
-        target = Path(os.path.realpath(path))
-        if target.exists() and not target.is_file():
+        if os.path.exists(path) and not os.path.isfile(path):
             raise OSError("a folder, device or pipe")
-        # Not tempfile: it would give the checkpoint the mode 0600 instead of the user's own.
-        temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
-        with temporary.open("xb") as file:
-            _write(obj, file, path)
-            file.flush()
-            os.fsync(file.fileno())
-        _check_read_back(temporary, path)
-        if target.exists():
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
+        with whole_file(path, sync=True) as partial:
+            with partial.open("xb") as file:
+                _write(obj, file, path)
+            _check_read_back(partial, path)
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte, or without a name
@@ -76,11 +65,6 @@ def save_checkpoint(obj: dict[str, Any], path: str | os.PathLike[str]) -> None:
                 caller="save_checkpoint",
             )
         ) from error
-    finally:
-        # Gone already if all went well, and never made if the folder was the problem.
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
 
 def _write(obj: dict[str, Any], file: io.BufferedWriter, path: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from .._common.extras import require
+from .._common.files import write_whole
 from ..protocol import NOT_ENOUGH_DATA, TRUSTWORTHY
 from ..scanning.records import AUDITED, Row, utc_now
 from ..scanning.results import KEYS, FirstFired, ScanResult, in_time
@@ -57,20 +58,8 @@ def write_report(
         MissingExtra: jinja2 is not installed.
         OSError: the file cannot be written.
     """
-    path = Path(path)
-    # Through a link, the file it points to is replaced, not the link.
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise OSError(f"{path}: expected a regular file to write, got a folder, device or pipe")
-    text = render(result, title=title)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    return path
+    write_whole(path, render(result, title=title))
+    return Path(path)
 
 
 def render(result: ScanResult, *, title: str | None = None, most_states: int = MOST_STATES) -> str:

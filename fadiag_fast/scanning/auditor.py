@@ -8,12 +8,11 @@ checkpoint is measured batch by batch, and a way of sharing whose figures differ
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from .. import ops
 from .._common.cuda_graphs import mark_unwritten, on_device, record
+from .._common.row_layout import RowLayout
 from ..capture import Captured, Path, Probe, own_attributes
 from ..capture.batches import check_labels
 from ..capture.directions import direction_figures
@@ -32,7 +32,15 @@ from ..capture.statistics import (
     reduce_captured,
 )
 from ..protocol import OUTPUT, Figures
-from .batching import CACHED_SAMPLES, Unit, UnitLoss, Way, accuracy_of, class_error_of, finite_of
+from .batching import (
+    CACHED_SAMPLES,
+    BatchingPlan,
+    Unit,
+    UnitLoss,
+    accuracy_of,
+    class_error_of,
+    finite_of,
+)
 from .weight_layout import Fit, canonical
 
 # Of two ways that share passes differently, figures may differ by this much in 16 bits, and by a
@@ -41,12 +49,49 @@ from .weight_layout import Fit, canonical
 _TOLERANCE = 1e-2
 
 
-# The last columns: whether weights are finite, accuracy; then samples that are measurable
-# and not finite, and whether all logits are equal.
-_COUNTS = 5
-
 # Each holds its own memory.
 _MOST_GRAPHS = 4
+
+# The columns of a checkpoint's figures: those that are compared as norms, those as cosines, and
+# counts of what both are made of.
+_NORMS = {
+    "residual_norms": True,  # whether there is one for each state
+    "bp_grad_norms": True,
+    "credit_gains": True,
+    "output_grad_norm": False,
+    "pooled_norms": True,
+    "pooled_gains": True,
+    "output_error": False,
+}
+_COSINES = {
+    "stabilities": True,
+    "num_directions": True,
+    "stability_errors": True,
+    "stability_nulls": True,
+    "finite_weights": False,
+    "accuracy": False,
+}
+_COUNTS = {"num_measurable": False, "num_non_finite": False, "equal_logits": False}
+_COLUMNS = {**_NORMS, **_COSINES, **_COUNTS}
+_SINGLE = [name for name, per_state in _COLUMNS.items() if not per_state]
+# What goes into Figures as it is.
+_PER_STATE = [name for name, each in _COLUMNS.items() if each and name != "num_directions"]
+
+
+class Traits(NamedTuple):
+    """What a pass shows beside figures: the same for all checkpoints of an architecture.
+
+    Attributes:
+        shapes: of a sample of each state.
+        samples: of all batches.
+        grad_dtype: of the states' gradients.
+        has_output: whether the network has an output with a row for each sample.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    samples: int
+    grad_dtype: torch.dtype
+    has_output: bool
 
 
 class Measured:
@@ -134,7 +179,7 @@ class Auditor:
         self._options = options
         self._probes: dict[tuple[bool, int], Probe] = {}
         self._end_to_end: dict[bool, tuple[Tensor, Tensor]] = {}
-        self._graphs: dict[Way, _Graph] = {}
+        self._graphs: dict[BatchingPlan, _Graph] = {}
         self._canonical = canonical(model)
         self._buffers = {name for name, _ in model.named_buffers()}
         self._can_graph = True
@@ -146,6 +191,8 @@ class Auditor:
         self.device = plan.spots[plan.output].device
         self._shareable = self._batches_alike()
         self._rest = _Rest(model, set(self._canonical.places))
+        states = len(self.labels)
+        self._layout = RowLayout({name: states if each else 1 for name, each in _COLUMNS.items()})
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -181,7 +228,7 @@ class Auditor:
             for _, y in self.batches
         )
 
-    def candidates(self) -> list[Way]:
+    def candidates(self) -> list[BatchingPlan]:
         """Return the ways of sharing passes that are worth a trial, smaller passes first."""
         found = []
         if self._shareable:
@@ -189,12 +236,12 @@ class Auditor:
             smaller = max(divisors, default=self.batch_size)
             # A GPU wants more at once, never less.
             if self.device.type == "cpu" and smaller < self.batch_size and self._plain_labels():
-                found.append(Way(samples=smaller))
+                found.append(BatchingPlan(samples=smaller))
             if len(self.batches) > 1:
-                found.append(Way(samples=len(self.batches) * self.batch_size))
+                found.append(BatchingPlan(samples=len(self.batches) * self.batch_size))
         return found
 
-    def with_other_layout(self, way: Way) -> Way | None:
+    def with_other_layout(self, way: BatchingPlan) -> BatchingPlan | None:
         """Return the same way with images laid out channels last; None where states are none."""
         spots = self._probe(False, 0).prepare(self.batches[0][0]).spots
         images = self._shareable and any(len(spot.shape) == 4 for spot in spots)
@@ -212,7 +259,7 @@ class Auditor:
             self._probes[key] = Probe(self.model, path=path, **options)
         return self._probes[key]
 
-    def _passes(self, way: Way) -> Iterator[tuple[Any, Any, list[tuple[int, Any]]]]:
+    def _passes(self, way: BatchingPlan) -> Iterator[tuple[Any, Any, list[tuple[int, Any]]]]:
         """Yield (x, y, units) of each pass; a unit is (index of its batch, its labels)."""
         if not way.samples:
             for index, (x, y) in enumerate(self.batches):
@@ -234,7 +281,7 @@ class Auditor:
 
     # ---- measuring
 
-    def measure(self, rows: Tensor, fit: Fit, way: Way, *, graph: bool = True) -> Pending:
+    def measure(self, rows: Tensor, fit: Fit, way: BatchingPlan, *, graph: bool = True) -> Pending:
         """Compute the figures of the checkpoints in ``rows``, uint8 ``[S, bytes]``.
 
         On a GPU this only begins the work.
@@ -256,9 +303,10 @@ class Auditor:
                     self._can_graph = False
                     self._graphs.clear()
                     torch.cuda.synchronize(self.device)
-            return self._pending(self._columns(rows, fit, way), len(rows))
+            columns, traits = self._columns(rows, fit, way)
+            return Pending(self, columns[: len(rows)], traits)
 
-    def _by_graph(self, rows: Tensor, fit: Fit, way: Way) -> Pending:
+    def _by_graph(self, rows: Tensor, fit: Fit, way: BatchingPlan) -> Pending:
         if way not in self._graphs:
             if len(self._graphs) >= _MOST_GRAPHS:
                 self._graphs.clear()
@@ -266,20 +314,19 @@ class Auditor:
             self._graphs[way] = _Graph(
                 rows, fit, own, way.stack, lambda rows: self._columns(rows, own, way), self.alike
             )
-        return self._pending(self._graphs[way].replay(rows, fit), len(rows))
+        graph = self._graphs[way]
+        return Pending(self, graph.replay(rows, fit), graph.traits)
 
     def forget_graphs(self) -> None:
         """Let go of the memory that recorded graphs hold."""
         self._graphs.clear()
 
-    def _pending(self, columns: Tensor, count: int) -> Pending:
-        return Pending(self, columns[:count])
-
-    def _columns(self, rows: Tensor, fit: Fit, way: Way) -> Tensor:
+    def _columns(self, rows: Tensor, fit: Fit, way: BatchingPlan) -> tuple[Tensor, Traits]:
         """Return all figures of S checkpoints on the device, ``[S, figures]`` float64."""
         stacked = way.stack > 1
         if not stacked and len(rows) > 1:
-            return torch.cat([self._columns(row[None], fit, way) for row in rows])
+            each = [self._columns(row[None], fit, way) for row in rows]
+            return torch.cat([columns for columns, _ in each]), each[0][1]
         self._rest.restore()
         weights = fit.views(rows if stacked else rows[0])
         for name in self._buffers & weights.keys():
@@ -292,31 +339,40 @@ class Auditor:
             for unit in self._units(weights, *found, way, len(rows))
         ]
         first = [unit for unit in units if unit.batch == 0]
+        logit_dtype, grad_dtype = first[0].dtypes
         hidden, grad, gain, error = (
             torch.cat([unit.norms[i] for unit in first], dim=-1) for i in range(4)
         )
-        self._shapes = tuple(tuple(mean.shape[1:]) for mean in first[0].means)
         cosines = ops.direction_cosines(self._directions(units), stacked=True)
         directions = direction_figures(cosines.flatten(0, 1))
-        gains, known = zip(*(unit.measurable_gain(self._dtypes[0]) for unit in units), strict=True)
+        gains, known = zip(*(unit.measurable_gain(logit_dtype) for unit in units), strict=True)
         pooled = torch.cat([unit.norms[0] for unit in units], dim=-1)
-        columns = [
-            torch.nanmedian(hidden, dim=-1).values,
-            torch.nanmedian(grad, dim=-1).values,
-            torch.nanmedian(gain, dim=-1).values,
-            torch.nanmedian(error, dim=-1).values[:, None],
-            torch.nanmedian(pooled, dim=-1).values,
-            torch.nanmedian(torch.cat(gains, dim=-1), dim=-1).values,
-            class_error_of(units)[:, None],
-            *(figure.double().view(len(rows), -1) for figure in directions),
-            finite_of(weights, len(rows))[:, None],
-            accuracy_of(units)[:, None],
-            torch.cat(known, dim=-1).sum(-1, dtype=torch.float64)[:, None],
-            torch.stack([unit.non_finite() for unit in units]).sum(0).double()[:, None],
-            torch.stack([equal_logits(unit.logits) for unit in units]).all(0).double()[:, None],
-        ]
-        self._samples = pooled.shape[-1]
-        return torch.cat(columns, dim=1)
+        columns = {
+            "residual_norms": torch.nanmedian(hidden, dim=-1).values,
+            "bp_grad_norms": torch.nanmedian(grad, dim=-1).values,
+            "credit_gains": torch.nanmedian(gain, dim=-1).values,
+            "output_grad_norm": torch.nanmedian(error, dim=-1).values,
+            "pooled_norms": torch.nanmedian(pooled, dim=-1).values,
+            "pooled_gains": torch.nanmedian(torch.cat(gains, dim=-1), dim=-1).values,
+            "output_error": class_error_of(units),
+            "stabilities": directions.stability,
+            "num_directions": directions.num_directions,
+            "stability_errors": directions.error,
+            "stability_nulls": directions.null,
+            "finite_weights": finite_of(weights, len(rows)),
+            "accuracy": accuracy_of(units),
+            "num_measurable": torch.cat(known, dim=-1).sum(-1),
+            "num_non_finite": torch.stack([unit.non_finite() for unit in units]).sum(0),
+            "equal_logits": torch.stack([equal_logits(unit.logits) for unit in units]).all(0),
+        }
+        traits = Traits(
+            tuple(tuple(mean.shape[1:]) for mean in first[0].means),
+            pooled.shape[-1],
+            grad_dtype,
+            first[0].has_output,
+        )
+        in_order = [columns[name].double().view(len(rows), -1) for name in self._layout]
+        return torch.cat(in_order, dim=1), traits
 
     def _units(
         self,
@@ -324,7 +380,7 @@ class Auditor:
         x: Any,
         y: Any,
         parts: Sequence[tuple[int, Any]],
-        way: Way,
+        way: BatchingPlan,
         count: int,
     ) -> list[Unit]:
         """Run one pass and reduce its units, all of them in one call of the operator."""
@@ -339,9 +395,8 @@ class Auditor:
         else:
             captured = tree_map(lambda t: t[None], tuple(probe.capture(x, y, constants=weights)))
         hiddens, grads, logits, logit_grads, loss = captured
-        self._dtypes = (logit_grads.dtype, (grads[-1] if len(grads) else logit_grads).dtype)
+        dtypes = (logit_grads.dtype, (grads[-1] if len(grads) else logit_grads).dtype)
         n = len(parts)
-        self._has_output = probe.has_output
 
         def reduce(of: Captured) -> Reduced:
             return reduce_captured(of, self.reduction, has_output=probe.has_output)
@@ -363,7 +418,7 @@ class Auditor:
             reduced = torch.vmap(lambda *c: tuple(reduce(Captured(*c))))(*together)
         reduced = tree_map(lambda t: t.unflatten(0, (count, n)), reduced)
         return [
-            Unit(batch, reduced, i, labels, probe.has_output)
+            Unit(batch, reduced, i, labels, probe.has_output, dtypes)
             for i, (batch, labels) in enumerate(parts)
         ]
 
@@ -378,73 +433,57 @@ class Auditor:
                 found.append([torch.stack(parts).mean(0) for parts in zip(*of_batch, strict=True)])
         return found
 
-    def on_host(self, rows: Tensor) -> Measured:
+    def on_host(self, rows: Tensor, traits: Traits) -> Measured:
         """Read what :meth:`measure` computed, ``[S, figures]`` on the host."""
-        n, k = len(self.labels), len(self.batches)
-        widths = [n, n, n, 1, n, n, 1, n, n, n, n, _COUNTS]
-        stops = list(itertools.accumulate(widths))
-        places = [slice(stop - width, stop) for stop, width in zip(stops, widths, strict=True)]
         common = {
             "layers": self.labels,
             "batch_size": self._first_batch_size(self.batches[0][0]),
-            "num_batches": k,
-            "shapes": self._shapes,
-            "sizes": tuple(math.prod(shape) for shape in self._shapes),
-            "num_samples": self._samples,
-            "grad_dtype": str(self._dtypes[1]).removeprefix("torch."),
+            "num_batches": len(self.batches),
+            "shapes": traits.shapes,
+            "sizes": tuple(math.prod(shape) for shape in traits.shapes),
+            "num_samples": traits.samples,
+            "grad_dtype": str(traits.grad_dtype).removeprefix("torch."),
             "chain_starts": self._probe(False, 0).taps.chain_starts,
-            "gain_reference": OUTPUT if self._has_output else self.labels[-1],
+            "gain_reference": OUTPUT if traits.has_output else self.labels[-1],
         }
         each: list[dict[str, Any]] = []
         finite: list[bool] = []
         accuracies: list[float | None] = []
         # All numbers at once: each of torch's operations would leave the interpreter's lock.
         for row in map(tuple, rows.tolist()):
-            hidden, grad, gain, (error,), pooled, gains, (class_error,), *more = (
-                row[place] for place in places
-            )
-            stabilities, num_directions, errors, nulls, counts = more
-            weights, accuracy, measurable, non_finite, equal = counts
+            found = self._layout.split(row)
+            one = {name: found[name][0] for name in _SINGLE}
             each.append(
                 {
                     **common,
-                    "residual_norms": hidden,
-                    "bp_grad_norms": grad,
-                    "credit_gains": gain,
-                    "output_grad_norm": error,
-                    "stabilities": stabilities,
-                    "num_directions": tuple(map(int, num_directions)),
-                    "pooled_norms": pooled,
-                    "pooled_gains": gains,
-                    "num_measurable": int(measurable),
-                    "num_non_finite": int(non_finite),
-                    "equal_logits": bool(equal),
-                    "output_error": None if math.isnan(class_error) else class_error,
-                    "stability_errors": errors,
-                    "stability_nulls": nulls,
+                    **{name: found[name] for name in _PER_STATE},
+                    "output_grad_norm": one["output_grad_norm"],
+                    "num_directions": tuple(map(int, found["num_directions"])),
+                    "num_measurable": int(one["num_measurable"]),
+                    "num_non_finite": int(one["num_non_finite"]),
+                    "equal_logits": bool(one["equal_logits"]),
+                    "output_error": _known(one["output_error"]),
                 }
             )
-            finite.append(weights == 1)
-            accuracies.append(None if accuracy != accuracy else accuracy)
-        return Measured(each, finite, accuracies, self._samples)
+            finite.append(one["finite_weights"] == 1)
+            accuracies.append(_known(one["accuracy"]))
+        return Measured(each, finite, accuracies, traits.samples)
 
     def alike(self, columns: Tensor, others: Tensor) -> bool:
-        """Say whether two ways of sharing passes give the same figures but for rounding."""
-        norms = 5 * len(self.labels) + 2
+        """Return whether two ways of sharing passes give the same figures but for rounding."""
         states = self._probe(False, 0).prepare(self.batches[0][0]).spots
         narrow = any(spot.dtype.itemsize < 4 for spot in states)
         rtol = _TOLERANCE if narrow else _TOLERANCE / 10
-        same_norms = torch.allclose(
-            columns[:, :norms], others[:, :norms], rtol=rtol, atol=0.0, equal_nan=True
+        mine, theirs = self._layout.split(columns), self._layout.split(others)
+        same_norms = all(
+            torch.allclose(mine[name], theirs[name], rtol=rtol, atol=0.0, equal_nan=True)
+            for name in _NORMS
         )
         # Cosines and counts of directions, a truth value, and an accuracy in which a tie may fall
         # otherwise.
-        return same_norms and torch.allclose(
-            columns[:, norms : 2 - _COUNTS],
-            others[:, norms : 2 - _COUNTS],
-            rtol=0.0,
-            atol=_TOLERANCE,
-            equal_nan=True,
+        return same_norms and all(
+            torch.allclose(mine[name], theirs[name], rtol=0.0, atol=_TOLERANCE, equal_nan=True)
+            for name in _COSINES
         )
 
     def _first_batch_size(self, x: Any) -> int:
@@ -459,8 +498,9 @@ class Pending:
         columns: on the device, ``[S, figures]``.
     """
 
-    def __init__(self, auditor: Auditor, columns: Tensor) -> None:
+    def __init__(self, auditor: Auditor, columns: Tensor, traits: Traits) -> None:
         self._auditor = auditor
+        self._traits = traits
         self.columns = columns
         self._event: torch.cuda.Event | None = None
         if columns.is_cuda:
@@ -479,7 +519,7 @@ class Pending:
     def result(self) -> Measured:
         """Wait for the figures and return them."""
         self.wait()
-        return self._auditor.on_host(self._host)
+        return self._auditor.on_host(self._host, self._traits)
 
 
 class _Graph:
@@ -493,7 +533,7 @@ class _Graph:
         rows, fit: the checkpoints at hand.
         own: where tensors lie in the graph's rows.
         stack: how many rows those are.
-        run: computes figures ``[stack, figures]`` from rows.
+        run: computes figures ``[stack, figures]`` from rows, and their traits.
         alike: whether figures are the same but for rounding.
 
     Raises:
@@ -506,19 +546,20 @@ class _Graph:
         fit: Fit,
         own: Fit,
         stack: int,
-        run: Callable[[Tensor], Tensor],
+        run: Callable[[Tensor], tuple[Tensor, Traits]],
         alike: Callable[[Tensor, Tensor], bool],
     ) -> None:
         own_rows = rows.new_zeros((stack, own.stop))
         self._views = own.views(own_rows)
         self._fill(rows, fit)
-        expected = run(own_rows)[: len(rows)].clone()
+        columns, self.traits = run(own_rows)
+        expected = columns[: len(rows)].clone()
         # The recording warms up on other weights, so that no memory that it leaves behind can
         # pass for the figures of these.
         own_rows.zero_()
         # Readers copy on streams of their own meanwhile, which is no part of the graph.
         self._graph, self._columns = record(
-            lambda: run(own_rows), rows.device, capture_error_mode="thread_local"
+            lambda: run(own_rows)[0], rows.device, capture_error_mode="thread_local"
         )
         mark_unwritten([self._columns])
         if not alike(self.replay(rows, fit), expected):
@@ -534,6 +575,10 @@ class _Graph:
         self._fill(rows, fit)
         self._graph.replay()
         return self._columns[: len(rows)].clone()
+
+
+def _known(number: float) -> float | None:
+    return None if math.isnan(number) else number
 
 
 def seconds_of(run: Callable[[], Pending], device: torch.device) -> tuple[Pending, float]:

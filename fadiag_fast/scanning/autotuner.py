@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .auditor import Auditor, Pending, seconds_of
-from .batching import Way
+from .batching import BatchingPlan
 from .weight_layout import Fit
 
 # Stacks grow by this, for each takes a trial, and on a GPU a graph; one must pay to be kept. On an
@@ -51,14 +51,14 @@ class Search:
         self._on_cpu = auditor.device.type == "cpu"
         self._growth = _GROWTH["cpu" if self._on_cpu else "cuda"]
         self._growing = stack == "auto"
-        self.way = Way(stack=1 if stack == "auto" else stack)
+        self.way = BatchingPlan(stack=1 if stack == "auto" else stack)
         self.most = self.way.stack
         if self._growing:
             # A stack of a fourth of all leaves something to gain after it was tried.
             self.most = max(1, min(most, LARGEST_STACK, total // 4))
         self._tried = total < _FEWEST_FOR_TRIALS
         self._growing = self._growing and not self._tried and self.most > 1
-        self._best: tuple[float, Way] = (float("inf"), self.way)
+        self._best: tuple[float, BatchingPlan] = (float("inf"), self.way)
 
     def measure(self, rows: Tensor, fit: Fit) -> Pending:
         """Compute the figures of at most ``way.stack`` checkpoints.
@@ -80,15 +80,15 @@ class Search:
         if candidates and not self._on_cpu:
             # There to compare figures with: a GPU wants more at once, and its graph would take as
             # long to record as a hundred small checkpoints take to measure.
-            reference = self._auditor.measure(row, fit, Way(), graph=False)
+            reference = self._auditor.measure(row, fit, BatchingPlan(), graph=False)
         else:
-            reference, seconds = self._timed(row, fit, Way())
+            reference, seconds = self._timed(row, fit, BatchingPlan())
         if not reference.result().finite[0]:
             return None  # says nothing; the next one may
         self._tried = True
-        best = (seconds, Way(), reference)
+        best = (seconds, BatchingPlan(), reference)
 
-        def attempt(way: Way) -> bool:
+        def attempt(way: BatchingPlan) -> bool:
             nonlocal best
             try:
                 found, seconds = self._timed(row, fit, way, best[0])
@@ -103,8 +103,8 @@ class Search:
         # Larger passes are not tried where smaller ones are quicker.
         any(attempt(way) for way in candidates)
         if best[0] == float("inf"):
-            reference, seconds = self._timed(row, fit, Way())
-            best = (seconds, Way(), reference)
+            reference, seconds = self._timed(row, fit, BatchingPlan())
+            best = (seconds, BatchingPlan(), reference)
         other = self._auditor.with_other_layout(best[1])
         if other is not None:
             attempt(other)
@@ -128,7 +128,7 @@ class Search:
         return pending
 
     def _timed(
-        self, rows: Tensor, fit: Fit, way: Way, best: float = float("inf")
+        self, rows: Tensor, fit: Fit, way: BatchingPlan, best: float = float("inf")
     ) -> tuple[Pending, float]:
         """Return figures and seconds per checkpoint of the second run, or of a hopeless first."""
 
@@ -145,7 +145,7 @@ class Search:
         """Halve the stack after an error for want of memory."""
         _release(self._auditor)
         if count == 1:  # even one: batches go through alone
-            self.way = Way()
+            self.way = BatchingPlan()
         else:
             self.way = replace(self.way, stack=max(1, count // 2))
         self.most = self.way.stack

@@ -21,7 +21,7 @@ CACHED_SAMPLES = 32
 
 
 @dataclass(frozen=True)
-class Way:
+class BatchingPlan:
     """How checkpoints and batches share forward passes.
 
     Attributes:
@@ -39,9 +39,17 @@ class Unit:
     """Samples of one batch in one pass, of S checkpoints: what is kept of them."""
 
     def __init__(
-        self, batch: int, reduced: Sequence[Any], index: int, y: Any, has_output: bool
+        self,
+        batch: int,
+        reduced: Sequence[Any],
+        index: int,
+        y: Any,
+        has_output: bool,
+        dtypes: tuple[torch.dtype, torch.dtype],
     ) -> None:
         self.batch = batch
+        self.has_output = has_output
+        self.dtypes = dtypes  # of the gradients of the logits, and of the states
         hidden, grad, error, gain, means, logits, _ = reduced
         self.norms = (hidden[:, index], grad[:, index], gain[:, index], error[:, index])
         self.means = [mean[:, index] for mean in means]

@@ -13,7 +13,7 @@ import torch
 
 from .auditor import Auditor, Pending
 from .autotuner import Search
-from .batching import Way
+from .batching import BatchingPlan
 from .memory import free_host_bytes, lacks_memory
 from .prefetch import Group, Read, Reader, Rows, kind_of
 from .records import NON_FINITE_WEIGHTS, CheckpointRecord
@@ -184,7 +184,7 @@ class Pipeline:
         try:
             launched.parts.append((part, self.search.measure(rows.of(fit, part), fit)))
         except Exception as error:  # a model's forward may raise anything
-            if lacks_memory(error) and (len(part) > 1 or way != Way()):
+            if lacks_memory(error) and (len(part) > 1 or way != BatchingPlan()):
                 self.search.shrink(len(part))
                 return False
             if way.stack > 1:

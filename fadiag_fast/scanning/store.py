@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from .._common.extras import arrow, compute, parquet, require
+from .._common.text import first_line
 from .._common.warn import user_level
 from ..checkpoints.errors import printable
 from ..checkpoints.opening import check_regular
@@ -78,12 +79,6 @@ JUDGED_BY = [
 
 # A reader that meets files on their way from parts to tables looks again; each look is a whole one.
 _READ_ATTEMPTS = 8
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, fit for a message."""
-    lines = str(error).strip().splitlines()
-    return printable(lines[0]) if lines else type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------
@@ -183,7 +178,8 @@ def read_file(path: Path, schema: Any, names: Sequence[str] | None = None) -> An
         which = "it" if path.suffix == ".arrow" else f"{CHECKPOINTS_FILE} and {LAYERS_FILE}"
         raise UnreadableResults(
             f"scan results: {path}: expected a readable table, got a damaged one "
-            f"({first_line(error)}); remove {which}, and the next scan audits the checkpoints again"
+            f"({printable(first_line(error))}); remove {which}, and the next scan audits the "
+            f"checkpoints again"
         ) from None
     version = (table.schema.metadata or {}).get(VERSION_KEY)
     if version is None or not version.isdigit():

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import os
-import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .._common.extras import arrow, parquet, require
+from .._common.extras import arrow, parquet
 from ..protocol import DiagnosticThresholds, Protocol, check_protocol
 from . import seals
-from .errors import LockedResults, ResultsError, UnwritableResults
+from .errors import ResultsError
+from .folder import Disk, LockedFolder, sealed
 from .hashing import config_hash, config_text
 from .records import (
     AUDITED,
@@ -43,8 +41,6 @@ from .store import (
     CHECKPOINTS_FILE,
     JUDGED_BY,
     LAYERS_FILE,
-    LOCK,
-    OWNER,
     PARTS,
     Tables,
     first_of_each_record,
@@ -64,44 +60,9 @@ from .store import (
 _SMALL_PART = "part-0-"
 
 
-_TEMPORARY = ".partial"
-
-
 # As many parts of a few rows each, as a slow scan writes them, become one. Full parts stay as they
 # are until the tables are written, so that memory holds few rows at a time.
 _FAN_IN = 32
-
-
-class Disk:
-    """The operations on files; each either happens or does not.
-
-    One object, so that tests can stop between any two of them.
-    """
-
-    def write(self, path: Path, data: Any) -> None:
-        """Write a new file and wait until it is on the disk."""
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def rename(self, source: Path, target: Path) -> None:
-        """Put a file in another's place, at once."""
-        os.replace(source, target)
-
-    def sync_folder(self, folder: Path) -> None:
-        """Wait until the names in a folder are on the disk."""
-        if os.name == "nt":  # where folders cannot be opened, and renaming waits by itself
-            return
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def remove(self, path: Path) -> None:
-        """Remove a file that may be gone already."""
-        path.unlink(missing_ok=True)
 
 
 @dataclass
@@ -175,7 +136,6 @@ class ScanWriter:
         self.protocol: Protocol = protocol
         self._flush_rows = flush_rows
         self._flush_seconds = flush_seconds
-        self._disk = disk or Disk()
         self._started = utc_now()
         self._last_flush = time.monotonic()
         self._waiting: list[Row] = []
@@ -193,56 +153,17 @@ class ScanWriter:
         # The first rows make arrow import pandas, where there is one: 0.2 seconds alone, and
         # many times that while readers compete for the interpreter.
         table_of([])
-        try:
-            (self.folder / PARTS).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        self._lock = self._acquire()
+        self._files = LockedFolder(self.folder, disk or Disk(), self._started)
         try:
             self._take_up()
         except BaseException:
-            self._release()
+            self._files.release()
             raise
-
-    # -- the lock
-
-    def _acquire(self) -> Any:
-        filelock = require("filelock", "a scan's folder")
-        lock = filelock.FileLock(self.folder / LOCK, timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise LockedResults(
-                f"scan results: {self.folder}: expected to write here alone, got another scan "
-                f"at it ({_owner_text(self.folder / OWNER)}); wait for it to end, or choose "
-                f"another folder"
-            ) from None
-        except OSError as error:
-            raise self._unwritable(error) from error
-        owner = {
-            "pid": os.getpid(),
-            "host": platform.node(),
-            "since": self._started.isoformat(timespec="seconds"),
-        }
-        try:
-            self._put(self.folder / OWNER, json.dumps(owner).encode())
-        except BaseException:
-            lock.release()
-            raise
-        return lock
-
-    def _release(self) -> None:
-        try:
-            self._disk.remove(self.folder / OWNER)
-        finally:
-            self._lock.release()
 
     # -- what is there
 
     def _take_up(self) -> None:
-        for folder in (self.folder, self.folder / PARTS):
-            for path in folder.glob(f".*{_TEMPORARY}"):
-                self._disk.remove(path)
+        self._files.remove_leftovers()
         if (self.folder / CHECKPOINTS_FILE).exists() or part_files(self.folder):
             tables = read_tables(self.folder)
             names = ["record", "path", "status", "content_hash", "config_hash", "config"]
@@ -396,12 +317,12 @@ class ScanWriter:
             return
         table = table_of(self._waiting)
         try:
-            self._put_part(self._part_path(table), table)
+            self._files.put_part(self._part_path(table), table)
             self._waiting.clear()
             self._dirty = True
             self._join_parts()
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._files.unwritable(error, len(self._waiting)) from error
 
     def _part_path(self, table: Any) -> Path:
         full = int(table.num_rows >= self._flush_rows)
@@ -416,10 +337,10 @@ class ScanWriter:
         tables = [read_file(path, part_schema()) for path in paths]
         table = first_of_each_record(arrow().concat_tables(tables)).sort_by("record")
         joined = self._part_path(table)
-        self._put_part(joined, table)
+        self._files.put_part(joined, table)
         for path in paths:
             if path != joined:
-                self._disk.remove(path)
+                self._files.remove(path)
         del tables, table
         arrow().default_memory_pool().release_unused()
 
@@ -430,16 +351,15 @@ class ScanWriter:
             UnwritableResults: the disk refused; what was flushed before is readable as it is, and
                 the next scan joins it.
         """
-        if self._lock is None:
+        if not self._files.is_held:
             return
         try:
             self.flush()
             self._merge()
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._files.unwritable(error, len(self._waiting)) from error
         finally:
-            self._release()
-            self._lock = None
+            self._files.release()
 
     def _merge(self) -> None:
         parts = sorted(part_files(self.folder), key=lambda path: first_record(path.name))
@@ -502,12 +422,12 @@ class ScanWriter:
             for piece in pieces:
                 for file, table in zip(files, piece, strict=True):
                     file.write_table(table)
-        checkpoints, layers = (_sealed(sink, blank) for sink in sinks)
+        checkpoints, layers = (sealed(sink, blank) for sink in sinks)
         # Layers first: a checkpoint without its layers would look like a damaged table.
-        self._put(self.folder / LAYERS_FILE, layers)
-        self._put(self.folder / CHECKPOINTS_FILE, checkpoints)
+        self._files.put(self.folder / LAYERS_FILE, layers)
+        self._files.put(self.folder / CHECKPOINTS_FILE, checkpoints)
         for path in parts:
-            self._disk.remove(path)
+            self._files.remove(path)
         # Whoever reads the tables next should not find their memory still held by arrow's pool.
         arrow().default_memory_pool().release_unused()
 
@@ -553,53 +473,3 @@ class ScanWriter:
             # What ended the scan says more than what then went wrong with its last rows.
             if error is None:
                 raise
-
-    # -- files
-
-    def _put_part(self, path: Path, table: Any) -> None:
-        sink = arrow().BufferOutputStream()
-        ipc = require("pyarrow.ipc", "a scan's tables")
-        # A part is gone when the scan is over. With zstd, a fourth smaller, each of some hundred
-        # small columns costs a context: five times the time to write, and four times to read.
-        # And to wake a thread for each takes longer than to do it here.
-        options = ipc.IpcWriteOptions(compression="lz4", use_threads=False)
-        blank = seals.unsealed()
-        schema = table.schema.with_metadata({**table.schema.metadata, **blank})
-        with ipc.new_file(sink, schema, options=options) as file:
-            file.write_table(table)
-        self._put(path, _sealed(sink, blank))
-
-    def _put(self, path: Path, data: Any) -> None:
-        temporary = path.with_name(f".{path.name}{_TEMPORARY}")
-        try:
-            self._disk.write(temporary, data)
-            self._disk.rename(temporary, path)
-            self._disk.sync_folder(path.parent)
-        except OSError as error:
-            with suppress(OSError):  # else the next writer cleans up
-                self._disk.remove(temporary)
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> UnwritableResults:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk is full" if full else f"it cannot be written ({error})"
-        waiting = f"; {len(self._waiting)} rows wait to be written" if self._waiting else ""
-        return UnwritableResults(
-            f"scan results: {self.folder}: {what}{waiting}; what was written before stays "
-            f"readable, and the same scan, started again, goes on from there"
-        )
-
-
-def _sealed(sink: Any, blank: Mapping[bytes, bytes]) -> bytearray:
-    """Return what was written to a sink, with its checksum."""
-    data = bytearray(sink.getvalue())
-    seals.seal(data, blank)
-    return data
-
-
-def _owner_text(path: Path) -> str:
-    try:
-        owner = json.loads(path.read_text())
-        return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "it left no name"

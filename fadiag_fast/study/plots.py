@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
 from .._common.extras import MissingExtra, require
+from .._common.files import whole_file
 from ..protocol import DiagnosticThresholds
 from .running import RunRecord, StudyResult
 
@@ -42,13 +41,11 @@ def write_curves(result: StudyResult, folder: Path) -> list[Path]:
         if not runs:
             continue
         path = folder / f"curves-{model}.png"
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         figure = _figure(model, runs, pyplot)
         try:
-            figure.savefig(partial, dpi=130, format="png")
-            os.replace(partial, path)
+            with whole_file(path) as partial:
+                figure.savefig(partial, dpi=130, format="png")
         finally:
-            partial.unlink(missing_ok=True)
             pyplot.close(figure)
         written.append(path)
     return written

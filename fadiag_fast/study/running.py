@@ -41,6 +41,7 @@ from torch import nn
 from .._common.files import write_whole
 from .._common.jsonio import plain, strict
 from .._common.process import prompt_switches
+from .._common.text import first_line
 from .._version import __version__
 from ..checkpoints import load_checkpoint, load_into, save_checkpoint
 from ..credit import CreditReport, LayerCredit
@@ -627,7 +628,7 @@ def _train_run(plan: _Plan, study: _Study, alone: bool) -> dict[str, Any]:
     except Exception as error:  # whatever a rule raises is its run's failure, not the study's
         if isinstance(error, torch.OutOfMemoryError) and not alone:
             raise
-        record |= {"status": FAILED, "reason": _said(error)}
+        record |= {"status": FAILED, "reason": first_line(error, named=True)}
     finally:
         seconds = clock.stop(plan, trained=network is not None)
     if network is not None:
@@ -739,7 +740,7 @@ def _audited(plan: _Plan, record: dict[str, Any] | None, study: _Study, alone: b
         except Exception as error:  # a checkpoint damaged meanwhile, or one that fits no probe
             if isinstance(error, torch.OutOfMemoryError) and not alone:
                 raise
-            return replace(run, reason=f"audit: {_said(error)}")
+            return replace(run, reason=f"audit: {first_line(error, named=True)}")
         audit = {"key": key, "steps": [_step_to_dict(step) for step in steps]}
         _write(path, audit)
         # Through JSON also where it was made just now: a later call then sees the same figures.
@@ -874,10 +875,6 @@ def _environment(device: torch.device) -> str:
     return f"fadiag_fast {__version__}, torch {torch.__version__}, {name}"
 
 
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
 def _read(path: Path) -> dict[str, Any] | None:
     """Return a record, None where there is none or it cannot be read."""
     try:
@@ -888,4 +885,5 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
-    write_whole(path, json.dumps(strict(dict(record)), indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(strict(dict(record)), indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, text, sync=True)

@@ -524,10 +524,10 @@ def write_tables(result: StudyResult, folder: Path, *, command: str = "") -> lis
     images = write_curves(result, folder)
     written = [*images]
     for name, rows in (("runs.csv", run_rows(result)), ("steps.csv", step_rows(result))):
-        write_whole(folder / name, _csv(rows))
+        write_whole(folder / name, _csv(rows), sync=True)
         written.append(folder / name)
     report = markdown(result, command=command, images=[path.name for path in images])
-    write_whole(folder / "report.md", report)
+    write_whole(folder / "report.md", report, sync=True)
     return [*written, folder / "report.md"]
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .._common.text import first_line
 from .rules import Rule
 
 # Real steps before a recording: libraries allocate their workspaces and choose their kernels, and
@@ -182,7 +183,7 @@ class Stepper:
             # What it leaves on the host; on the device nothing has happened.
             for parameter in self.rule.parameters:
                 parameter.grad = None
-            self.note = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.note = first_line(error, named=True)
             self.record = False
         else:
             self._graph = graph

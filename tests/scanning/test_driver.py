@@ -27,10 +27,10 @@ from fadiag_fast.scanning import Entry, ScanCounts, ScanResult, ScanWriter, scan
 pytest.importorskip("pyarrow")
 
 from fadiag_fast.scanning import driver, pipeline
-from fadiag_fast.scanning.batching import Way
+from fadiag_fast.scanning.batching import BatchingPlan
 from fadiag_fast.scanning.errors import UnwritableResults
+from fadiag_fast.scanning.folder import Disk
 from fadiag_fast.scanning.prefetch import Reader
-from fadiag_fast.scanning.writer import Disk
 
 
 @pytest.fixture(autouse=True)
@@ -465,8 +465,13 @@ def test_the_search_grows_while_it_pays_and_turns_back(settled):
 
 
 def test_the_search_takes_the_quickest_way_whose_figures_are_right(settled):
-    together, small = Way(samples=1280), Way(samples=32)
-    seconds = {Way(): 0.4, together: 0.1, small: 0.2, replace(small, channels_last=True): 0.15}
+    together, small = BatchingPlan(samples=1280), BatchingPlan(samples=32)
+    seconds = {
+        BatchingPlan(): 0.4,
+        together: 0.1,
+        small: 0.2,
+        replace(small, channels_last=True): 0.15,
+    }
 
     def cost(way):
         return seconds[way]
@@ -475,9 +480,11 @@ def test_the_search_takes_the_quickest_way_whose_figures_are_right(settled):
     assert settled(auditor, stack=1) == replace(small, channels_last=True)
     assert (1, together) not in auditor.measured  # smaller passes are quicker already
     assert settled(Costs(cost, [small, together], wrong=[small]), stack=1) == together
-    assert settled(Costs(cost, [small, together], wrong=[small, together]), stack=1) == Way()
+    assert (
+        settled(Costs(cost, [small, together], wrong=[small, together]), stack=1) == BatchingPlan()
+    )
     # Few checkpoints are not worth a trial.
-    assert settled(Costs(cost, [together, small]), stack=1, total=8) == Way()
+    assert settled(Costs(cost, [together, small]), stack=1, total=8) == BatchingPlan()
 
 
 @pytest.mark.parametrize("samples", [0, 3, 6, 18, 54])
@@ -496,7 +503,7 @@ def test_passes_may_be_shared_without_changing_figures(samples, stack, tmp_path)
     batches = batches_of(dtype=torch.float64)
     options = {"select": None, "loss": None, "output": None, "batch_dim": 0}
     auditor = Auditor(models[0].eval(), batches, options, SampleReduction())
-    found = auditor.measure(rows, fitter.canonical, Way(stack, samples)).result()
+    found = auditor.measure(rows, fitter.canonical, BatchingPlan(stack, samples)).result()
     for index, (model, accuracy) in enumerate(zip(models, found.accuracies, strict=True)):
         figures, report = found.figures(index), diagnose(model, batches)
         for name in ("residual_norms", "bp_grad_norms", "credit_gains", "stabilities"):

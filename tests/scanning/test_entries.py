@@ -17,7 +17,7 @@ pytest.importorskip("pyarrow")
 
 from fadiag_fast.scanning import auditor as passes
 from fadiag_fast.scanning.auditor import Auditor
-from fadiag_fast.scanning.batching import Way
+from fadiag_fast.scanning.batching import BatchingPlan
 from fadiag_fast.scanning.weight_layout import canonical
 
 FIGURES = ("residual_norms", "bp_grad_norms", "credit_gains", "stabilities", "pooled_norms")
@@ -371,10 +371,10 @@ def test_a_graph_whose_replay_gives_other_figures_is_not_believed(right, tmp_pat
         state = Branching().state_dict()
         for name, view in fit.views(row).items():
             view.copy_(state[name])
-    expected = auditor.measure(rows, fit, Way(stack=2), graph=False).columns
+    expected = auditor.measure(rows, fit, BatchingPlan(stack=2), graph=False).columns
     auditor.device = torch.device("cuda")
     for at in (0, 2):
-        found = auditor.measure(rows[at : at + 2], fit, Way(stack=2)).columns
+        found = auditor.measure(rows[at : at + 2], fit, BatchingPlan(stack=2)).columns
         torch.testing.assert_close(
             found, expected[at : at + 2], rtol=2e-5, atol=1e-6, equal_nan=True
         )

@@ -43,7 +43,7 @@ def parts(tmp_path):
     config = writer.configure({"batches": 8})
     for step in range(8):
         writer.add(record(step, config))
-    writer._release()
+    writer._files.release()
     return tmp_path / "parts"
 
 

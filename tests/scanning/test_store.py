@@ -32,7 +32,7 @@ from fadiag_fast.scanning import (
     config_hash,
     schema,
 )
-from fadiag_fast.scanning.writer import Disk
+from fadiag_fast.scanning.folder import Disk
 
 HASH = config_hash(CONFIG)
 
@@ -87,8 +87,8 @@ def write_all(folder, count, batch, disk=None):
                 writer.flush()
         writer.close()
     finally:
-        if writer._lock is not None:
-            writer._lock.release()  # as the system does for a dead process
+        if writer._files.is_held:
+            writer._files._lock.release()  # as the system does for a dead process
     return audited
 
 
@@ -146,8 +146,8 @@ def test_every_single_kill_point_keeps_what_was_flushed(tmp_path, monkeypatch, t
             paths = set() if found is None else set(found.verdicts())
             assert {f"runs/r{i % 3}/step_{i}.pt" for i in range(flushed)} <= paths
         finally:
-            if writer is not None and writer._lock is not None:
-                writer._lock.release()
+            if writer is not None and writer._files.is_held:
+                writer._files._lock.release()
     else:
         raise AssertionError("the scan never got through")
     assert operations > 30
