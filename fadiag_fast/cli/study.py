@@ -17,7 +17,8 @@ from .._common.jsonio import strict
 from .._common.tables import text_table
 from .._common.terminal import EXIT_INTERRUPTED, draws_bars, progress_bars, say
 from .._common.text import echo
-from ..study.running import StudyProgress, run_study
+from ..study.progress import StudyProgress
+from ..study.running import run_study
 from ..study.suites import SUITES, Suite, load_suite
 from ..study.tables import (
     MEAN_HEADER,

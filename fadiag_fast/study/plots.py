@@ -9,7 +9,7 @@ from typing import Any
 from .._common.extras import MissingExtra, require
 from .._common.files import whole_file
 from ..protocol import DiagnosticThresholds
-from .running import RunRecord, StudyResult
+from .records import RunRecord, StudyResult
 
 # Figure, title, whether its axis is in powers of ten, the field of the paper's limit.
 _CURVES = (

@@ -15,7 +15,7 @@ from .._common.tables import markdown_table, number
 from ..protocol import NOT_ENOUGH_DATA, PROTOCOLS, TRUSTWORTHY, Diagnostic, Protocol, Status
 from .plots import write_curves
 from .published import MISSING, PUBLISHED, PUBLISHED_DECISIONS, PUBLISHED_FIRST
-from .running import RunRecord, StepRecord, StudyResult
+from .records import AuditedStep, RunRecord, StudyResult
 
 # 97.5% of a normal distribution lie below.
 _NORMAL_975 = 1.959963984540054
@@ -27,7 +27,7 @@ Decision = bool | None
 # ---- decisions
 
 
-def accuracy_only(step: StepRecord, chance: float) -> Decision:
+def accuracy_only(step: AuditedStep, chance: float) -> Decision:
     """Walk back where the accuracy's 95% interval reaches down to chance."""
     accuracy, count = step.accuracy, step.figures.test_size
     if accuracy is None or not count:
@@ -36,7 +36,7 @@ def accuracy_only(step: StepRecord, chance: float) -> Decision:
     return accuracy - half_width <= chance
 
 
-def accuracy_and_gamma(step: StepRecord, chance: float) -> Decision:
+def accuracy_and_gamma(step: AuditedStep, chance: float) -> Decision:
     """Walk back by accuracy, or where the mean Γ over all blocks is not above zero.
 
     That mean is the figure that papers report; without credit (Γ N/A) accuracy alone decides.
@@ -48,8 +48,8 @@ def accuracy_and_gamma(step: StepRecord, chance: float) -> Decision:
     return bool(by_accuracy) or not gamma > 0
 
 
-def _one(key: str, protocol: Protocol = "paper") -> Callable[[StepRecord, float], Decision]:
-    def decide(step: StepRecord, chance: float) -> Decision:
+def _one(key: str, protocol: Protocol = "paper") -> Callable[[AuditedStep, float], Decision]:
+    def decide(step: AuditedStep, chance: float) -> Decision:
         return _outcome(step.diagnostics(protocol)["abcd".index(key)])
 
     return decide
@@ -63,15 +63,15 @@ def _outcome(diagnostic: Diagnostic) -> Decision:
 
 def _verdict(
     protocol: Protocol, *, baseline: bool = True
-) -> Callable[[StepRecord, float], Decision]:
-    def decide(step: StepRecord, chance: float) -> Decision:
+) -> Callable[[AuditedStep, float], Decision]:
+    def decide(step: AuditedStep, chance: float) -> Decision:
         verdict = (step if baseline else step.alone).verdict(protocol)
         return None if verdict == NOT_ENOUGH_DATA else verdict != TRUSTWORTHY
 
     return decide
 
 
-STRATEGIES: dict[str, Callable[[StepRecord, float], Decision]] = {
+STRATEGIES: dict[str, Callable[[AuditedStep, float], Decision]] = {
     "accuracy only": accuracy_only,
     "accuracy + Γ": accuracy_and_gamma,
     "(a) alone": _one("a"),
@@ -246,7 +246,7 @@ def _identity(run: RunRecord) -> dict[str, Any]:
     return {"model": run.model, "rule": run.rule, "penalty": run.penalty, "seed": run.seed}
 
 
-def _figures(step: StepRecord | None) -> dict[str, Any]:
+def _figures(step: AuditedStep | None) -> dict[str, Any]:
     names = ("step", "accuracy", "hidden_norm", "growth", "grad_norm", "credit_gain", "stability")
     row: dict[str, Any] = {name: None if step is None else getattr(step, name) for name in names}
     row["frozen_accuracy"] = None if step is None else step.figures.frozen_baseline_acc
@@ -330,7 +330,7 @@ def mean_table(result: StudyResult, *, beside: bool = False) -> list[list[str]]:
     return rows
 
 
-def _walked(steps: Sequence[StepRecord], protocol: Protocol) -> str:
+def _walked(steps: Sequence[AuditedStep], protocol: Protocol) -> str:
     """Return "2/3 (a)+(d), 1 undecided": runs walked back, and what fired in any of them."""
     decisions = [_verdict(protocol)(step, 0.0) for step in steps]
     back = [step for step, decision in zip(steps, decisions, strict=True) if decision]

@@ -24,8 +24,8 @@ from fadiag_fast.credit import CreditReport, LayerCredit
 from fadiag_fast.protocol import Figures
 from fadiag_fast.study import (
     SUITES,
+    AuditedStep,
     RunRecord,
-    StepRecord,
     StudyModel,
     Suite,
     decision_table,
@@ -679,7 +679,7 @@ def step(
     gain=0.5,
     stability=0.0,
     gammas=None,
-) -> StepRecord:
+) -> AuditedStep:
     figures = Figures(
         layers=("h0", "h1", "h2"),
         residual_norms=norms,
@@ -697,7 +697,7 @@ def step(
         frozen_test_size=10_000,
     )
     layers = tuple(LayerCredit(f"h{l}", gamma) for l, gamma in enumerate(gammas or ()))
-    return StepRecord(number, figures, CreditReport(layers) if gammas else None)
+    return AuditedStep(number, figures, CreditReport(layers) if gammas else None)
 
 
 def run(rule, seed, *steps, reason="") -> RunRecord:
