@@ -19,6 +19,7 @@ from .figures import (
 )
 from .judging import PROTOCOLS, Protocol, check_protocol, verdict_of
 from .paper import depth_utility, evaluate
+from .rules import Criterion, DiagnosticProtocol, DiagnosticRule
 from .thresholds import DiagnosticThresholds
 
 __all__ = [
@@ -26,7 +27,10 @@ __all__ = [
     "OUTPUT",
     "PROTOCOLS",
     "TRUSTWORTHY",
+    "Criterion",
     "Diagnostic",
+    "DiagnosticProtocol",
+    "DiagnosticRule",
     "DiagnosticThresholds",
     "Figures",
     "Protocol",

@@ -10,20 +10,24 @@ well the task is solved. Here each reads a figure that does not:
   output error, 1.28e-5. Samples without a measurable output error are left out.
 - (c) with a 95% interval over batches and its null. Healthy networks have a common direction early
   in training, so it only says which mode of failure (a) or (b) found, drift or noise.
-- (d) with a 95% interval from the number of test images: it fires if all of it is below the limit.
+- (d) with a 95% interval from the number of test images: it fires if all of it is below the
+  threshold.
 
 Medians are over the samples of all batches, not of the first one only: how the same samples are cut
 into batches then makes no difference. Figures without them (rows of older scans) are judged by
 those of the first batch.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from .figures import NOT_ENOUGH_DATA, OUTPUT, Diagnostic, Figures, Status, middle_layer
+from . import paper
+from .figures import NORM_FLOOR, OUTPUT, Diagnostic, Figures, Status, middle_layer
 from .intervals import accuracy_difference, student_975
-from .paper import depth_utility as published_depth_utility
+from .rules import DiagnosticProtocol, DiagnosticRule, Reading, Statistic
 from .thresholds import DiagnosticThresholds
 
 # A LayerNorm with its usual eps, 1e-5, does not tell states of a smaller RMS apart. Growth is
@@ -64,230 +68,314 @@ def largest_growth(scales: Sequence[float], floor: float) -> tuple[float, int, i
     return found
 
 
-def scale_growth(figures: Figures, thresholds: DiagnosticThresholds) -> Diagnostic:
-    """Evaluate (a): does the residual stream grow beyond measure, at a block or over all?"""
-    scales = state_scales(figures)
-    names = figures.layers
+class ScaleGrowth(DiagnosticRule):
+    """(a): does the residual stream grow beyond measure, at a block or over all?"""
 
-    def outcome(
-        status: Status, label: str, value: float | None, layer: int | None, evidence: str
-    ) -> Diagnostic:
-        return Diagnostic(
-            "a", "scale growth", value, thresholds.scale_growth, ">", status, label, layer, evidence
-        )
+    key, name = "a", "scale growth"
+    threshold, comparison = "scale_growth", ">"
+    logarithmic = True
 
-    if not scales:
-        return outcome(
-            Status.NOT_ENOUGH_DATA, NOT_ENOUGH_DATA, None, None, "no batch with a sample"
-        )
-    recorded = len(figures.sizes) == len(scales)
-    what = "RMS" if recorded else "median norm"
-    floor = STATE_FLOOR if recorded else 1e-30
-    steps = [
-        (later / max(earlier, floor), l + 1)
-        for l, (earlier, later) in enumerate(pairwise(scales))
-        if not math.isnan(later / max(earlier, floor))
-    ]
-    value, layer = max(steps, default=(1.0, 0))
-    bad = next((l for l, scale in enumerate(scales) if not math.isfinite(scale)), None)
-    if bad is None and figures.num_non_finite and figures.num_samples:
-        bad = 0 if 2 * figures.num_non_finite > figures.num_samples else None
-    if bad is not None:
-        where = f"the hidden states at {names[bad]} are not finite in most {figures.row_name}"
-        if math.isfinite(scales[bad]):
-            where = (
-                f"{figures.num_non_finite} of {figures.num_samples} {figures.row_name} have a "
-                f"state or a gradient that is not finite"
+    def statistics(self, figures: Figures) -> list[Statistic]:
+        """Return the growth of the scale into each state, where it is defined."""
+        scales = state_scales(figures)
+        return _growths(scales, _scale_floor(figures, scales))
+
+    def read(
+        self, figures: Figures, thresholds: DiagnosticThresholds, earlier: Sequence[Diagnostic] = ()
+    ) -> Reading:
+        scales, names = state_scales(figures), figures.layers
+        if not scales:
+            return self.not_enough_data(thresholds, "no batch with a sample")
+        floor = _scale_floor(figures, scales)
+        value, layer = max(_growths(scales, floor), default=(1.0, 0))
+        at = layer or 0
+        bad = next((l for l, scale in enumerate(scales) if not math.isfinite(scale)), None)
+        if bad is None and figures.num_non_finite and figures.num_samples:
+            bad = 0 if 2 * figures.num_non_finite > figures.num_samples else None
+        dead = next((l for l, scale in enumerate(scales) if l and scale == 0.0), None)
+        total, first, last = largest_growth(scales, floor)
+        exploded = total > thresholds.total_growth
+
+        def fired(label: str, value: float, layer: int, evidence: str) -> Diagnostic:
+            return self.diagnostic(thresholds, Status.FIRED, label, value, layer, evidence)
+
+        def describe(fires: bool) -> Diagnostic:
+            if bad is not None:
+                where = (
+                    f"the hidden states at {names[bad]} are not finite in most {figures.row_name}"
+                )
+                if math.isfinite(scales[bad]):
+                    where = (
+                        f"{figures.num_non_finite} of {figures.num_samples} "
+                        f"{figures.row_name} have a state or a gradient that is not finite"
+                    )
+                return fired("NON-FINITE", scales[bad], bad, where)
+            if dead is not None:
+                where = (
+                    f"the hidden states at {names[dead]} are exactly zero in most "
+                    f"{figures.row_name}"
+                )
+                return fired("DEAD", value, dead, where)
+            what = "RMS" if len(figures.sizes) == len(scales) else "median norm"
+            if fires and self.is_beyond(value, thresholds):
+                change = f"from {scales[at - 1]:.3g} to {scales[at]:.3g}"
+                return fired("EXPLODED", value, at, f"{names[at]} takes the {what} {change}")
+            text = (
+                f"over {last - first} blocks, {names[first]} to {names[last]}, it grows by "
+                f"{total:.3g}, against a limit of {thresholds.total_growth:.3g}"
             )
-        return outcome(Status.FIRED, "NON-FINITE", scales[bad], bad, where)
-    dead = next((l for l, scale in enumerate(scales) if l and scale == 0.0), None)
-    if dead is not None:
-        return outcome(
-            Status.FIRED,
-            "DEAD",
-            value,
-            dead,
-            f"the hidden states at {names[dead]} are exactly zero in most {figures.row_name}",
-        )
-    if value > thresholds.scale_growth:
-        return outcome(
-            Status.FIRED,
-            "EXPLODED",
-            value,
-            layer,
-            f"{names[layer]} takes the {what} from {scales[layer - 1]:.3g} to {scales[layer]:.3g}",
-        )
-    total, first, last = largest_growth(scales, floor)
-    text = (
-        f"over {last - first} blocks, {names[first]} to {names[last]}, it grows by {total:.3g}, "
-        f"against a limit of {thresholds.total_growth:.3g}"
-    )
-    step = f"the largest step of the {what} is {value:.3g}, at {names[layer]}"
-    if total > thresholds.total_growth:
-        return outcome(Status.FIRED, "EXPLODED", value, last, f"{text}; {step}")
-    if len(scales) < 2:
-        return outcome(
-            Status.PASSED, "OK", 1.0, 0, "fewer than two hidden states: 1.0 by definition"
-        )
-    return outcome(Status.PASSED, "OK", value, layer, f"{step}; {text}")
+            step = f"the largest step of the {what} is {value:.3g}, at {names[at]}"
+            if exploded:
+                return fired("EXPLODED", value, last, f"{text}; {step}")
+            evidence = (
+                "fewer than two hidden states: 1.0 by definition"
+                if len(scales) < 2
+                else f"{step}; {text}"
+            )
+            return self.diagnostic(thresholds, Status.PASSED, "OK", value, at, evidence)
+
+        broken = bad is not None or dead is not None or exploded
+        return Reading(self.always if broken else value, describe)
+
+
+def _growths(scales: Sequence[float], floor: float) -> list[Statistic]:
+    growths = (later / max(earlier, floor) for earlier, later in pairwise(scales))
+    # A NaN is unequal to itself.
+    return [(growth, l) for l, growth in enumerate(growths, 1) if growth == growth]
+
+
+def _scale_floor(figures: Figures, scales: Sequence[float]) -> float:
+    """Return the smallest scale that growth is counted from."""
+    return STATE_FLOOR if len(figures.sizes) == len(scales) else NORM_FLOOR
 
 
 # ---- (b)
 
 
-def credit_gain(figures: Figures, thresholds: DiagnosticThresholds) -> Diagnostic:
-    """Evaluate (b): does the output error arrive at the deepest hidden state, and at the others?"""
-    floor = thresholds.credit_gain_floor
-    gains = list(figures.pooled_gains or figures.credit_gains)
-    names = figures.layers
+class CreditGain(DiagnosticRule):
+    """(b): does the output error arrive at the deepest hidden state, and at the others?"""
 
-    def outcome(
-        status: Status, label: str, value: float | None, layer: int | None, evidence: str
-    ) -> Diagnostic:
-        return Diagnostic("b", "credit gain", value, floor, "<", status, label, layer, evidence)
+    key, name = "b", "credit gain"
+    threshold, comparison = "credit_gain_floor", "<"
+    logarithmic = True
 
-    def short(why: str) -> Diagnostic:
-        return outcome(Status.NOT_ENOUGH_DATA, NOT_ENOUGH_DATA, None, None, why)
+    def statistics(self, figures: Figures) -> list[Statistic]:
+        """Return the median ‖g_L‖ / ‖∂loss/∂logits‖ at the deepest state; NaN without an error."""
+        gains = figures.pooled_gains or figures.credit_gains
+        return [(gains[-1], len(gains) - 1)] if len(gains) else []
 
-    if not gains:
-        return short("no batch with a sample")
-    layer = len(gains) - 1
-    value = gains[layer]
-    count, measurable = figures.num_samples, figures.num_measurable
-    finite = math.isfinite(figures.bp_grad_norms[layer]) and math.isfinite(figures.output_grad_norm)
-    if count is not None and figures.num_non_finite is not None:
-        finite = finite and 2 * figures.num_non_finite <= count
-    if not finite or math.isinf(value):
-        return outcome(
-            Status.FIRED,
-            "NON-FINITE",
-            value,
-            layer,
-            f"the gradients at {names[layer]} are not finite in most {figures.row_name}",
-        )
-    if math.isnan(value):
+    def read(
+        self, figures: Figures, thresholds: DiagnosticThresholds, earlier: Sequence[Diagnostic] = ()
+    ) -> Reading:
+        gains, names = list(figures.pooled_gains or figures.credit_gains), figures.layers
+        if not gains:
+            return self.not_enough_data(thresholds, "no batch with a sample")
+        layer = len(gains) - 1
+        value = gains[layer]
+        if not _is_finite(figures, layer) or math.isinf(value):
+            evidence = f"the gradients at {names[layer]} are not finite in most {figures.row_name}"
+            return Reading(
+                self.always,
+                lambda _: self.diagnostic(
+                    thresholds, Status.FIRED, "NON-FINITE", value, layer, evidence
+                ),
+            )
+        unmeasured = _without_output_error(figures, gains)
+        if unmeasured is not None:
+            return self.not_enough_data(thresholds, unmeasured)
+        # An exact zero needs no threshold: a later layer blocks the gradient.
+        dead = next((l for l in reversed(range(layer)) if gains[l] == 0.0), None)
+
+        def describe(fires: bool) -> Diagnostic:
+            if dead is not None and not self.is_beyond(value, thresholds):
+                return self.diagnostic(
+                    thresholds,
+                    Status.FIRED,
+                    "DEAD",
+                    value,
+                    dead,
+                    f"the gradient arrives at {names[layer]}, and is exactly zero at {names[dead]} "
+                    f"in most {figures.row_name}",
+                )
+            where = f"median ‖g_L‖ / ‖∂loss/∂logits‖ at {names[layer]}"
+            count, measurable = figures.num_samples, figures.num_measurable
+            if count is None or measurable is None:
+                where += f" over {figures.rows}"
+            else:
+                where += f" over {measurable} of {count} {figures.row_name}"
+                if measurable < count:
+                    where += "; the others have no measurable output error"
+            status, label = (Status.FIRED, "AT FLOOR") if fires else (Status.PASSED, "OK")
+            return self.diagnostic(thresholds, status, label, value, layer, where)
+
+        return Reading(value if dead is None else self.always, describe)
+
+
+def _is_finite(figures: Figures, layer: int) -> bool:
+    """Return whether gradients and output error are finite in most samples."""
+    count, broken = figures.num_samples, figures.num_non_finite
+    if count is not None and broken is not None and 2 * broken > count:
+        return False
+    return math.isfinite(figures.bp_grad_norms[layer]) and math.isfinite(figures.output_grad_norm)
+
+
+def _without_output_error(figures: Figures, gains: Sequence[float]) -> str | None:
+    """Return why the gains are relative to no output error; None where they are."""
+    if math.isnan(gains[-1]):
         what = "zero" if figures.output_grad_norm == 0 else "below its dtype's normal numbers"
-        return short(f"the output error is {what} in every sample")
+        return f"the output error is {what} in every sample"
     if figures.equal_logits and not any(gains):
-        return short("all logits are equal in every sample, as a head of zeros makes them")
+        return "all logits are equal in every sample, as a head of zeros makes them"
     if figures.gain_reference != OUTPUT and not any(gain == 0.0 for gain in gains):
-        return short(
+        return (
             f"the network has no output with a row for each sample: gains are relative to the "
             f"gradient at {figures.gain_reference} itself"
         )
-    where = f"median ‖g_L‖ / ‖∂loss/∂logits‖ at {names[layer]}"
-    if count is None or measurable is None:
-        where += f" over {figures.rows}"
-    else:
-        where += f" over {measurable} of {count} {figures.row_name}"
-        if measurable < count:
-            where += "; the others have no measurable output error"
-    if value < floor:
-        return outcome(Status.FIRED, "AT FLOOR", value, layer, where)
-    # An exact zero is no matter of a limit: a layer after it passes nothing on.
-    dead = next((l for l in reversed(range(layer)) if gains[l] == 0.0), None)
-    if dead is not None:
-        return outcome(
-            Status.FIRED,
-            "DEAD",
-            value,
-            dead,
-            f"the gradient arrives at {names[layer]}, and is exactly zero at {names[dead]} in most "
-            f"{figures.row_name}",
-        )
-    return outcome(Status.PASSED, "OK", value, layer, where)
+    return None
 
 
 # ---- (c)
 
 
-def direction_mode(
-    figures: Figures, thresholds: DiagnosticThresholds, broken: bool = True
-) -> Diagnostic:
-    """Evaluate (c): which mode of failure is it, drift or noise?
+class DirectionMode(DiagnosticRule):
+    """(c): which mode of failure is it, drift or noise?
 
     Args:
-        figures: as recorded.
-        thresholds: the limits.
-        broken: whether (a) or (b) fired; else (c) has nothing to name, and passes.
+        broken_by: the diagnostics whose failure has a mode. Where none of them fires, this one has
+            nothing to name, and passes.
     """
-    limit = thresholds.direction_stability
 
-    def outcome(
-        status: Status, label: str, value: float | None, layer: int | None, evidence: str
-    ) -> Diagnostic:
-        return Diagnostic(
-            "c", "direction stability", value, limit, ">", status, label, layer, evidence
+    key, name = "c", "direction stability"
+    threshold, comparison = "direction_stability", ">"
+    decisive = False
+    requirement = paper.DIRECTION_STABILITY.requirement
+
+    def __init__(self, broken_by: Sequence[DiagnosticRule]) -> None:
+        self.broken_by = tuple(broken_by)
+
+    def statistics(self, figures: Figures) -> list[Statistic]:
+        """Return the mean cosine at the middle state, NaN where no pair has a direction."""
+        return paper.DIRECTION_STABILITY.statistics(figures)
+
+    def read(
+        self, figures: Figures, thresholds: DiagnosticThresholds, earlier: Sequence[Diagnostic] = ()
+    ) -> Reading:
+        if len(figures.stabilities) == 0:
+            return self._not_evaluated(thresholds, None, None, "no batch with a sample")
+        layer = middle_layer(len(figures.stabilities))
+        found, value = figures.num_directions[layer], figures.stabilities[layer]
+        where = f"mean cosine over all pairs of {found} batches at {figures.layers[layer]}"
+        if math.isnan(value) or not self.has_data(figures, thresholds):
+            return self._not_evaluated(
+                thresholds,
+                None if math.isnan(value) else value,
+                layer,
+                f"{where}; at least {thresholds.min_batches} batches are needed to name a mode",
+            )
+        low = high = value
+        null = -1.0
+        if figures.stability_errors:
+            half = student_975(found - 1) * figures.stability_errors[layer]
+            low, high = max(value - half, -1.0), min(value + half, 1.0)
+            null = figures.stability_nulls[layer]
+            where += (
+                f", 95% interval {low:.2f} to {high:.2f}; directions of random sign stay below "
+                f"{null:.2f} in 95% of cases"
+            )
+        broken = self._is_broken(figures, thresholds, earlier)
+
+        def describe(fires: bool) -> Diagnostic:
+            status, label, evidence = Status.PASSED, "undecided", where
+            if not broken:
+                label, evidence = "OK", f"{where}; of no mode: (a), (b) pass"
+            elif fires:
+                status, label = Status.FIRED, "DRIFT"
+            elif high <= self.threshold_in(thresholds):
+                label = "NOISE"
+            else:
+                evidence = f"{where}; the interval holds the limit"
+            return self.diagnostic(thresholds, status, label, value, layer, evidence)
+
+        fires_at_all = broken and value > null and not math.isnan(low)
+        return Reading(low if fires_at_all else self.never, describe)
+
+    def _is_broken(
+        self, figures: Figures, thresholds: DiagnosticThresholds, earlier: Sequence[Diagnostic]
+    ) -> bool:
+        known = {diagnostic.key: diagnostic for diagnostic in earlier}
+        return any(
+            (known.get(rule.key) or rule.evaluate(figures, thresholds)).fired
+            for rule in self.broken_by
         )
 
-    if len(figures.stabilities) == 0:
-        return outcome(Status.NOT_EVALUATED, "not evaluated", None, None, "no batch with a sample")
-    layer = middle_layer(len(figures.stabilities))
-    found, value = figures.num_directions[layer], figures.stabilities[layer]
-    where = f"mean cosine over all pairs of {found} batches at {figures.layers[layer]}"
-    if found < thresholds.min_batches or math.isnan(value):
-        return outcome(
-            Status.NOT_EVALUATED,
-            "not evaluated",
-            None if math.isnan(value) else value,
-            layer,
-            f"{where}; at least {thresholds.min_batches} batches are needed to name a mode",
+    def _not_evaluated(
+        self,
+        thresholds: DiagnosticThresholds,
+        value: float | None,
+        layer: int | None,
+        evidence: str,
+    ) -> Reading:
+        return Reading(
+            None,
+            lambda _: self.diagnostic(
+                thresholds, Status.NOT_EVALUATED, "not evaluated", value, layer, evidence
+            ),
         )
-    low = high = value
-    null = -1.0
-    if figures.stability_errors:
-        half = student_975(found - 1) * figures.stability_errors[layer]
-        low, high = max(value - half, -1.0), min(value + half, 1.0)
-        null = figures.stability_nulls[layer]
-        where += (
-            f", 95% interval {low:.2f} to {high:.2f}; directions of random sign stay below "
-            f"{null:.2f} in 95% of cases"
-        )
-    if not broken:
-        return outcome(Status.PASSED, "OK", value, layer, f"{where}; of no mode: (a), (b) pass")
-    if low > limit and value > null:
-        return outcome(Status.FIRED, "DRIFT", value, layer, where)
-    if high <= limit:
-        return outcome(Status.PASSED, "NOISE", value, layer, where)
-    return outcome(
-        Status.PASSED, "undecided", value, layer, f"{where}; the interval holds the limit"
-    )
 
 
 # ---- (d)
 
 
-def depth_utility(figures: Figures, thresholds: DiagnosticThresholds) -> Diagnostic:
-    """Evaluate (d): is the network surely no better than with frozen blocks?"""
-    published = published_depth_utility(figures, thresholds)
-    headline, frozen = figures.headline_acc, figures.frozen_baseline_acc
-    if headline is None or frozen is None:
-        return published
-    limit = thresholds.depth_utility
+class DepthUtility(paper.DepthUtility):
+    """(d): is the network surely no better than with frozen blocks?"""
 
-    def outcome(status: Status, label: str, evidence: str) -> Diagnostic:
-        return Diagnostic(
-            "d", "depth utility", published.value, limit, "<", status, label, None, evidence
-        )
+    def read(
+        self, figures: Figures, thresholds: DiagnosticThresholds, earlier: Sequence[Diagnostic] = ()
+    ) -> Reading:
+        headline, frozen = figures.headline_acc, figures.frozen_baseline_acc
+        published = super().read(figures, thresholds)
+        if headline is None or frozen is None:
+            return published
+        size = figures.test_size
+        other = figures.frozen_test_size or size
 
-    size = figures.test_size
-    if not size:
-        return outcome(
-            Status.NOT_ENOUGH_DATA,
-            "undecided",
-            f"{published.evidence}; no number of test images given, so it has no interval",
-        )
-    other = figures.frozen_test_size or size
-    low, high = (100 * end for end in accuracy_difference(headline, size, frozen, other))
-    sizes = f"{size}" if other == size else f"{size} and {other}"
-    evidence = (
-        f"{published.evidence}; 95% interval {low:+.2f} to {high:+.2f} over {sizes} test images"
-    )
-    if high < limit:
-        return outcome(Status.FIRED, "UNDERCUT", evidence)
-    if low >= limit:
-        return outcome(Status.PASSED, "clears", evidence)
-    return outcome(Status.NOT_ENOUGH_DATA, "undecided", f"{evidence}; it holds the limit")
+        def outcome(status: Status, label: str, evidence: str) -> Diagnostic:
+            given = published.describe(False)
+            return self.diagnostic(
+                thresholds, status, label, given.value, None, f"{given.evidence}; {evidence}"
+            )
+
+        if not size or not other:
+            return Reading(
+                None,
+                lambda _: outcome(
+                    Status.NOT_ENOUGH_DATA,
+                    "undecided",
+                    "no number of test images given, so it has no interval",
+                ),
+            )
+        low, high = (100 * end for end in accuracy_difference(headline, size, frozen, other))
+
+        def describe(fires: bool) -> Diagnostic:
+            sizes = f"{size}" if other == size else f"{size} and {other}"
+            evidence = f"95% interval {low:+.2f} to {high:+.2f} over {sizes} test images"
+            if fires:
+                return outcome(Status.FIRED, "UNDERCUT", evidence)
+            if low >= self.threshold_in(thresholds):
+                return outcome(Status.PASSED, "clears", evidence)
+            return outcome(Status.NOT_ENOUGH_DATA, "undecided", f"{evidence}; it holds the limit")
+
+        return Reading(high, describe)
 
 
-# ---- causes
+_SCALE_GROWTH, _CREDIT_GAIN = ScaleGrowth(), CreditGain()
+
+CALIBRATED = DiagnosticProtocol(
+    "calibrated",
+    (
+        _SCALE_GROWTH,
+        _CREDIT_GAIN,
+        DirectionMode(broken_by=(_SCALE_GROWTH, _CREDIT_GAIN)),
+        DepthUtility(),
+    ),
+)

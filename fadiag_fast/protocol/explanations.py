@@ -1,4 +1,4 @@
-"""Say in words why a diagnostic fired, and why two protocols disagree."""
+"""Explanations in words: why a diagnostic fired, and why two protocols disagree."""
 
 import math
 from collections.abc import Sequence
@@ -11,20 +11,21 @@ from .figures import (
     Status,
     growth_ratios,
 )
+from .paper import CREDIT_GAIN_FLOOR, GRADIENT_FLOOR
 from .thresholds import DiagnosticThresholds
 
 # The batch size the floor of 1e-7 belongs to: under a mean-reduced loss ‖g‖ falls as 1/B.
 _FLOOR_BATCH_SIZE = 128
 
 
-# Below this a median output error ‖softmax − onehot‖ (at most √2) counts as small.
-_SMALL_OUTPUT_ERROR = 0.1
+# Below this a median ‖softmax − onehot‖ (at most √2) counts as a solved task.
+SOLVED_ERROR = 0.1
 
 
 def explain_disagreement(
     figures: Figures, floor: Diagnostic, thresholds: DiagnosticThresholds
 ) -> str | None:
-    """Say in a sentence why (b) and the credit gain disagree, None where they agree.
+    """Return in a sentence why (b) and the credit gain disagree, None where they agree.
 
     ‖g_L‖ is the credit gain times the output error, with the loss's factor 1/B in it. So (b)
     fires on a solved task and on large batches, and passes a dead gradient in small ones.
@@ -39,13 +40,13 @@ def explain_disagreement(
             "The output error is zero in every sample, so there is no gradient to judge: the task "
             "is solved to the last bit."
         )
-    lost = gain < thresholds.credit_gain_floor
+    lost = CREDIT_GAIN_FLOOR.is_beyond(gain, thresholds)
     if floor.fired == lost:
         return None
     error = figures.output_grad_norm * figures.batch_size
     causes = []
     if floor.fired:
-        if error < _SMALL_OUTPUT_ERROR:
+        if error < SOLVED_ERROR:
             causes.append(f"the output error is small (median {error:.2g}: a solved task)")
         if figures.batch_size > _FLOOR_BATCH_SIZE:
             causes.append(
@@ -72,7 +73,7 @@ def explain_disagreement(
 
 
 def explain_shapes(figures: Figures, growth: Diagnostic) -> str | None:
-    """Say in a sentence what (a) is worth where states have different numbers of features.
+    """Return in a sentence what (a) is worth where states have different numbers of features.
 
     A norm grows with the number of features: (a) compares only like shapes. The root mean square
     does not.
@@ -91,10 +92,6 @@ def explain_shapes(figures: Figures, growth: Diagnostic) -> str | None:
     )
 
 
-# Below this a median ‖softmax − onehot‖ (at most √2) counts as a solved task.
-SOLVED_ERROR = 0.1
-
-
 # Behind a terminal norm gain · RMS is the norm of the head's map, which is of order one.
 _ORDER_ONE = (1e-3, 1e3)
 
@@ -111,7 +108,7 @@ _SMALLEST = {
 def find_causes(
     figures: Figures, diagnostics: Sequence[Diagnostic], thresholds: DiagnosticThresholds
 ) -> tuple[str, ...]:
-    """Say in sentences what made the figures what they are.
+    """Return in sentences what made the figures what they are.
 
     Args:
         figures: as recorded.
@@ -231,7 +228,7 @@ def _solved(figures: Figures, floor: Diagnostic, thresholds: DiagnosticThreshold
     if every:
         return [f"Solved task: {floor.evidence}; there is no gradient to judge."]
     left_out = (figures.num_samples or 0) > (figures.num_measurable or 0)
-    if figures.bp_grad_norms[-1] < thresholds.gradient_floor or left_out:
+    if GRADIENT_FLOOR.is_beyond(figures.bp_grad_norms[-1], thresholds) or left_out:
         return [
             f"Solved task: the median output error is {error:.2g}; ‖g_L‖ = "
             f"{figures.bp_grad_norms[-1]:.2g} is small for that, whatever the gain."

@@ -16,7 +16,8 @@ TRUSTWORTHY = "trustworthy"
 NOT_ENOUGH_DATA = "not enough data"
 
 
-_NORM_FLOOR = 1e-30
+# A smaller norm in a denominator counts as this.
+NORM_FLOOR = 1e-30
 
 
 class Status(Enum):
@@ -163,7 +164,7 @@ def growth_ratios(
     """
     ratios = [
         # A NaN is unequal to itself. A scan asks this three times of each checkpoint.
-        later / (earlier if earlier > _NORM_FLOOR else _NORM_FLOOR)
+        later / (earlier if earlier > NORM_FLOOR else NORM_FLOOR)
         if earlier == earlier
         else math.nan
         for earlier, later in pairwise(residual_norms)

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from . import calibrated
-from .figures import NOT_ENOUGH_DATA, TRUSTWORTHY, Diagnostic, Figures, Status
-from .paper import evaluate
+from .calibrated import CALIBRATED
+from .figures import Diagnostic, Figures
+from .paper import PAPER
+from .rules import DiagnosticProtocol
 from .thresholds import DiagnosticThresholds
 
 # How figures are judged: as published, or calibrated (see fadiag_fast.protocol.calibrated).
@@ -13,6 +14,8 @@ Protocol = Literal["paper", "calibrated"]
 
 
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+
+_BY_NAME: dict[Protocol, DiagnosticProtocol] = {"paper": PAPER, "calibrated": CALIBRATED}
 
 
 def check_protocol(name: str, caller: str) -> None:
@@ -28,14 +31,7 @@ def verdict_of(diagnostics: Sequence[Diagnostic], protocol: Protocol = "paper") 
     (d) without a frozen accuracy does not. In the calibrated protocol (c) names a mode of what (a)
     or (b) found, and is not part of the verdict.
     """
-    if protocol == "calibrated":
-        diagnostics = [diagnostic for diagnostic in diagnostics if diagnostic.key != "c"]
-    fired = [f"({diagnostic.key})" for diagnostic in diagnostics if diagnostic.fired]
-    if fired:
-        return f"needs walk-back: {'+'.join(fired)}"
-    if any(diagnostic.status is Status.NOT_ENOUGH_DATA for diagnostic in diagnostics):
-        return NOT_ENOUGH_DATA
-    return TRUSTWORTHY
+    return _BY_NAME[protocol].verdict(diagnostics)
 
 
 def judge_figures(
@@ -44,10 +40,4 @@ def judge_figures(
     protocol: Protocol = "paper",
 ) -> tuple[Diagnostic, ...]:
     """Evaluate (a) to (d) by one of the protocols."""
-    limits = thresholds or DiagnosticThresholds()
-    if protocol == "paper":
-        return evaluate(figures, limits)
-    growth = calibrated.scale_growth(figures, limits)
-    floor = calibrated.credit_gain(figures, limits)
-    stability = calibrated.direction_mode(figures, limits, growth.fired or floor.fired)
-    return growth, floor, stability, calibrated.depth_utility(figures, limits)
+    return _BY_NAME[protocol].evaluate(figures, thresholds)

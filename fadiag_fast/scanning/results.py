@@ -27,7 +27,7 @@ from ..protocol import (
 )
 from .errors import UnreadableResults
 from .records import AUDITED, NON_FINITE_WEIGHTS, Row, figures_of, protocol_of, thresholds_of
-from .store import Tables, judge, layers_by_record, read_tables
+from .store import Tables, figures_in, judge, layers_by_record, read_tables
 
 KEYS = ("a", "b", "c", "d")
 
@@ -278,6 +278,17 @@ class ScanResult:
                 continue
             start, count = where.get(row["record"], (0, 0))
             yield figures_of(row, self._tables.layers.slice(start, count).to_pylist())
+
+    def paper_figures(self, *, last: bool = False) -> list[Figures]:
+        """Return what the paper protocol reads of each audited checkpoint.
+
+        Args:
+            last: only of the last audited checkpoint of each run.
+        """
+        runs = [in_time(run) for run in self.runs().values()] if last else [self.rows]
+        rows = [[row for row in run if row["status"] == AUDITED] for run in runs]
+        chosen = [row for run in rows for row in (run[-1:] if last else run)]
+        return list(figures_in(self._tables, chosen, "paper"))
 
     # -- judgement
 

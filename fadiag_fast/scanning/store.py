@@ -36,7 +36,7 @@ from .._common.text import first_line
 from .._common.warn import user_level
 from ..checkpoints.errors import printable
 from ..checkpoints.opening import check_regular
-from ..protocol import DiagnosticThresholds, Protocol
+from ..protocol import DiagnosticThresholds, Figures, Protocol
 from . import seals
 from .errors import NewerResults, UnreadableResults
 from .records import (
@@ -372,6 +372,28 @@ def layers_by_record(layers: Any) -> dict[int, tuple[int, int]]:
 # Writing
 
 
+def figures_in(
+    tables: Tables, rows: Sequence[Row], protocol: Protocol = "paper"
+) -> Iterator[Figures]:
+    """Yield what a protocol reads of each row.
+
+    Args:
+        tables: as :func:`read_tables` returns them.
+        rows: audited rows of its ``checkpoints``.
+        protocol: which protocol's figures to read; others may be missing.
+    """
+    where = layers_by_record(tables.layers)
+    # Where further chains of blocks begin is read off the growth.
+    read = ["name", "hidden_norm", "growth", "grad_norm", "credit_gain", "stability"]
+    read += ["num_directions"]
+    if protocol == "calibrated":
+        read += ["sample_shape", "pooled_norm", "pooled_gain", "stability_error", "stability_null"]
+    layers = tables.layers.select(read).to_pylist()
+    for row in rows:
+        start, count = where.get(row["record"], (0, 0))
+        yield figures_of(row, layers[start : start + count])
+
+
 def judge(
     tables: Tables,
     thresholds: DiagnosticThresholds,
@@ -388,16 +410,9 @@ def judge(
     """
     pa = arrow()
     everything = tables.checkpoints.to_pylist()
-    where = layers_by_record(tables.layers)
-    read = ["name", "hidden_norm", "grad_norm", "credit_gain", "stability", "num_directions"]
-    if protocol == "calibrated":
-        read += ["sample_shape", "pooled_norm", "pooled_gain", "stability_error", "stability_null"]
-    layers = tables.layers.select(read).to_pylist()
-    for index in range(len(everything)) if rows is None else rows:
-        row = everything[index]
-        if row["status"] == AUDITED:
-            start, count = where.get(row["record"], (0, 0))
-            figures = figures_of(row, layers[start : start + count])
-            row.update(judgement(figures, thresholds, protocol))
+    chosen = everything if rows is None else [everything[index] for index in rows]
+    audited = [row for row in chosen if row["status"] == AUDITED]
+    for row, figures in zip(audited, figures_in(tables, audited, protocol), strict=True):
+        row.update(judgement(figures, thresholds, protocol))
     checkpoints = pa.Table.from_pylist(everything, schema=checkpoint_schema())
     return Tables(checkpoints, tables.layers)

@@ -12,6 +12,7 @@ is; nothing is sampled. The other thresholds stay where they are meanwhile.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -20,16 +21,24 @@ import numpy as np
 
 from .._common.jsonio import strict
 from .._common.tables import number, text_table
-from ..protocol import DiagnosticThresholds
-from .records import AUDITED
-from .results import ScanResult, in_time
-from .store import layers_by_record
+from ..protocol import (
+    NOT_ENOUGH_DATA,
+    TRUSTWORTHY,
+    Criterion,
+    DiagnosticProtocol,
+    DiagnosticRule,
+    DiagnosticThresholds,
+    Figures,
+    Status,
+)
+from ..protocol.paper import PAPER
+from ..protocol.rules import verdict_from
+from .results import ScanResult
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 
-# Verdicts as numbers: a bit for each diagnostic that fired; this if none did and data were short.
-_SHORT = 1 << 4
-_BITS = {"a": 1, "b": 2, "c": 4, "d": 8}
+# Verdicts as numbers; from the last one on, one for each set of diagnostics that fired.
+_TRUSTWORTHY, _NOT_ENOUGH_DATA, _WALK_BACK = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -189,198 +198,189 @@ def sweep_thresholds(
         the batches that (c) asks for, then the credit gain's floor. The latter is in no verdict:
         the report says with it that the gradient is lost on its way.
     """
-    limits = thresholds or result.thresholds
-    rows = [row for row in result.rows if row["status"] == AUDITED]
-    if last:
-        rows = [
-            audited[-1]
-            for run in result.runs().values()
-            if (audited := [row for row in in_time(run) if row["status"] == AUDITED])
-        ]
-    where = layers_by_record(result.to_arrow("layers"))
-    norms = np.asarray(result.to_arrow("layers")["hidden_norm"].to_numpy(), dtype=np.float64)
-    spans = [where.get(row["record"], (0, 0)) for row in rows]
-    measured = np.array([count > 0 for _, count in spans], dtype=bool)
-
-    def column(name: str) -> _Array:
-        return np.array([math.nan if r[name] is None else r[name] for r in rows], dtype=np.float64)
-
-    growth, floor, stability, gain = (
-        column(name) for name in ("growth", "grad_norm", "stability", "credit_gain")
-    )
-    directions = column("num_directions")
-    utility = np.array(
-        [
-            math.nan
-            if row["accuracy"] is None or row["frozen_accuracy"] is None
-            else round(100.0 * (row["accuracy"] - row["frozen_accuracy"]), 5)
-            for row in rows
-        ],
-        dtype=np.float64,
-    )
-    broken = np.array(
-        [
-            count > 0 and (math.isinf(norms[s]) or bool(np.isnan(norms[s : s + count]).any()))
-            for s, count in spans
-        ],
-        dtype=bool,
-    )
-    enough = measured & (directions >= limits.min_batches)
-
-    # The value at which a checkpoint changes sides; infinite where it fires, or never does, anyhow.
-    critical = {
-        "a": np.where(broken, np.inf, growth),
-        "b": np.where(np.isfinite(floor), floor, -np.inf),
-        "c": np.where(np.isnan(stability), -np.inf, stability),
-        "d": utility,
-    }
-    evaluated = {"a": measured, "b": measured, "c": enough, "d": ~np.isnan(utility)}
-    fires = {
-        "a": measured & (critical["a"] > limits.scale_growth),
-        "b": measured & (critical["b"] < limits.gradient_floor),
-        "c": enough & (critical["c"] > limits.direction_stability),
-        "d": evaluated["d"] & (utility < limits.depth_utility),
-    }
-    short = ~measured | ~enough
-    code = _codes(fires, short)
-    sweeps = []
-    for key, field, title, comparison, ratio in (
-        ("a", "scale_growth", "(a) scale growth", ">", True),
-        ("b", "gradient_floor", "(b) gradient floor", "<", True),
-        ("c", "direction_stability", "(c) direction stability", ">", False),
-        ("d", "depth_utility", "(d) depth utility", "<", False),
-    ):
-        chosen = evaluated[key]
-        one = {**fires, key: np.ones(len(rows), dtype=bool)}
-        none = {**fires, key: np.zeros(len(rows), dtype=bool)}
-        sweeps.append(
-            _sweep(
-                field,
-                title,
-                comparison,
-                getattr(limits, field),
-                critical[key],
-                chosen,
-                _codes(one, short),
-                _codes(none, short),
-                code,
-                ratio,
-            )
-        )
-    nobody = np.zeros(len(rows), dtype=bool)
-    if_short = _codes({**fires, "c": nobody}, ~nobody)
-    drifts = measured & (critical["c"] > limits.direction_stability)
-    if_enough = _codes({**fires, "c": drifts}, ~measured)
-    sweeps.append(
-        _sweep(
-            "min_batches",
-            "batches that (c) asks for",
-            "<",
-            limits.min_batches,
-            directions,
-            measured,
-            if_short,
-            if_enough,
-            code,
-            False,
-        )
-    )
-    gains = measured & ~np.isnan(gain)
-    sweeps.append(
-        _sweep(
-            "credit_gain_floor",
-            "credit gain (in no verdict)",
-            "<",
-            limits.credit_gain_floor,
-            gain,
-            gains,
-            code,
-            code,
-            code,
-            True,
-        )
-    )
-    return sweeps
+    thresholds = thresholds or result.thresholds
+    outcomes = _Outcomes(PAPER, result.paper_figures(last=last), thresholds)
+    rules = list(enumerate(PAPER.rules))
+    return [
+        *(outcomes.sweep_rule(index, rule) for index, rule in rules),
+        *(
+            outcomes.sweep_requirement(index, rule, rule.requirement)
+            for index, rule in rules
+            if rule.requirement is not None
+        ),
+        *(outcomes.sweep_remark(criterion) for criterion in PAPER.remarks),
+    ]
 
 
-def _codes(fires: dict[str, _Array], short: _Array) -> _Array:
-    """Return each checkpoint's verdict as a number."""
-    code = sum(flag.astype(np.int64) * _BITS[key] for key, flag in fires.items())
-    return np.asarray(np.where((code == 0) & short, _SHORT, code))
-
-
-def _sweep(
-    field: str,
-    title: str,
-    comparison: str,
-    current: float,
-    critical: _Array,
-    evaluated: _Array,
-    if_firing: _Array,
-    if_not: _Array,
-    now: _Array,
-    ratio: bool,
-) -> ThresholdSweep:
-    """Count outcomes over all thresholds.
+class _Outcomes:
+    """What a protocol says of n checkpoints, and what it would say if one diagnostic changed sides.
 
     Args:
-        critical: value at which each checkpoint changes sides, ``[n]``.
-        evaluated: which have one, ``[n]``.
-        if_firing, if_not, now: the verdict's code on either side and at present, ``[n]``.
+        protocol: the protocol, of k rules.
+        figures: of the checkpoints.
+        thresholds: where the thresholds stand.
     """
-    order = np.flatnonzero(evaluated)
-    order = order[np.argsort(critical[order], kind="stable")]
-    values = critical[order]
-    distinct, starts = np.unique(values, return_index=True)
-    finite = distinct[np.isfinite(distinct)]
-    # Between two values the checkpoints below are on one side and those above on the other.
-    cuts = [*(int(start) for start in starts[np.isfinite(distinct)]), int((values < np.inf).sum())]
-    above_fires = comparison == ">"
-    rest = ~evaluated
 
-    def cumulative(flags: _Array) -> _Array:
-        return np.concatenate([[0], np.cumsum(flags[order])])
+    def __init__(
+        self,
+        protocol: DiagnosticProtocol,
+        figures: Sequence[Figures],
+        thresholds: DiagnosticThresholds,
+    ) -> None:
+        self._figures, self._thresholds = figures, thresholds
+        now = [protocol.evaluate(one, thresholds) for one in figures]
+        shape = len(figures), len(protocol.rules)
+        self._fired = _flags([[d.fired for d in one] for one in now], shape)
+        lacking = Status.NOT_ENOUGH_DATA
+        self._lacks = _flags([[d.status is lacking for d in one] for one in now], shape)
+        # Verdicts as numbers: `_verdicts` has that of every combination of bits, one for each rule
+        # that fires and the last one for data that do not suffice.
+        keys = [rule.key for rule in protocol.rules]
+        texts = [
+            verdict_from([key for bit, key in enumerate(keys) if code >> bit & 1], bool(lacks))
+            for lacks in (0, 1)
+            for code in range(1 << len(keys))
+        ]
+        kinds = {TRUSTWORTHY: _TRUSTWORTHY, NOT_ENOUGH_DATA: _NOT_ENOUGH_DATA}
+        others = {text: _WALK_BACK + at for at, text in enumerate(dict.fromkeys(texts))}
+        self._verdicts = np.array([kinds.get(text, others[text]) for text in texts])
+        self._now = self._verdicts_of(self._fired, self._lacks)
 
-    def total(on_firing: _Array, on_not: _Array, fixed: _Array) -> list[int]:
-        firing, passing = cumulative(on_firing), cumulative(on_not)
-        constant = int(fixed[rest].sum())
-        low, high = (passing, firing) if above_fires else (firing, passing)
-        return [int(low[cut] + high[-1] - high[cut]) + constant for cut in cuts]
+    def _verdicts_of(self, fired: _Array, lacks: _Array) -> _Array:
+        """Return the verdict of each checkpoint, ``[n]``, from flags ``[n, k]``."""
+        bits = 1 << np.arange(fired.shape[1] + 1)
+        flags = np.column_stack([fired, lacks.any(axis=1)])
+        return np.asarray(self._verdicts[flags @ bits])
 
-    everyone, nobody = np.ones(len(now), dtype=bool), np.zeros(len(now), dtype=bool)
-    counts = [
-        total(everyone, nobody, nobody),
-        total(if_firing != now, if_not != now, nobody),
-        total(if_firing == 0, if_not == 0, now == 0),
-        total(
-            (if_firing > 0) & (if_firing < _SHORT),
-            (if_not > 0) & (if_not < _SHORT),
-            (now > 0) & (now < _SHORT),
-        ),
-        total(if_firing == _SHORT, if_not == _SHORT, now == _SHORT),
-    ]
-    ends = [None, *(float(v) for v in finite), None]
-    intervals = tuple(
-        Interval(ends[i], ends[i + 1], *(count[i] for count in counts))
-        for i in range(len(finite) + 1)
-    )
-    below = finite[finite <= current] if above_fires else finite[finite < current]
-    above = finite[len(below) :]
-    around = [_gap(below[-1], above[0], ratio)] if len(below) and len(above) else []
-    neighbours = [_gap(low, high, ratio) for low, high in pairwise(finite)]
-    sweep = ThresholdSweep(
-        field=field,
-        title=title,
-        comparison=comparison,
-        current=float(current),
-        evaluated=len(order),
-        fires=0,
-        always=int(np.isposinf(values).sum() if above_fires else np.isneginf(values).sum()),
-        gap=around[0] if around else None,
-        widest=max(neighbours, key=lambda gap: gap.width, default=None),
-        intervals=intervals,
-    )
-    return replace(sweep, fires=sweep.at(current).fires)
+    def _verdicts_if(self, index: int, *, fires: bool | _Array, lacks: bool = False) -> _Array:
+        """Return the verdicts if one rule had another outcome, ``[n]``."""
+        fired, lacking = self._fired.copy(), self._lacks.copy()
+        fired[:, index], lacking[:, index] = fires, lacks
+        return self._verdicts_of(fired, lacking)
+
+    def sweep_rule(self, index: int, rule: DiagnosticRule) -> ThresholdSweep:
+        """Move the threshold of a rule."""
+        critical = self._critical_values(rule)
+        enough = [rule.has_data(one, self._thresholds) for one in self._figures]
+        return self._sweep(
+            rule,
+            f"({rule.key}) {rule.name}",
+            critical,
+            ~np.isnan(critical) & np.array(enough, dtype=bool),
+            self._verdicts_if(index, fires=True),
+            self._verdicts_if(index, fires=False),
+        )
+
+    def sweep_requirement(
+        self, index: int, rule: DiagnosticRule, requirement: Criterion
+    ) -> ThresholdSweep:
+        """Move the threshold of the data that a rule asks for."""
+        critical = self._critical_values(rule)
+        if_enough = np.array([rule.is_beyond(value, self._thresholds) for value in critical])
+        values = self._values(requirement)
+        return self._sweep(
+            requirement,
+            f"{requirement.name} that ({rule.key}) asks for",
+            values,
+            ~np.isnan(values),
+            self._verdicts_if(index, fires=False, lacks=True),
+            self._verdicts_if(index, fires=if_enough),
+        )
+
+    def sweep_remark(self, criterion: Criterion) -> ThresholdSweep:
+        """Move a threshold that no verdict depends on."""
+        values = self._values(criterion)
+        title = f"{criterion.name} (in no verdict)"
+        return self._sweep(criterion, title, values, ~np.isnan(values), self._now, self._now)
+
+    def _critical_values(self, rule: DiagnosticRule) -> _Array:
+        """Return the value at which each checkpoint changes sides, ``[n]``; NaN without one."""
+        found = (rule.critical_value(one, self._thresholds) for one in self._figures)
+        return np.array([math.nan if value is None else value for value in found], dtype=np.float64)
+
+    def _values(self, criterion: Criterion) -> _Array:
+        """Return the statistic of each checkpoint, ``[n]``; NaN where it was not measured."""
+        found = (criterion.statistics(one) for one in self._figures)
+        return np.array([one[0][0] if one else math.nan for one in found], dtype=np.float64)
+
+    def _sweep(
+        self,
+        criterion: Criterion,
+        title: str,
+        critical: _Array,
+        evaluated: _Array,
+        if_beyond: _Array,
+        if_not: _Array,
+    ) -> ThresholdSweep:
+        """Count outcomes over all values of a threshold.
+
+        Args:
+            criterion: whose threshold it is.
+            title: what it decides.
+            critical: value at which each checkpoint changes sides, ``[n]``.
+            evaluated: which have one, ``[n]``.
+            if_beyond, if_not: the verdicts on either side, ``[n]``.
+        """
+        now, current = self._now, criterion.threshold_in(self._thresholds)
+        order = np.flatnonzero(evaluated)
+        order = order[np.argsort(critical[order], kind="stable")]
+        values = critical[order]
+        distinct, starts = np.unique(values, return_index=True)
+        finite = distinct[np.isfinite(distinct)]
+        # Between two values the checkpoints below are on one side and those above on the other.
+        cuts = [
+            *(int(start) for start in starts[np.isfinite(distinct)]),
+            int((values < np.inf).sum()),
+        ]
+        above = criterion.comparison == ">"
+        rest = ~evaluated
+
+        def cumulative(flags: _Array) -> _Array:
+            return np.concatenate([[0], np.cumsum(flags[order])])
+
+        def total(beyond: _Array, within: _Array, fixed: _Array) -> list[int]:
+            firing, passing = cumulative(beyond), cumulative(within)
+            constant = int(fixed[rest].sum())
+            low, high = (passing, firing) if above else (firing, passing)
+            return [int(low[cut] + high[-1] - high[cut]) + constant for cut in cuts]
+
+        everyone, nobody = np.ones(len(now), dtype=bool), np.zeros(len(now), dtype=bool)
+        counts = [
+            total(everyone, nobody, nobody),
+            total(if_beyond != now, if_not != now, nobody),
+            total(if_beyond == _TRUSTWORTHY, if_not == _TRUSTWORTHY, now == _TRUSTWORTHY),
+            total(if_beyond >= _WALK_BACK, if_not >= _WALK_BACK, now >= _WALK_BACK),
+            total(
+                if_beyond == _NOT_ENOUGH_DATA, if_not == _NOT_ENOUGH_DATA, now == _NOT_ENOUGH_DATA
+            ),
+        ]
+        ends = [None, *(float(v) for v in finite), None]
+        intervals = tuple(
+            Interval(ends[i], ends[i + 1], *(count[i] for count in counts))
+            for i in range(len(finite) + 1)
+        )
+        ratio = criterion.logarithmic
+        lower = finite[finite <= current] if above else finite[finite < current]
+        upper = finite[len(lower) :]
+        around = [_gap(lower[-1], upper[0], ratio)] if len(lower) and len(upper) else []
+        neighbours = [_gap(low, high, ratio) for low, high in pairwise(finite)]
+        sweep = ThresholdSweep(
+            field=criterion.threshold,
+            title=title,
+            comparison=criterion.comparison,
+            current=float(current),
+            evaluated=len(order),
+            fires=0,
+            always=int(np.isposinf(values).sum() if above else np.isneginf(values).sum()),
+            gap=around[0] if around else None,
+            widest=max(neighbours, key=lambda gap: gap.width, default=None),
+            intervals=intervals,
+        )
+        return replace(sweep, fires=sweep.at(current).fires)
+
+
+def _flags(rows: Sequence[Sequence[bool]], shape: tuple[int, int]) -> _Array:
+    return np.array(rows, dtype=bool).reshape(shape)
 
 
 def _gap(low: float, high: float, ratio: bool) -> Gap:
