@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from operator import le
 import numpy as np
 import numpy.typing as npt
 
+from ..._common.row_layout import RowLayout
 from ..records import StepRecord
 from .events import CREDIT_GAIN, GROWTH, HIDDEN_NORM
 
@@ -82,13 +84,16 @@ def median_of(values: Array) -> Array:
         return np.asarray(np.nanmedian(values, axis=0))
 
 
-def place(index: int, n: int) -> tuple[str, int]:
-    """Return the figure and the layer of a place in :func:`figures_of`."""
-    if index < n:
-        return HIDDEN_NORM, index
-    if index < 2 * n - 1:
-        return GROWTH, index - n + 1
-    return CREDIT_GAIN, index - (2 * n - 1)
+@functools.lru_cache
+def series_layout(states: int) -> RowLayout:
+    """Return the columns of :func:`figures_of` for so many states."""
+    return RowLayout({HIDDEN_NORM: states, GROWTH: max(0, states - 1), CREDIT_GAIN: states})
+
+
+def place(index: int, states: int) -> tuple[str, int]:
+    """Return the figure and the state of a column of :func:`figures_of`."""
+    figure, at = series_layout(states).place_of(index)
+    return figure, at + (figure == GROWTH)  # the first one grows into the second state
 
 
 def exp(value: float) -> float:
