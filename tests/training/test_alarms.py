@@ -24,6 +24,7 @@ from fadiag_fast.training.alarms import (
     event_from_dict,
     judge_series,
 )
+from fadiag_fast.training.alarms.baseline import Baseline
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -282,7 +283,7 @@ def test_records_that_wait_change_nothing(seed, monkeypatch):
         return [(alarms(one), alarms.last_healthy_step) for one in records], alarms.events
 
     waiting, events = judged()
-    monkeypatch.setattr(Alarms, "_bound_lasting", lambda _: None)
+    monkeypatch.setattr(Baseline, "_bound_lasting", lambda _: None)
     assert (waiting, events) == judged()
     assert events
 
