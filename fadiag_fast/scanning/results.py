@@ -25,6 +25,7 @@ from ..protocol import (
     Status,
     check_protocol,
 )
+from ..protocol.paper import DEPTH_UTILITY, percentage_points
 from .errors import UnreadableResults
 from .records import AUDITED, NON_FINITE_WEIGHTS, Row, figures_of, protocol_of, thresholds_of
 from .store import Tables, figures_in, judge, layers_by_record, read_tables
@@ -383,7 +384,7 @@ class ScanResult:
         A number given with the checkpoint comes first. Else the named run's accuracy at the same
         step is taken, or at its last step before. Checkpoints without either are left out.
         """
-        limit = self.thresholds.depth_utility
+        thresholds = self.thresholds
         runs = self.runs()
         found = []
         for row in self.rows:
@@ -393,7 +394,7 @@ class ScanResult:
                 frozen = _accuracy_at(runs.get(baseline, []), row["step"])
             if accuracy is None or frozen is None:
                 continue
-            utility = round(100.0 * (accuracy - frozen), 5)
+            utility = percentage_points(accuracy, frozen)
             found.append(
                 FrozenComparison(
                     path=row["path"],
@@ -403,7 +404,7 @@ class ScanResult:
                     frozen_accuracy=frozen,
                     baseline=baseline,
                     utility=utility,
-                    undercut=utility < limit,
+                    undercut=DEPTH_UTILITY.is_beyond(utility, thresholds),
                 )
             )
         return found

@@ -235,21 +235,27 @@ class _Outcomes:
         self._lacks = _flags([[d.status is lacking for d in one] for one in now], shape)
         # Verdicts as numbers: `_verdicts` has that of every combination of bits, one for each rule
         # that fires and the last one for data that do not suffice.
-        keys = [rule.key for rule in protocol.rules]
+        self._decisive = np.array([rule.decisive for rule in protocol.rules])
+        keys = [(1 << bit, rule.key) for bit, rule in enumerate(protocol.rules) if rule.decisive]
         texts = [
-            verdict_from([key for bit, key in enumerate(keys) if code >> bit & 1], bool(lacks))
+            verdict_from([key for bit, key in keys if code & bit], bool(lacks))
             for lacks in (0, 1)
-            for code in range(1 << len(keys))
+            for code in range(1 << len(protocol.rules))
         ]
         kinds = {TRUSTWORTHY: _TRUSTWORTHY, NOT_ENOUGH_DATA: _NOT_ENOUGH_DATA}
         others = {text: _WALK_BACK + at for at, text in enumerate(dict.fromkeys(texts))}
         self._verdicts = np.array([kinds.get(text, others[text]) for text in texts])
         self._now = self._verdicts_of(self._fired, self._lacks)
+        # The values at which each checkpoint changes sides, per rule; NaN where there is none.
+        self._critical = [
+            _numbers([rule.critical_value(one, thresholds) for one in figures])
+            for rule in protocol.rules
+        ]
 
     def _verdicts_of(self, fired: _Array, lacks: _Array) -> _Array:
         """Return the verdict of each checkpoint, ``[n]``, from flags ``[n, k]``."""
         bits = 1 << np.arange(fired.shape[1] + 1)
-        flags = np.column_stack([fired, lacks.any(axis=1)])
+        flags = np.column_stack([fired, lacks[:, self._decisive].any(axis=1)])
         return np.asarray(self._verdicts[flags @ bits])
 
     def _verdicts_if(self, index: int, *, fires: bool | _Array, lacks: bool = False) -> _Array:
@@ -260,7 +266,7 @@ class _Outcomes:
 
     def sweep_rule(self, index: int, rule: DiagnosticRule) -> ThresholdSweep:
         """Move the threshold of a rule."""
-        critical = self._critical_values(rule)
+        critical = self._critical[index]
         enough = [rule.has_data(one, self._thresholds) for one in self._figures]
         return self._sweep(
             rule,
@@ -275,7 +281,7 @@ class _Outcomes:
         self, index: int, rule: DiagnosticRule, requirement: Criterion
     ) -> ThresholdSweep:
         """Move the threshold of the data that a rule asks for."""
-        critical = self._critical_values(rule)
+        critical = self._critical[index]
         if_enough = np.array([rule.is_beyond(value, self._thresholds) for value in critical])
         values = self._values(requirement)
         return self._sweep(
@@ -293,15 +299,10 @@ class _Outcomes:
         title = f"{criterion.name} (in no verdict)"
         return self._sweep(criterion, title, values, ~np.isnan(values), self._now, self._now)
 
-    def _critical_values(self, rule: DiagnosticRule) -> _Array:
-        """Return the value at which each checkpoint changes sides, ``[n]``; NaN without one."""
-        found = (rule.critical_value(one, self._thresholds) for one in self._figures)
-        return np.array([math.nan if value is None else value for value in found], dtype=np.float64)
-
     def _values(self, criterion: Criterion) -> _Array:
         """Return the statistic of each checkpoint, ``[n]``; NaN where it was not measured."""
-        found = (criterion.statistics(one) for one in self._figures)
-        return np.array([one[0][0] if one else math.nan for one in found], dtype=np.float64)
+        found = [criterion.statistics(one) for one in self._figures]
+        return _numbers([one[0][0] if one else None for one in found])
 
     def _sweep(
         self,
@@ -377,6 +378,10 @@ class _Outcomes:
             intervals=intervals,
         )
         return replace(sweep, fires=sweep.at(current).fires)
+
+
+def _numbers(values: Sequence[float | None]) -> _Array:
+    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def _flags(rows: Sequence[Sequence[bool]], shape: tuple[int, int]) -> _Array:

@@ -1,5 +1,6 @@
 """What is read from a scan's rows, against oracles that go through them one by one."""
 
+import dataclasses
 import math
 
 import pytest
@@ -45,6 +46,14 @@ def test_rows_are_in_natural_order(scan):
     layers = found.to_arrow("layers").to_pylist()
     assert [(row["step"], row["layer"]) for row in layers[:4]] == [(9, 0), (9, 1), (9, 2), (100, 0)]
     assert found.to_arrow("layers").num_rows == 12
+
+
+def test_judging_again_compares_growth_inside_chains_only(scan):
+    two_chains = dataclasses.replace(figures(growth=100.0), chain_starts=(1,))
+    found = scan([("r", 1, two_chains), ("r", 2, figures(growth=100.0))])
+    expected = ["trustworthy", "needs walk-back: (a)"]
+    assert [row["verdict"] for row in found.rows] == expected
+    assert [row["verdict"] for row in found.judged().rows] == expected
 
 
 def test_verdicts_counts_and_failures(scan):
