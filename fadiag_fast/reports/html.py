@@ -24,6 +24,7 @@ import numpy as np
 
 from .._common.extras import require
 from .._common.files import write_whole
+from .._common.jsonio import strict
 from ..protocol import NOT_ENOUGH_DATA, TRUSTWORTHY
 from ..scanning.records import AUDITED, Row, utc_now
 from ..scanning.results import KEYS, FirstFired, ScanResult, in_time
@@ -105,9 +106,8 @@ def _figure(value: float | None) -> float | str | None:
     """Return a number as the page reads it: four digits, non-finite ones by name."""
     if value is None:
         return None
-    if math.isfinite(value):
-        return float(f"{value:.4g}")
-    return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    rounded: float | str = strict(float(f"{value:.4g}"))
+    return rounded
 
 
 def _figures(values: Iterable[float | None]) -> list[float | str | None]:

@@ -13,6 +13,7 @@ from .alarms import (
     TrainingStopped,
     judge_series,
 )
+from .options import DirectionOptions
 from .probe import StepProbe
 from .records import StepRecord
 from .sinks import JsonLines, SinkWarning, as_sink, guard, read_jsonlines
@@ -23,6 +24,7 @@ __all__ = [
     "AlarmWarning",
     "Alarms",
     "AllClear",
+    "DirectionOptions",
     "JsonLines",
     "SinkWarning",
     "StepProbe",

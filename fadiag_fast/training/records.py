@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from .._common.jsonio import number, strict
 from ..checkpoints.errors import printable
 from ..protocol import OUTPUT, growth_ratios
 
@@ -150,11 +151,12 @@ class StepRecord:
         return found
 
     def to_mapping(self) -> dict[str, Any]:
-        """Return the fields for JSON; NaN and infinities stand as None, ``"inf"``, ``"-inf"``."""
-        return {name: to_json(value) for name, value in asdict(self).items()}
+        """Return the fields for JSON; NaN and infinities stand as ``"NaN"``, ``"-Infinity"`` …"""
+        found: dict[str, Any] = strict(asdict(self))
+        return found
 
     def to_json(self) -> str:
-        """Return one line of JSON; NaN and infinities stand as null and ``"inf"``, ``"-inf"``."""
+        """Return one line of JSON; NaN and infinities stand as ``"NaN"``, ``"-Infinity"`` …"""
         return json.dumps(self.to_mapping())
 
     @classmethod
@@ -201,20 +203,7 @@ def _whole(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def to_json(value: Any) -> Any:
-    """Return a value for JSON, which has no words for NaN and infinities: None and ``"inf"``."""
-    if isinstance(value, tuple):
-        return [to_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
-    return value
-
-
 def _from_json(value: Any, text: bool) -> Any:
     if isinstance(value, list):
         return tuple(_from_json(item, text) for item in value)
-    if text:
-        return value
-    if value is None:
-        return math.nan
-    return float(value) if isinstance(value, str) else value
+    return value if text else number(value)

@@ -196,7 +196,12 @@ def test_files_of_version_1_are_read(tmp_path):
     alarm = Alarm(1, 2, "a", "non-finite", "growth", math.inf, 1.0, math.nan, 1.0, None, "…")
     old = {**alarm.to_dict(), "value": "inf", "baseline_median": "nan"}
     lines = [json.dumps({"fadiag_steps": 1, "layers": ["embed", "blocks.0"]})]
-    lines += [*(one.to_json() for one in first), json.dumps(old)]
+    # As versions before wrote what is not finite.
+    earlier = [
+        one.to_json().replace('"NaN"', "null").replace('"Infinity"', '"inf"') for one in first
+    ]
+    assert all('["inf", null]' in line for line in earlier)
+    lines += [*earlier, json.dumps(old)]
     path.write_text("\n".join(lines) + "\n")
     with JsonLines(path) as sink:
         sink(record(3))
@@ -236,8 +241,12 @@ def test_a_file_has_one_way_to_write_what_is_not_finite(tmp_path):
         sink.event(alarm)  # as by a function of the user's and by the probe
     lines = path.read_text().splitlines()
     _, line, event = (json.loads(line, parse_constant=pytest.fail) for line in lines)
-    assert (line["hidden_norms"], line["output_grad_norm"]) == (["inf", None], "-inf")
-    assert (event["value"], event["threshold"], event["baseline_median"]) == ("inf", "-inf", None)
+    assert (line["hidden_norms"], line["output_grad_norm"]) == (["Infinity", "NaN"], "-Infinity")
+    assert (event["value"], event["threshold"], event["baseline_median"]) == (
+        "Infinity",
+        "-Infinity",
+        "NaN",
+    )
     assert repr(read_jsonlines(path).events) == repr((alarm,))
 
 

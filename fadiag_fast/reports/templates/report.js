@@ -13,7 +13,7 @@
   const LETTERS = ["a", "b", "c", "d"];
 
   // Numbers that JSON has no word for come by name.
-  const NAMED = { nan: NaN, inf: Infinity, "-inf": -Infinity };
+  const NAMED = { NaN: NaN, Infinity: Infinity, "-Infinity": -Infinity };
   const decode = (column) => column.map((value) => (typeof value === "string" ? NAMED[value] : value));
   for (const name of ["growth", "grad_norm", "credit_gain", "stability", "accuracy", "utility", "seconds"]) {
     rows[name] = decode(rows[name]);

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..records import is_of_kind, to_json
+from ..._common.jsonio import number, strict
+from ..records import is_of_kind
 
 HIDDEN_NORM, GROWTH, CREDIT_GAIN, GRAD_NORM = "hidden_norm", "growth", "credit_gain", "grad_norm"
 
@@ -69,8 +69,7 @@ class Alarm:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for JSON; NaN and infinities stand as in a record's."""
-        fields_of = {name: to_json(value) for name, value in asdict(self).items()}
-        return {"event": "alarm", **fields_of}
+        return {"event": "alarm", **strict(asdict(self))}
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def event_from_dict(values: Mapping[str, Any]) -> Event:
     found = {name: values[name] for name in names}
     for name in _NUMBERS:
         if name in found:
-            found[name] = math.nan if found[name] is None else float(found[name])
+            found[name] = float(number(found[name]))
     for one in fields(kind):
         if not is_of_kind(str(one.type), found[one.name]):
             raise ValueError(
