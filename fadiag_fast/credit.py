@@ -30,7 +30,7 @@ from ._common.tables import number, text_table
 from .capture import Output, Probe, untouched
 from .capture.batches import check_batch, device_of, to_device
 from .capture.points import Select, unwrap
-from .capture.reduction import SampleReduction
+from .capture.reduction import SampleReduction, reduction_of
 from .ops import reference
 
 # (x, y) → one credit vector per state, [B, ...] per sample; None where a state gets none.
@@ -200,7 +200,7 @@ def measure_credit(
     Source: 'Beyond Accuracy and Alignment' protocol, arXiv 2606.21126 (M 32, ε 1e-3, η 0.01, 20
     draws).
     """
-    how = reduction if isinstance(reduction, SampleReduction) else SampleReduction(reduction)  # type: ignore[arg-type]
+    how = reduction_of(reduction)  # type: ignore[arg-type]
     if how.kind not in ("flatten", "cls"):
         raise ValueError(f"measure_credit: reduction: expected flatten or cls, got {how.kind}")
     for name, value, fits in (

@@ -24,7 +24,7 @@ from .capture.arguments import (
 from .capture.batches import check_batch, check_labels, device_of, sample_counts, to_device
 from .capture.directions import direction_figures
 from .capture.points import Select, unwrap
-from .capture.reduction import Reduction, SampleReduction
+from .capture.reduction import Reduction, SampleReduction, reduction_of
 from .capture.statistics import BatchStatistics, batch_statistics, medians
 from .programs.loading import as_module
 from .protocol import (
@@ -126,7 +126,7 @@ def diagnose(
     check_how(loss, batch_dim, "diagnose")
     check_protocol(protocol, "diagnose")
     limits = thresholds or DiagnosticThresholds()
-    how = reduction if isinstance(reduction, SampleReduction) else SampleReduction(reduction)
+    how = reduction_of(reduction)
     model = unwrap(as_module(model))
     device = device_of(model)
     default_loss = loss is None or loss is nn.functional.cross_entropy

@@ -71,9 +71,9 @@ def first_line(error: BaseException, *, named: bool = False) -> str:
     """
     lines = str(error).strip().splitlines()
     name = type(error).__name__
-    if named:
-        return f"{name}: {lines[0] if lines else ''}"
-    return lines[0] if lines else name
+    if not lines:
+        return name
+    return f"{name}: {lines[0]}" if named else lines[0]
 
 
 def _spelled(character: str) -> str:

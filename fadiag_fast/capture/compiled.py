@@ -25,7 +25,7 @@ from .isolation import untouched
 from .outputs import Loss, Output
 from .points import Select, TapError, Taps, unwrap
 from .prober import Probe
-from .reduction import Reduction, SampleReduction
+from .reduction import Reduction, SampleReduction, reduction_of
 from .statistics import Reduced, reduce_captured
 from .tracing import as_plain, signature
 
@@ -180,9 +180,7 @@ class CompiledProbe:
         graph: bool = False,
     ) -> None:
         self.model = unwrap(model)
-        self.reduction = (
-            reduction if isinstance(reduction, SampleReduction) else SampleReduction(reduction)
-        )
+        self.reduction = reduction_of(reduction)
         self.backend, self.mode, self.graph = backend, mode, graph
         self._probe = Probe(
             self.model,

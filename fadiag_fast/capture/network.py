@@ -14,6 +14,7 @@ from .isolation import check_model, is_sharded
 from .outputs import (
     Loss,
     Output,
+    by_sample,
     choose_output,
     classification_loss,
     loss_in,
@@ -216,19 +217,17 @@ class ObservedNetwork:
     ) -> Captured:
         """Return what was captured, with the samples along the first dimension."""
 
-        def by_sample(tensor: Tensor) -> Tensor:
-            return tensor if self.batch_dim == 0 else tensor.movedim(self.batch_dim, 0)
-
+        dim = self.batch_dim
         if hiddens and self.has_output:
-            samples = by_sample(hiddens[0]).shape[0]
+            samples = by_sample(hiddens[0], dim).shape[0]
             logits, logit_grads = (
                 sample_rows(t, samples, self.batch_dim, self.name) for t in (logits, logit_grads)
             )
         elif hiddens:
-            logits, logit_grads = by_sample(logits), by_sample(logit_grads)
+            logits, logit_grads = by_sample(logits, dim), by_sample(logit_grads, dim)
         return Captured(
-            [by_sample(h) for h in hiddens],
-            [by_sample(g) for g in grads],
+            [by_sample(h, dim) for h in hiddens],
+            [by_sample(g, dim) for g in grads],
             logits,
             logit_grads,
             loss,

@@ -89,3 +89,8 @@ class SampleReduction:
             merged: Tensor = merge(positions, dtype=wide)
             return merged
         return state.movedim(features, -1).flatten(0, -2)
+
+
+def reduction_of(reduction: Reduction | SampleReduction) -> SampleReduction:
+    """Return a reduction by its name, or as it is given."""
+    return reduction if isinstance(reduction, SampleReduction) else SampleReduction(reduction)

@@ -120,6 +120,6 @@ def sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def first_line(error: BaseException) -> str:
+def short_sentence(error: BaseException) -> str:
     """Return the first line of :func:`sentence`."""
     return sentence(error).partition("\n")[0]

@@ -8,7 +8,7 @@ from torch import nn
 from .._common.named import accepted, load_named
 from ..zoo import ImageDataset, build_model, model_spec
 from ..zoo.libraries import LIBRARIES, build_from
-from .common import first_line
+from .common import short_sentence
 from .options import build_saved, saved_options
 
 
@@ -55,7 +55,7 @@ def build_network(
         function = load_named(name)
     except (Exception, SystemExit) as error:
         raise ValueError(
-            f"--model: expected package.module:function, got {name!r}: {first_line(error)}"
+            f"--model: expected package.module:function, got {name!r}: {short_sentence(error)}"
         ) from None
     offered = {"input_shape": dataset.input_shape, "num_classes": dataset.num_classes}
     try:
@@ -65,7 +65,7 @@ def build_network(
         inner = traceback.extract_tb(error.__traceback__)[1:]
         where = f" ({inner[-1].filename}:{inner[-1].lineno})" if inner else ""
         raise ValueError(
-            f"--model: expected {name} to return a module, got {first_line(error)}{where}"
+            f"--model: expected {name} to return a module, got {short_sentence(error)}{where}"
         ) from None
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model: expected {name} to return a module, got {type(model).__name__}")

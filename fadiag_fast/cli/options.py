@@ -17,7 +17,7 @@ from ..capture.reduction import REDUCTIONS
 from ..capture.selectors import SELECTOR_HELP
 from ..checkpoints.errors import printable
 from ..zoo import ImageDataset, build_model
-from .common import first_line
+from .common import short_sentence
 
 DataOption = Annotated[
     str,
@@ -293,5 +293,5 @@ def build_saved(
     except Exception as error:  # whatever a builder makes of values of unknown origin
         raise ConfigError(
             f"config beside the weights: model_options: expected what builds {name}, got "
-            f"{printable(repr(saved))}: {printable(first_line(error))}"
+            f"{printable(repr(saved))}: {printable(short_sentence(error))}"
         ) from error

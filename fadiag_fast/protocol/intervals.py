@@ -3,7 +3,7 @@
 import math
 
 # 97.5% of a normal distribution lie below.
-_NORMAL_975 = 1.959963984540054
+NORMAL_975 = 1.959963984540054
 
 
 def student_975(freedom: int) -> float:
@@ -12,7 +12,7 @@ def student_975(freedom: int) -> float:
     By its expansion around the normal quantile (Abramowitz and Stegun, 26.7.5), four terms: from
     five degrees of freedom on right to 0.1%.
     """
-    z, n = _NORMAL_975, float(freedom)
+    z, n = NORMAL_975, float(freedom)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
@@ -24,10 +24,10 @@ def student_975(freedom: int) -> float:
 
 def wilson(share: float, count: int) -> tuple[float, float]:
     """Return the 95% score interval of a proportion. Source: Wilson (1927)."""
-    z2 = _NORMAL_975**2
+    z2 = NORMAL_975**2
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     spread = share * (1 - share) / count + z2 / (4 * count * count)
-    half = _NORMAL_975 / (1 + z2 / count) * math.sqrt(spread)
+    half = NORMAL_975 / (1 + z2 / count) * math.sqrt(spread)
     # At 0 and 1 an end is the share itself, which rounding must not pass.
     return min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share)
 

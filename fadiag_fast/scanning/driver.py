@@ -21,7 +21,7 @@ from ..capture.arguments import (
 )
 from ..capture.batches import check_batch, device_of, sample_counts, to_device
 from ..capture.points import Select, unwrap
-from ..capture.reduction import Reduction, SampleReduction
+from ..capture.reduction import Reduction, SampleReduction, reduction_of
 from ..protocol import DiagnosticThresholds, Protocol, check_protocol
 from ..protocol.thresholds import check_thresholds
 from .auditor import Auditor
@@ -124,7 +124,7 @@ def scan(
             batches.append(to_device((x, y), device))
     if not batches:
         raise ValueError("scan: expected at least one evaluation batch, got none")
-    how = reduction if isinstance(reduction, SampleReduction) else SampleReduction(reduction)
+    how = reduction_of(reduction)
     with (
         untouched(model),
         prompt_switches(),

@@ -13,12 +13,10 @@ from typing import Any
 from .._common.files import write_whole
 from .._common.tables import markdown_table, number
 from ..protocol import NOT_ENOUGH_DATA, PROTOCOLS, TRUSTWORTHY, Diagnostic, Protocol, Status
+from ..protocol.intervals import NORMAL_975
 from .plots import write_curves
 from .published import MISSING, PUBLISHED, PUBLISHED_DECISIONS, PUBLISHED_FIRST
 from .records import AuditedStep, RunRecord, StudyResult
-
-# 97.5% of a normal distribution lie below.
-_NORMAL_975 = 1.959963984540054
 
 # True: the claim is walked back; False: it stands; None: the strategy has nothing to judge.
 Decision = bool | None
@@ -32,7 +30,7 @@ def accuracy_only(step: AuditedStep, chance: float) -> Decision:
     accuracy, count = step.accuracy, step.figures.test_size
     if accuracy is None or not count:
         return None
-    half_width = _NORMAL_975 * math.sqrt(accuracy * (1 - accuracy) / count)
+    half_width = NORMAL_975 * math.sqrt(accuracy * (1 - accuracy) / count)
     return accuracy - half_width <= chance
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..capture import Output
 from ..capture.arguments import check_how
 from ..capture.points import Select
-from ..capture.reduction import Reduction, SampleReduction
+from ..capture.reduction import SampleReduction
 
 Mode = Literal["auto", "passing", "together"]
 DirectionLayers = Literal["middle", "all", "none"]
@@ -86,11 +86,6 @@ class ProbeOptions:
                 f"StepProbe: sharded: expected the reduction flatten, got {self.reduction.kind}: "
                 f"plain tensors do not say whether they are parts along features or positions"
             )
-
-
-def reduction_of(reduction: Reduction | SampleReduction) -> SampleReduction:
-    """Return a reduction by its name, or as it is given."""
-    return reduction if isinstance(reduction, SampleReduction) else SampleReduction(reduction)
 
 
 def names_of(sharded: str | Sequence[str]) -> tuple[str, ...]:

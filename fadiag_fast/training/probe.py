@@ -23,7 +23,7 @@ from torch import nn
 from ..capture import Output, check_model
 from ..capture.arguments import check_module
 from ..capture.points import Select, Taps, unwrap
-from ..capture.reduction import Reduction, SampleReduction
+from ..capture.reduction import Reduction, SampleReduction, reduction_of
 from .alarms import Alarms, TrainingStopped
 from .delivery import Delivery
 from .exchange import Share
@@ -37,7 +37,6 @@ from .options import (
     ProbeOptions,
     check_first_step,
     names_of,
-    reduction_of,
 )
 from .rank_merge import RankMerge
 from .recorder import StepRecorder

@@ -19,6 +19,7 @@ import torch
 from ..checkpoints import CheckpointError, MissingCheckpoint, load_checkpoint, load_into
 from ..diagnosis import diagnose
 from ..protocol import TRUSTWORTHY
+from ..protocol.figures import NORM_FLOOR
 from ..report import DiagnosticReport
 from .data import ImageDataset
 from .models import build_model
@@ -67,7 +68,7 @@ class AuditRow:
     @property
     def h_ratio(self) -> float:
         """Largest by smallest of ``h_norms``, the denominator floored at 1e-30."""
-        return max(self.h_norms) / max(min(self.h_norms), 1e-30)
+        return max(self.h_norms) / max(min(self.h_norms), NORM_FLOOR)
 
     @property
     def max_per_block(self) -> float:

@@ -122,7 +122,7 @@ def test_the_page_has_every_row_and_figure(small):
 def test_figures_without_a_number_are_named(hostile):
     data = page_data(hostile)
     assert data["checkpoints"]["growth"] == ["Infinity", None]
-    assert data["checkpoints"]["grad_norm"] == ["nan", None]
+    assert data["checkpoints"]["grad_norm"] == ["NaN", None]
     json.dumps(data, allow_nan=False)
 
 
