@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from .._common.extras import require
-from .._common.files import write_whole
+from .._common.files import whole_file
 from .._common.jsonio import strict
 from ..protocol import NOT_ENOUGH_DATA, TRUSTWORTHY
 from ..scanning.records import AUDITED, Row, utc_now
@@ -59,7 +59,8 @@ def write_report(
         MissingExtra: jinja2 is not installed.
         OSError: the file cannot be written.
     """
-    write_whole(path, render(result, title=title))
+    with whole_file(path) as partial:
+        partial.write_text(render(result, title=title), encoding="utf-8")
     return Path(path)
 
 

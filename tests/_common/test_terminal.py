@@ -185,15 +185,15 @@ def test_an_error_is_one_line(terminals, folder):
 
 # What Ctrl-C meets, and a folder or file that holds what was finished before.
 STALLED = {
-    "train": "fadiag_fast.cli:train",
+    "train": "fadiag_fast.cli.train:train",
     "thresholds": "fadiag_fast.cli.scan:sweep_thresholds",
     "report": "fadiag_fast.cli.scan:write_report",
     "study": "fadiag_fast.cli.study:run_study",
-    "demo": "fadiag_fast.cli:run_diagnosis",
-    "audit-cnn": "fadiag_fast.cli:audit_cnn",
+    "demo": "fadiag_fast.cli.demo:run_diagnosis",
+    "audit-cnn": "fadiag_fast.cli.audit_cnn:audit_cnn",
     "doctor": "fadiag_fast.ops:build_info",
     "scan": "fadiag_fast.cli.scan:load_dataset",
-    "diagnose": "fadiag_fast.cli:load_dataset",
+    "diagnose": "fadiag_fast.cli.diagnose:load_dataset",
 }
 
 

@@ -403,7 +403,7 @@ def _tables() -> dict[str, Kind]:
         config = writer.configure({"batches": 8})
         for step in range(6):
             writer.add(record(step, config))
-        writer._release()
+        writer._files.release()
 
     return {
         "scan's tables": Kind("tables", in_folder(finished)),
