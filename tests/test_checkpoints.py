@@ -35,6 +35,7 @@ from fadiag_fast.checkpoints import (
     load_checkpoint,
     load_into,
     read_into,
+    restricted_pickle,
     save_checkpoint,
 )
 
@@ -336,6 +337,105 @@ def test_malicious_file_is_refused_and_named(
     assert {name, *aliases} & set(caught.value.globals_needed)
     assert caught.value.globals_needed[0] in str(caught.value)
     assert_way_out(caught.value, path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", PICKLE_PROTOCOLS)
+@pytest.mark.parametrize("form", WRITERS)
+def test_every_protocol_of_torch_save_is_read(tmp_path: Path, form: str, protocol: int) -> None:
+    state = {
+        name: tensor
+        for name, tensor in assorted_tensors().items()
+        # In the older format torch has no class for the storages of newer dtypes.
+        if form == "torch-zip"
+        or hasattr(torch, torch.storage._dtype_to_storage_type_map()[tensor.dtype])
+    }
+    beside = {
+        "epoch": 3,
+        "numbers": [True, False, None, -1, 255, 70000, 2**31, -(2**70), 10**700, 0.1, 1e-310, 1j],
+        "text": ["", "größe\n\\u0041", "x" * 300, "\ud800"],
+        "raw": [b"\xff", b"x" * 300, bytearray(b"ab")],
+        "nested": {"a": ({}, [], (), (1,), (1, 2, 3, 4)), 7: {1, 2}, (1, "b"): set()},
+        "size": torch.Size([2, 3]),
+        "dtype": torch.float16,
+    }
+    if protocol >= 4:  # before, it is a class by name
+        beside["few"] = [frozenset(), frozenset({1, 2})]
+    path = tmp_path / "m.pt"
+    torch.save(
+        {"model": state, **beside},
+        path,
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=WRITERS[form],
+    )
+
+    got = load_checkpoint(path)
+
+    assert got.format == form
+    assert got.notes == ()
+    assert_same(got.state_dict, state)
+    assert got.extra == beside
+    assert repr(got.extra) == repr(beside)  # True is not 1
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", PICKLE_PROTOCOLS)
+@pytest.mark.parametrize("form", WRITERS)
+def test_what_only_torch_makes_is_left_out_beside_weights(
+    tmp_path: Path, form: str, protocol: int
+) -> None:
+    state = {"w": torch.arange(3.0)}
+    path = tmp_path / "m.pt"
+    torch.save(
+        {"model": state, "mask": torch.eye(2).to_sparse(), "epoch": 3},
+        path,
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=WRITERS[form],
+    )
+
+    got = load_checkpoint(path)
+
+    assert_same(got.state_dict, state)
+    assert got.extra["epoch"] == 3
+    if protocol in (2, 3):  # which torch's weights-only reader follows
+        assert torch.equal(got.extra["mask"].to_dense(), torch.eye(2))
+    else:
+        assert "_rebuild_sparse_tensor" in " ".join(got.notes)
+
+
+@pytest.mark.parametrize("protocol", PICKLE_PROTOCOLS)
+def test_a_long_pickle_of_the_older_format_is_read_to_its_end(
+    tmp_path: Path, protocol: int
+) -> None:
+    # The first piece that is read ends in a line, and for one of these in a character.
+    for shift in range(2):
+        log = ["x" * shift, "ö" * 300_000]
+        path = tmp_path / f"{shift}.pt"
+        torch.save(
+            {"model": {"w": torch.ones(2)}, "log": log},
+            path,
+            pickle_protocol=protocol,
+            _use_new_zipfile_serialization=False,
+        )
+        assert load_checkpoint(path).extra["log"] == log
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"\x88\x94" + b"\x94" * 100,
+        b"(l" * 100,
+        b"(d" * 100,
+        b"(\x91" * 100,
+        b"\x96" + bytes(8),
+    ],
+    ids=["MEMOIZE", "LIST", "DICT", "FROZENSET", "BYTEARRAY8"],
+)
+def test_what_a_pickle_makes_is_counted(monkeypatch: pytest.MonkeyPatch, code: bytes) -> None:
+    for bound in ("MOST_OBJECTS", "_MOST_REMEMBERED"):
+        monkeypatch.setattr(restricted_pickle, bound, 50)
+    with pytest.raises(restricted_pickle.PickleError, match="more than 50 objects"):
+        restricted_pickle.read_pickle(b"\x80\x05" + code * (60 if len(code) < 10 else 1) + b".", {})
 
 
 @pytest.mark.parametrize("kind", MALICE)

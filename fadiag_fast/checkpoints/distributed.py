@@ -179,7 +179,7 @@ def _read_entries(folder: Path, files: Files) -> list[_Entry]:
 def _unpickle(path: Path, data: bytes) -> Any:
     offered = {name: getattr(torch, name.removeprefix("torch.")) for name in _dtype_names()}
     try:
-        metadata, _, names = read_pickle(data, offered, modern=True)
+        metadata, _, names = read_pickle(data, offered)
     except PickleError as error:
         scan = scan_pickles(MemorySource(memoryview(data)), 1)
         names, metadata = scan.names, None

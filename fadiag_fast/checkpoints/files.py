@@ -112,7 +112,7 @@ def read_file(
 
 
 class _Partly(NamedTuple):
-    """Hold what a file holds but for objects of unknown classes, and why those are not loaded."""
+    """Hold what a file holds but for objects that only others make, and why those are left out."""
 
     value: Any
     refusal: UnsafeCheckpoint
@@ -154,6 +154,9 @@ def _read_zip(source: Source, path: str | os.PathLike[str], base: int, unsafe_pi
     try:
         return _load(source, weights_only=True)
     except Exception as error:
+        if content.native and not packed and not unsafe_pickle and _by_instruction(error):
+            refusal = needs_full_unpickler(path, "torch.save file", content.unknown)
+            return _Partly(content.value, refusal)
         return _refused_zip(source, path, archive, unsafe_pickle, error)
 
 
@@ -225,7 +228,12 @@ def _read_pickle(
             if not unsafe_pickle:
                 return "torch-legacy", _Partly(value, needs_full_unpickler(path, kind, unsafe))
             return "torch-legacy", _with_full_unpickler(source, path, kind, unsafe, unsafe_pickle)
-        return "torch-legacy", _load(source, weights_only=True)
+        try:
+            return "torch-legacy", _load(source, weights_only=True)
+        except Exception as error:
+            if unsafe_pickle or not _by_instruction(error):
+                raise
+            return "torch-legacy", _Partly(value, needs_full_unpickler(path, kind, unknown))
     except UnsafeCheckpoint:
         raise
     except Exception as error:

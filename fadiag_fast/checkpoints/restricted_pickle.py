@@ -8,6 +8,7 @@ import, and a key is looked at before it is hashed.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ from .errors import printable
 MOST_BYTES = 1 << 26
 MOST_OBJECTS = 1_000_000
 _MOST_MARKS = 10_000
+# One byte remembers an object and takes a hundred of memory.
+_MOST_REMEMBERED = 1 << 23
 _MOST_NESTED_KEY = 4
 _MOST_OF_A_KEY = 64
 # Larger whole numbers can be chosen so that all of them fall into one place of a dict.
@@ -30,6 +33,13 @@ _LARGEST_KEY = 1 << 60
 _FLOAT = struct.Struct(">d")
 _UNSIGNED = struct.Struct("<L")
 _SIGNED = struct.Struct("<l")
+_UNSIGNED_8 = struct.Struct("<Q")
+# The time to read or print a number in decimal digits grows with its square.
+_MOST_DIGITS = 1000
+_MOST_BYTES_OF_A_NUMBER = 415
+_DECIMAL = re.compile(rb"-?(?:0|[1-9][0-9]*)")
+# What stands in a persistent id: a name, a class, a number or nothing.
+_PART_OF_AN_ID = re.compile(r"'([^'\\]*)'|<class '([A-Za-z0-9_.]+)'>|(0|[1-9][0-9]{0,18})|None")
 
 
 class PickleError(Exception):
@@ -41,7 +51,7 @@ class EndsEarly(PickleError):
 
 
 class UnknownInstruction(PickleError):
-    """Report an instruction that torch's weights-only reader does not follow either."""
+    """Report an instruction that pickles of plain values do not have."""
 
 
 # Is given a pickle, the place after a mark, the stack and the memo; returns where to go on, or 0.
@@ -118,7 +128,7 @@ def read_pickle(
     persistent: Callable[[Any], Any] | None = None,
     start: int = 0,
     *,
-    modern: bool = False,
+    byte_strings: bool = False,
     shortcut: Shortcut | None = None,
 ) -> tuple[Any, int, set[str]]:
     """Return what a pickle holds, where it ends, and the names that are not offered.
@@ -129,8 +139,7 @@ def read_pickle(
             call, and everything else is a value. What is not offered becomes a Shell.
         persistent: what persistent ids, such as those of storages, lead to.
         start: where it begins.
-        modern: follow the instructions of protocols 3 to 5 and of 0 too. Else those that torch's
-            weights-only reader follows.
+        byte_strings: whether the strings of Python 2 stay bytes. Else they are text in UTF-8.
         shortcut: follows several instructions at once where two marks come one after the other.
 
     Raises:
@@ -139,7 +148,7 @@ def read_pickle(
     if len(data) - start > MOST_BYTES:
         raise PickleError(f"it has more than {MOST_BYTES} bytes")
     try:
-        return _read(data, offered, persistent, start, modern, shortcut)
+        return _read(data, offered, persistent, start, byte_strings, shortcut)
     except PickleError:
         raise
     except (IndexError, struct.error) as error:
@@ -155,7 +164,7 @@ def _read(
     offered: Mapping[str, Any],
     persistent: Callable[[Any], Any] | None,
     at: int,
-    modern: bool,
+    byte_strings: bool,
     shortcut: Shortcut | None,
 ) -> tuple[Any, int, set[str]]:
     names: dict[bytes, Any] = {}
@@ -167,6 +176,7 @@ def _read(
     left = MOST_OBJECTS
     # Reading four bytes with int.from_bytes takes seven times as long.
     unsigned_4, signed_4 = _UNSIGNED.unpack_from, _SIGNED.unpack_from
+    unsigned_8 = _UNSIGNED_8.unpack_from
     while True:
         code = data[at]
         at += 1
@@ -233,13 +243,13 @@ def _read(
                 push(set())
             elif code == 128:  # PROTO
                 at += 1
-            elif not modern:
-                raise UnknownInstruction(f"it has the instruction {code}")
             elif code == 140:  # SHORT_BINUNICODE
                 stop = at + 1 + data[at]
-                push(_text(data[at + 1 : stop]))
+                push(_text(data, at + 1, stop))
                 at = stop
             elif code == 148:  # MEMOIZE
+                if len(memo) >= _MOST_REMEMBERED:
+                    raise _too_many()
                 memo[len(memo)] = stack[-1]
             elif code == 147:  # STACK_GLOBAL
                 last = stack.pop()
@@ -247,26 +257,64 @@ def _read(
             elif code == 149:  # FRAME
                 at += 8
             elif code == 112:  # PUT
-                stop = data.index(b"\n", at)
+                stop = _line_end(data, at)
+                if data[at] == 45:
+                    raise PickleError("it remembers something under a negative number")
                 memo[_decimal(data[at:stop])] = stack[-1]
                 at = stop + 1
             elif code == 103:  # GET
-                stop = data.index(b"\n", at)
+                stop = _line_end(data, at)
                 push(memo[_decimal(data[at:stop])])
                 at = stop + 1
             elif code == 108:  # LIST
                 values = stack
                 stack = outer.pop()
                 push = stack.append
+                if not (left := left - 1):
+                    raise _too_many()
                 push(values)
             elif code == 144:  # ADDITEMS
                 values = stack
                 stack = outer.pop()
                 push = stack.append
-                for value in values:
-                    check_key(value)
-                    if type(stack[-1]) is not Shell:
-                        stack[-1].add(value)
+                _add_items(stack[-1], values)
+            elif code == 145:  # FROZENSET
+                values = stack
+                stack = outer.pop()
+                push = stack.append
+                if not (left := left - 1):
+                    raise _too_many()
+                members: set[Any] = set()
+                _add_items(members, values)
+                push(frozenset(members))
+            elif code == 146:  # NEWOBJ_EX
+                if not (left := left - 1):
+                    raise _too_many()
+                named, last = stack.pop(), stack.pop()
+                if type(stack[-1]) is Call:
+                    raise PickleError("it calls with names what takes none")
+                stack[-1] = _call(stack[-1], (last, named), unknown)
+            elif code == 141:  # BINUNICODE8
+                stop = at + 8 + unsigned_8(data, at)[0]
+                push(_text(data, at + 8, stop))
+                at = stop
+            elif code == 142:  # BINBYTES8
+                stop = at + 8 + unsigned_8(data, at)[0]
+                push(data[at + 8 : stop])
+                at = stop
+            elif code == 150:  # BYTEARRAY8
+                if not (left := left - 1):
+                    raise _too_many()
+                stop = at + 8 + unsigned_8(data, at)[0]
+                push(bytearray(data[at + 8 : stop]))
+                at = stop
+            elif code == 139:  # LONG4
+                size = signed_4(data, at)[0]
+                if not 0 <= size <= _MOST_BYTES_OF_A_NUMBER:
+                    raise PickleError(f"it has a number of {size} bytes")
+                at += 4
+                push(int.from_bytes(data[at : at + size], "little", signed=True))
+                at += size
             else:
                 raise UnknownInstruction(f"it has the instruction {code}")
         elif code == 75:  # BININT1
@@ -287,7 +335,7 @@ def _read(
             push = stack.append
         elif code == 88:  # BINUNICODE
             stop = at + 4 + unsigned_4(data, at)[0]
-            push(_text(data[at + 4 : stop]))
+            push(_text(data, at + 4, stop))
             at = stop
         elif code == 82:  # REDUCE
             if not (left := left - 1):
@@ -310,7 +358,7 @@ def _read(
             push(_FLOAT.unpack_from(data, at)[0])
             at += 8
         elif code == 99:  # GLOBAL
-            stop = data.index(b"\n", data.index(b"\n", at) + 1)
+            stop = _line_end(data, _line_end(data, at) + 1)
             name = data[at:stop]
             at = stop + 1
             if name not in names:
@@ -330,12 +378,10 @@ def _read(
             _build(stack[-1], last)
         elif code == 85:  # SHORT_BINSTRING
             stop = at + 1 + data[at]
-            push(str(data[at + 1 : stop], "utf-8"))
+            push(data[at + 1 : stop] if byte_strings else str(data[at + 1 : stop], "utf-8"))
             at = stop
         elif code == 46:  # STOP
             return stack.pop(), at, unknown
-        elif not modern:
-            raise UnknownInstruction(f"it has the instruction {code}")
         elif code == 67:  # SHORT_BINBYTES
             stop = at + 1 + data[at]
             push(data[at + 1 : stop])
@@ -343,6 +389,10 @@ def _read(
         elif code == 66:  # BINBYTES
             stop = at + 4 + unsigned_4(data, at)[0]
             push(data[at + 4 : stop])
+            at = stop
+        elif code == 84:  # BINSTRING
+            stop = at + 4 + unsigned_4(data, at)[0]
+            push(data[at + 4 : stop] if byte_strings else str(data[at + 4 : stop], "utf-8"))
             at = stop
         elif code == 48 or code == 49:  # POP, POP_MARK
             if code == 48 and stack:
@@ -353,27 +403,35 @@ def _read(
         elif code == 50:  # DUP
             push(stack[-1])
         elif code == 73 or code == 76:  # INT, LONG
-            stop = data.index(b"\n", at)
+            stop = _line_end(data, at)
             text = data[at:stop]
             at = stop + 1
             if code == 73 and text in (b"00", b"01"):
                 push(text == b"01")
             else:
-                push(_decimal(text.removesuffix(b"L")))
+                push(_decimal(text.removesuffix(b"L") if code == 76 else text))
         elif code == 70:  # FLOAT
-            stop = data.index(b"\n", at)
+            stop = _line_end(data, at)
             push(float(data[at:stop]))
             at = stop + 1
         elif code == 86:  # UNICODE
-            stop = data.index(b"\n", at)
+            stop = _line_end(data, at)
             push(str(data[at:stop], "raw-unicode-escape"))
             at = stop + 1
         elif code == 100:  # DICT
             values = stack
             stack = outer.pop()
             push = stack.append
+            if not (left := left - 1):
+                raise _too_many()
             push({})
             _set_items(stack, values)
+        elif code == 80:  # PERSID
+            stop = _line_end(data, at)
+            if persistent is None:
+                raise PickleError("it refers to an object outside of it")
+            push(persistent(_id_of_text(str(data[at:stop], "ascii"), offered, unknown)))
+            at = stop + 1
         else:
             raise UnknownInstruction(f"it has the instruction {code}")
 
@@ -403,6 +461,16 @@ def _set_items(stack: list[Any], values: list[Any]) -> None:
         target[key] = value
 
 
+def _add_items(target: Any, values: list[Any]) -> None:
+    for value in values:
+        check_key(value)
+    if type(target) is Shell:
+        return
+    if type(target) is not set:
+        raise PickleError("it adds items to what is no set")
+    target.update(values)
+
+
 def _extend(target: Any, values: list[Any]) -> None:
     if type(target) is Shell:
         return
@@ -411,11 +479,20 @@ def _extend(target: Any, values: list[Any]) -> None:
     target.extend(values)
 
 
-def _text(data: bytes) -> str:
+def _line_end(data: bytes, at: int) -> int:
+    stop = data.find(b"\n", at)
+    if stop < 0:
+        raise EndsEarly("it ends too early")
+    return stop
+
+
+def _text(data: bytes, start: int, stop: int) -> str:
     try:
-        return data.decode()
+        return data[start:stop].decode()
     except UnicodeDecodeError:
-        return data.decode("utf-8", "surrogatepass")
+        if stop > len(data):
+            raise EndsEarly("it ends too early") from None
+        return data[start:stop].decode("utf-8", "surrogatepass")
 
 
 def _too_many() -> PickleError:
@@ -444,6 +521,23 @@ def _build(target: Any, state: Any) -> None:
 
 
 def _decimal(text: bytes) -> int:
-    if len(text) > 1000:  # the time to read one grows with its square
-        raise PickleError("it has a number of more than 1000 digits")
+    if len(text) > _MOST_DIGITS:
+        raise PickleError(f"it has a number of more than {_MOST_DIGITS} digits")
+    if _DECIMAL.fullmatch(text) is None:
+        raise PickleError("it has a number that is written as none")
     return int(text)
+
+
+def _id_of_text(text: str, offered: Mapping[str, Any], unknown: set[str]) -> tuple[Any, ...]:
+    """Return a persistent id, which protocol 0 writes as Python prints a tuple."""
+    matches = [_PART_OF_AN_ID.fullmatch(part) for part in text[1:-1].split(", ")]
+    if text[:1] + text[-1:] != "()" or None in matches:
+        raise PickleError("it refers to something by other than a tuple")
+    found: list[Any] = []
+    for match in matches:
+        name, kind, number = match.groups() if match else (None, None, None)
+        if kind is not None:
+            found.append(_named(kind, offered, unknown))
+        else:
+            found.append(name if number is None else int(number))
+    return tuple(found)

@@ -125,9 +125,9 @@ def old_dtypes(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def saved(content: Any, zipped: bool = True) -> bytes:
+def saved(content: Any, zipped: bool = True, protocol: int = 2) -> bytes:
     buffer = io.BytesIO()
-    torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
+    torch.save(content, buffer, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
     return buffer.getvalue()
 
 
@@ -174,6 +174,15 @@ def _torch_files() -> dict[str, Kind]:
     for name, content in contents_beside().items():
         for form, zipped in (("zip", True), ("legacy", False)):
             found[f"{form} with {name}"] = Kind("weights", {"a.pt": saved(content, zipped)}, "a.pt")
+    # Containers of every kind. A tensor that only torch makes is one more case, and is not weights.
+    content = (
+        contents()["odd"] | contents()["optimizer"] | {"few": frozenset({1}), "b": bytearray(b"b")}
+    )
+    for form, zipped in (("zip", True), ("legacy", False)):
+        for protocol in (0, 1, 3, 4, 5):
+            found[f"{form} of protocol {protocol}"] = Kind(
+                "weights", {"a.pt": saved(content, zipped, protocol)}, "a.pt"
+            )
     model = found["zip model"].files["a.pt"]
     other_order = with_members(
         model, lambda name, data: (name, b"big" if name.endswith("byteorder") else data)

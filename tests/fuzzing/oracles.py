@@ -6,16 +6,19 @@ where in the file it found the weights.
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import pickle
+import pickletools
+import re
 import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +54,66 @@ def _without_number(data: bytes) -> bytes:
     return data[:first] + b"1" * info.file_size + data[first + info.file_size :]
 
 
+# What torch's weights-only reader follows (torch._weights_only_unpickler).
+_FOLLOWED = [
+    "APPEND",
+    "APPENDS",
+    "BINFLOAT",
+    "BINGET",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "BINPERSID",
+    "BINPUT",
+    "BINUNICODE",
+    "BUILD",
+    "EMPTY_DICT",
+    "EMPTY_LIST",
+    "EMPTY_SET",
+    "EMPTY_TUPLE",
+    "GLOBAL",
+    "LONG1",
+    "LONG_BINGET",
+    "LONG_BINPUT",
+    "MARK",
+    "NEWFALSE",
+    "NEWOBJ",
+    "NEWTRUE",
+    "NONE",
+    "PROTO",
+    "REDUCE",
+    "SETITEM",
+    "SETITEMS",
+    "SHORT_BINSTRING",
+    "STOP",
+    "TUPLE",
+    "TUPLE1",
+    "TUPLE2",
+    "TUPLE3",
+]
+
+
+def has_other_instructions(data: bytes) -> bool:
+    """Say whether a file of torch.save has instructions that torch's own reader does not follow."""
+    count = 5
+    if data.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                (name,) = (n for n in archive.namelist() if n.endswith("data.pkl"))
+                data, count = archive.read(name), 1
+        except Exception:
+            return False
+    stream = io.BytesIO(data)
+    try:
+        return any(
+            opcode.name not in _FOLLOWED
+            for _ in range(count)
+            for opcode, _, _ in pickletools.genops(stream)
+        )
+    except Exception:
+        return False
+
+
 class Stub:
     """Stand for an object of a class that is not to be made."""
 
@@ -84,6 +147,21 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
 
     def find_class(self, module: str, name: str) -> Any:
         return super().find_class(module, name) if (module, name) in _MADE else Stub
+
+    def load_persid(self) -> None:
+        # Protocol 0 writes what torch refers to a storage by as text, which torch reads no more.
+        text = re.sub(r"<class '([^']*)'>", r"'\1'", self.readline()[:-1].decode("ascii"))
+        of, kind, *rest = ast.literal_eval(text)
+        self.append(self.persistent_load((of, self.find_class(*kind.rsplit(".", 1)), *rest)))
+
+    def load_frame(self) -> None:
+        self.read(8)  # its length is a hint, which the unpickler in C takes no notice of either
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]
+        pickle.PERSID[0]: load_persid,
+        pickle.FRAME[0]: load_frame,
+    }
 
 
 def _load(file: Any, **options: Any) -> Any:
