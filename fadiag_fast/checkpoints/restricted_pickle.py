@@ -67,6 +67,15 @@ class Call:
         self.function = function
 
 
+class Made:
+    """Be made by a Call, and take what a pickle gives it afterwards."""
+
+    __slots__ = ()
+
+    def build(self, state: Any) -> None:
+        raise NotImplementedError
+
+
 class Unknown:
     """Stand for a function or class that is not offered."""
 
@@ -510,6 +519,8 @@ def _named(name: str, offered: Mapping[str, Any], unknown: set[str]) -> Any:
 def _build(target: Any, state: Any) -> None:
     if type(target) is Shell:
         target.state = state
+    elif isinstance(target, Made):
+        target.build(state)
     elif type(target) is OrderedDict and isinstance(state, dict):
         # A state dict carries its modules' versions so. Other attributes say nothing of weights,
         # and may hide a dict's own methods.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import math
-import pickle
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -22,6 +21,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..checkpoints.errors import listed, printable
+from ..checkpoints.numpy_pickle import OFFERED, PickledArray
+from ..checkpoints.restricted_pickle import MOST_BYTES, PickleError, read_pickle
 from .folders import load_folders
 
 Array = npt.NDArray[Any]
@@ -404,17 +406,20 @@ def _read_cifar_binary(kind: str, path: Path) -> tuple[Array, Array]:
 
 def _read_cifar_pickle(kind: str, path: Path) -> tuple[Array, Array]:
     with path.open("rb") as file:
-        try:
-            # The files were written by Python 2: its strings are kept as bytes.
-            content = _CifarUnpickler(file, encoding="bytes").load()
-        except _RefusedGlobalError as refusal:
-            raise ValueError(f"load_dataset: {kind}: {refusal} in {path}") from refusal
-        except Exception as error:
-            # A damaged pickle can raise almost anything; all of it means the same here.
-            raise ValueError(
-                f"load_dataset: {kind}: expected a CIFAR-10 pickle in {path}, "
-                f"got {type(error).__name__}: {error}"
-            ) from error
+        raw = file.read(MOST_BYTES + 1)
+    try:
+        # The files were written by Python 2: its strings are kept as bytes.
+        content, _, refused = read_pickle(raw, OFFERED, byte_strings=True)
+    except PickleError as error:
+        raise ValueError(
+            f"load_dataset: {kind}: expected a CIFAR-10 pickle in {path}, got one that is not "
+            f"read: {error}"
+        ) from error
+    if refused:
+        raise ValueError(
+            f"load_dataset: {kind}: refused the global {listed(map(printable, sorted(refused)))} "
+            f"in {path}"
+        )
     if not isinstance(content, dict):
         raise ValueError(
             f"load_dataset: {kind}: expected a dictionary with data and labels in {path}, "
@@ -422,6 +427,8 @@ def _read_cifar_pickle(kind: str, path: Path) -> tuple[Array, Array]:
         )
     data = content.get(b"data", content.get("data"))
     labels = content.get(b"labels", content.get("labels"))
+    if isinstance(data, PickledArray):
+        data = data.array
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
         got = data.dtype if isinstance(data, np.ndarray) else type(data).__name__
         raise ValueError(f"load_dataset: {kind}: expected data of uint8 in {path}, got {got}")
@@ -442,44 +449,6 @@ def _read_cifar_pickle(kind: str, path: Path) -> tuple[Array, Array]:
         )
     # int64 before the range check, so that no label wraps around into the valid range.
     return data.reshape(-1, *_CIFAR_SHAPE), np.asarray(labels, dtype=np.int64)
-
-
-class _RefusedGlobalError(Exception):
-    """Says which global a pickle asked for and may not have."""
-
-
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    # Python 3 writes bytes into old pickle protocols as encode(text, "latin1"). Only that much of
-    # _codecs.encode is offered: other codecs would decompress or import on the file's behalf.
-    if encoding not in ("latin1", "latin-1"):
-        raise _RefusedGlobalError(f"refused the codec {encoding!r}")
-    return text.encode("latin1")
-
-
-def _array_reconstructor() -> Callable[..., Any]:
-    # The function has moved between numpy versions; an array says itself how it is rebuilt.
-    reduced = np.empty(0, dtype=np.uint8).__reduce__()
-    reconstruct: Callable[..., Any] = reduced[0]  # type: ignore[assignment]
-    return reconstruct
-
-
-_CIFAR_GLOBALS: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _array_reconstructor(),
-    ("numpy._core.multiarray", "_reconstruct"): _array_reconstructor(),
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): _encode_latin1,
-}
-
-
-class _CifarUnpickler(pickle.Unpickler):
-    """Rebuild plain containers and numpy arrays; refuse every other global before it is found."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _CIFAR_GLOBALS[module, name]
-        except KeyError:
-            raise _RefusedGlobalError(f"refused the global {module}.{name}") from None
 
 
 # npz

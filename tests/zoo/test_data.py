@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from fadiag_fast.checkpoints.numpy_pickle import OFFERED
+from fadiag_fast.checkpoints.restricted_pickle import read_pickle
 from fadiag_fast.zoo import ImageDataset, load_dataset, teacher_dataset
 from fadiag_fast.zoo.data import CIFAR10_MEAN, CIFAR10_STD, MINI_FOLDER
 
@@ -252,7 +254,7 @@ def check_tiny_cifar(dataset):
 
 
 @pytest.mark.parametrize("sub_folder", ["", "cifar-10-batches-py"])
-@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("protocol", range(6))
 def test_cifar10_python_version(tmp_path, sub_folder, protocol):
     write_cifar_pickles(tmp_path / sub_folder, protocol)
     check_tiny_cifar(load_dataset(f"cifar10:{tmp_path}"))
@@ -295,7 +297,7 @@ class Touch:
         return self.call
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("protocol", range(6))
 def test_cifar10_pickle_runs_nothing(tmp_path, protocol):
     canary = tmp_path / "canary"
     hostile = pickle.dumps(Touch(os.mkdir, str(canary)), protocol)
@@ -323,9 +325,51 @@ def test_cifar10_pickle_refuses_other_globals_by_name(tmp_path, function, argume
         load_dataset(f"cifar10:{tmp_path}")
 
 
+_TOUCH = b"X\x0c\x00\x00\x00touch canary"
+_DTYPE = b"cnumpy\ndtype\nX\x02\x00\x00\x00%bK\x00K\x01\x87R"
+_ARRAY = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"(" + _TOUCH + b"iposix\nsystem\n",  # INST
+        b"(cposix\nsystem\n" + _TOUCH + b"o",  # OBJ
+        b"\x82\x01" + _TOUCH + b"\x85R",  # EXT1
+        b"X\x05\x00\x00\x00posixX\x06\x00\x00\x00system\x93" + _TOUCH + b"\x85R",
+        b"Nr\xff\xff\xff\x7f" * 2 + b"cposix\nsystem\n" + _TOUCH + b"\x85R",  # a far memo
+        _DTYPE % b"O8",
+        _DTYPE % b"u1"
+        + b"(K\x03X\x01\x00\x00\x00|X\x01\x00\x00\x00aNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb",
+        _ARRAY + b"(K\x01J\xff\xff\xff\x7f\x85" + _DTYPE % b"u1" + b"\x89C\x01atb",
+        _ARRAY + b"(K\x01J\xff\xff\xff\xff\x85" + _DTYPE % b"u1" + b"\x89C\x01atb",
+        b"cnumpy\nndarray\nJ\xff\xff\xff\x7f\x85\x81",  # NEWOBJ
+    ],
+)
+def test_cifar10_hostile_pickle_is_refused(tmp_path, monkeypatch, code):
+    monkeypatch.chdir(tmp_path)
+    write_cifar_pickles(tmp_path, data_batch_2=b"\x80\x04" + code + b".")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"cifar10: (refused|expected a CIFAR-10 pickle) .*_2"):
+        load_dataset(f"cifar10:{tmp_path}")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("dtype", ["?", "i1", "<u2", ">i4", "<f2", ">f8", "c16"])
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_in_pickles_are_as_numpy_reads_them(dtype, protocol):
+    rows = np.arange(-6, 6).reshape(3, 4).astype(dtype)
+    wanted = [rows, np.asfortranarray(rows), rows[::2, 1:], rows[:1, 0].reshape(()), rows[:0]]
+    made, _, refused = read_pickle(pickle.dumps(wanted, protocol), OFFERED)
+    assert not refused
+    for one, array in zip(made, wanted, strict=True):
+        assert one.array.dtype == array.dtype
+        np.testing.assert_array_equal(one.array, array, strict=True)
+
+
 def test_cifar10_pickle_refuses_codecs_but_latin1(tmp_path):
     write_cifar_pickles(tmp_path, test_batch=pickle.dumps(Touch(codecs.encode, "x", "utf-8"), 2))
-    with pytest.raises(ValueError, match=r"cifar10: refused the codec 'utf-8' in .*test_batch"):
+    with pytest.raises(ValueError, match=r"cifar10: .*test_batch, .*refused the codec 'utf-8'"):
         load_dataset(f"cifar10:{tmp_path}")
 
 
@@ -335,7 +379,7 @@ PIXELS, LABELS = cifar_batch(0)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "expected a CIFAR-10 pickle in .*, got EOFError"),
+        (b"", "expected a CIFAR-10 pickle in .*, got one that is not read: it ends too early"),
         (b"\x80\x04not a pickle", "expected a CIFAR-10 pickle in "),
         ([1, 2], "expected a dictionary with data and labels in .*, got list"),
         ({b"labels": LABELS}, "expected data of uint8 in .*, got NoneType"),
