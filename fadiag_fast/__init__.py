@@ -2,16 +2,20 @@
 
 __version__ = "0.1.0"
 
-from .compiled import CompiledProbe, LoadedProbe, load_probe
-from .diagnosis import diagnose
-from .ops import PreparedStatistics, direction_cosines, layer_statistics, prepare_statistics
-from .packaged import load_packaged
-from .protocol import DiagnosticThresholds
-from .reference import LayerStatistics
-from .report import DiagnosticReport
-from .scanning import ScanResult, scan
-from .taps import TapError
-from .training import StepProbe, StepRecord
+from .interrupts import quiet_interrupts, runs_as_command
+
+# The import of torch takes seconds.
+with quiet_interrupts(runs_as_command()):
+    from .compiled import CompiledProbe, LoadedProbe, load_probe
+    from .diagnosis import diagnose
+    from .ops import PreparedStatistics, direction_cosines, layer_statistics, prepare_statistics
+    from .packaged import load_packaged
+    from .protocol import DiagnosticThresholds
+    from .reference import LayerStatistics
+    from .report import DiagnosticReport
+    from .scanning import ScanResult, scan
+    from .taps import TapError
+    from .training import StepProbe, StepRecord
 
 __all__ = [
     "CompiledProbe",

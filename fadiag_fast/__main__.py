@@ -3,6 +3,8 @@
 import io
 import sys
 
+from .interrupts import quiet_interrupts
+
 
 def main() -> None:
     """Start the command line, or say which extra it needs."""
@@ -11,10 +13,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        from .cli import app
-    except KeyboardInterrupt:  # the import of torch takes seconds
-        print("fadiag: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        with quiet_interrupts(True):
+            from .cli import app
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise

@@ -107,6 +107,10 @@ def _usage_errors() -> Iterator[None]:
         error.exit_code = EXIT_ERROR
         error.message = for_terminal(error.message)
         raise
+    except SystemExit as error:  # rich's, where nobody reads the help any more; 1 is a verdict
+        if error.code != 1:
+            raise
+        raise typer.Exit(EXIT_ERROR) from None
 
 
 # Typer has it from click, or of its own, by its version.

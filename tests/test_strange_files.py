@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import fadiag_fast
 from fadiag_fast.checkpoints import (
     UnreadableCheckpoint,
     UnwritableCheckpoint,
@@ -102,6 +104,45 @@ def test_nothing_is_said_of_a_reader_that_has_seen_enough() -> None:
     os.close(sink)
     assert run.returncode == 3
     assert run.stderr == ""
+
+
+@pytest.mark.parametrize("words", [["-h"], ["scan", "--help"], ["doctor"]])
+def test_nothing_is_said_of_a_reader_that_wants_no_help(words: list[str]) -> None:
+    source, sink = os.pipe()
+    os.close(source)
+    command = [sys.executable, "-m", "fadiag_fast", *words]
+    run = subprocess.run(command, stdout=sink, stderr=subprocess.PIPE, text=True)
+    os.close(sink)
+    assert run.returncode == 3  # 1 would be a verdict
+    assert run.stderr == ""
+
+
+# What the console script of an installed package does.
+SCRIPT = "import sys\nfrom fadiag_fast.__main__ import main\nsys.exit(main())\n"
+
+
+@pytest.mark.parametrize("slow", ["torch", "typer"])
+@pytest.mark.parametrize("started", ["module", "script", "library"])
+def test_an_interrupted_import_ends_as_an_interrupted_command(
+    tmp_path: Path, slow: str, started: str
+) -> None:
+    (tmp_path / f"{slow}.py").write_text("raise KeyboardInterrupt\n")
+    name = "fadiag" if started == "script" else "training.py"
+    (tmp_path / name).write_text(SCRIPT if started == "script" else "import fadiag_fast, typer\n")
+    command = ["-m", "fadiag_fast"] if started == "module" else [str(tmp_path / name)]
+    path = os.pathsep.join([str(tmp_path), str(Path(fadiag_fast.__file__).parents[1])])
+    run = subprocess.run(
+        [sys.executable, *command, "doctor"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode in (130, -signal.SIGINT)
+    if started == "library":  # whose own Ctrl-C this is
+        assert "KeyboardInterrupt" in run.stderr
+    else:
+        assert run.returncode == 130
+        assert run.stderr == "fadiag: interrupted\n"
 
 
 def test_a_manifest_of_many_columns_takes_its_length(tmp_path: Path) -> None:
