@@ -14,6 +14,7 @@ that the model hands out itself. Taps are named by the caller, or chosen from on
 A chain of L blocks has L + 1 states: the input of the first block and the state after every block.
 A name stands for one tensor: what is called ``blocks.0`` in a chain is what that block returned,
 or, where its caller adds the skip, the sum; what else comes to a block is ``input of blocks.1``.
+The selector ``blocks.0`` is the module's own output: the branch, where its caller adds the skip.
 Where the blocks return the next state, that is their output. Where they return only the branch and
 the caller adds the skip, it is the input of whatever comes next: which of the two holds is seen in
 the pass and not assumed.
