@@ -128,11 +128,11 @@ def scale_growth(figures: Figures, thresholds: DiagnosticThresholds) -> Diagnost
     if bad is None and figures.num_non_finite and figures.num_samples:
         bad = 0 if 2 * figures.num_non_finite > figures.num_samples else None
     if bad is not None:
-        where = f"the hidden states at {names[bad]} are not finite in most samples"
+        where = f"the hidden states at {names[bad]} are not finite in most {figures.row_name}"
         if math.isfinite(scales[bad]):
             where = (
-                f"{figures.num_non_finite} of {figures.num_samples} samples have a state or a "
-                f"gradient that is not finite"
+                f"{figures.num_non_finite} of {figures.num_samples} {figures.row_name} have a "
+                f"state or a gradient that is not finite"
             )
         return outcome(Status.FIRED, "NON-FINITE", scales[bad], bad, where)
     dead = next((l for l, scale in enumerate(scales) if l and scale == 0.0), None)
@@ -142,7 +142,7 @@ def scale_growth(figures: Figures, thresholds: DiagnosticThresholds) -> Diagnost
             "DEAD",
             value,
             dead,
-            f"the hidden states at {names[dead]} are exactly zero in most samples",
+            f"the hidden states at {names[dead]} are exactly zero in most {figures.row_name}",
         )
     if value > thresholds.scale_growth:
         return outcome(
@@ -198,7 +198,7 @@ def credit_gain(figures: Figures, thresholds: DiagnosticThresholds) -> Diagnosti
             "NON-FINITE",
             value,
             layer,
-            f"the gradients at {names[layer]} are not finite in most samples",
+            f"the gradients at {names[layer]} are not finite in most {figures.row_name}",
         )
     if math.isnan(value):
         what = "zero" if figures.output_grad_norm == 0 else "below its dtype's normal numbers"
@@ -212,9 +212,9 @@ def credit_gain(figures: Figures, thresholds: DiagnosticThresholds) -> Diagnosti
         )
     where = f"median ‖g_L‖ / ‖∂loss/∂logits‖ at {names[layer]}"
     if count is None or measurable is None:
-        where += f" over {figures.batch_size} samples"
+        where += f" over {figures.rows}"
     else:
-        where += f" over {measurable} of {count} samples"
+        where += f" over {measurable} of {count} {figures.row_name}"
         if measurable < count:
             where += "; the others have no measurable output error"
     if value < floor:
@@ -228,7 +228,7 @@ def credit_gain(figures: Figures, thresholds: DiagnosticThresholds) -> Diagnosti
             value,
             dead,
             f"the gradient arrives at {names[layer]}, and is exactly zero at {names[dead]} in most "
-            f"samples",
+            f"{figures.row_name}",
         )
     return outcome(Status.PASSED, "OK", value, layer, where)
 

@@ -270,6 +270,7 @@ def _figures(
         gain_reference=OUTPUT if probe.has_output else probe.taps.labels[-1],
         headline_acc=headline_acc,
         frozen_baseline_acc=frozen_baseline_acc,
+        num_rows=len(first.output_grad_norm),
     )
 
 
@@ -294,21 +295,19 @@ def _remarks(
         lost = ", ".join(probe.taps.unseen)
         remarks.append(f"Bypassed: the forward pass does not call {lost}.")
     first = batches[0]
-    rows = len(first.output_grad_norm)
-    kind = "samples" if rows == first.batch_size else "positions"
     for name, norms in (("hidden states", first.hidden_norm), ("gradients", first.grad_norm)):
         bad = (~norms.isfinite()).sum(dim=1).tolist()
         for l, count in enumerate(bad):
             if count:
                 remarks.append(
-                    f"{count} of {rows} {kind} have non-finite {name} at "
+                    f"{count} of {figures.rows} have non-finite {name} at "
                     f"{figures.layers[l]}; medians are over those that are not NaN."
                 )
                 break
     without_error = int((first.output_grad_norm == 0).sum())
     if without_error:
         remarks.append(
-            f"{without_error} of {rows} {kind} have no output error at all; they have "
+            f"{without_error} of {figures.rows} have no output error at all; they have "
             f"no credit gain."
         )
     if not probe.has_output:

@@ -160,6 +160,8 @@ class Figures:
         frozen_test_size: images behind ``frozen_baseline_acc``; None: as many as ``test_size``.
         chain_starts: indices of the states with which a second or later chain of blocks begins;
             growth is compared inside a chain only.
+        num_rows: rows of the first batch's states, which are more than its samples where every
+            position counts; None for the samples.
         gain_reference: what credit gains are relative to: ``output``, or the name of the last
             observed state where the network has no output with a row for each sample.
     """
@@ -191,6 +193,18 @@ class Figures:
     frozen_test_size: int | None = None
     chain_starts: Sequence[int] = ()
     gain_reference: str = OUTPUT
+    num_rows: int | None = None
+
+    @property
+    def rows(self) -> str:
+        """Say how many rows of states the first batch's medians are over, and what a row is."""
+        rows = self.batch_size if self.num_rows is None else self.num_rows
+        return f"{rows} {self.row_name}"
+
+    @property
+    def row_name(self) -> str:
+        """Return what one row of the states is: a sample, or a position of one."""
+        return "samples" if self.num_rows in (None, self.batch_size) else "positions"
 
     @property
     def rms_norms(self) -> list[float]:
@@ -297,11 +311,13 @@ def gradient_floor(figures: Figures, thresholds: DiagnosticThresholds) -> Diagno
         )
     layer = len(figures.bp_grad_norms) - 1
     value = figures.bp_grad_norms[layer]
-    where = f"median ‖g_L‖ at {figures.layers[layer]} over {figures.batch_size} samples"
+    where = f"median ‖g_L‖ at {figures.layers[layer]} over {figures.rows}"
     status, label, evidence = Status.PASSED, "OK", where
     if not math.isfinite(value):
         status, label = Status.FIRED, "NON-FINITE"
-        evidence = f"the gradients at {figures.layers[layer]} are not finite in most samples"
+        evidence = (
+            f"the gradients at {figures.layers[layer]} are not finite in most {figures.row_name}"
+        )
     elif value < floor:
         status, label = Status.FIRED, "AT FLOOR"
         stability = figures.stabilities[middle_layer(len(figures.stabilities))]

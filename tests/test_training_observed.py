@@ -671,6 +671,19 @@ def test_positions_are_not_called_samples():
     assert any(" of 32 positions have non-finite hidden states" in r for r in report.remarks)
 
 
+@pytest.mark.parametrize("protocol", ["paper", "calibrated"])
+def test_evidence_counts_what_its_median_is_over(protocol):
+    model, ids = Tokens(), ids_of()
+    samples, positions = ids.shape
+    for reduction, per_batch, what in (
+        ("flatten", samples, "samples"),
+        ("token", samples * positions, "positions"),
+    ):
+        report = diagnose(model, [(ids, ids)] * 2, reduction=reduction, protocol=protocol)
+        count = f"{per_batch} {what}" if protocol == "paper" else f"{2 * per_batch} {what}"
+        assert count in report["b"].evidence
+
+
 # ---- compiled
 
 
