@@ -130,23 +130,59 @@ def test_micro_batches():
 
 
 @row(
-    "a backward pass of something else than the loss: a gradient penalty, a saliency map, "
-    "another network's loss through this one"
+    "`torch.autograd.grad` within a step: a saliency map, an attack, a gradient penalty, an inner "
+    "loop, a product with the Hessian"
 )
-@pytest.mark.parametrize("discard", [True, False])
-def test_other_backwards(discard):
+def test_inner_gradients():
     model, probe, records = probed()
     x, y = batch_of()
     seen = x.clone().requires_grad_()
     torch.autograd.grad(model(seen).sum(), seen)  # a saliency map
-    if discard:
-        probe.discard()
     loss_of(model, (x, y)).backward()
     probe.step()
     probe.flush()
-    assert records[0].micro_batches == (1 if discard else 2)
+    assert records[0].micro_batches == 1
+    assert_same(records[0], plain_record(model, (x, y)))
+
+
+@row("a forward pass that is differentiated with `create_graph=True`, and the loss after it")
+def test_second_order():
+    model, probe, records = probed()
+    x, y = batch_of()
+    seen = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(seen).square().sum(), seen, create_graph=True)
+    (loss_of(model, (x, y)) + slope.square().sum()).backward()
+    probe.step()
+    probe.flush()
+    assert records[0].micro_batches == 1
+    assert_same(records[0], plain_record(model, (x, y)))
+
+
+@row("a backward pass whose gradients are cleared before an optimiser uses them")
+def test_cleared_gradients():
+    model, probe, records = probed()
+    batch = batch_of()
+    loss_of(model).backward()
+    model.zero_grad()
+    loss_of(model, batch).backward()
+    probe.step()
+    probe.flush()
+    assert records[0].micro_batches == 1
+    assert_same(records[0], plain_record(model, batch))
+
+
+@row("another network's loss through this one, and no `zero_grad()` after it")
+@pytest.mark.parametrize("discard", [True, False])
+def test_another_networks_loss(discard):
+    model, probe, records = probed()
+    batch = batch_of()
+    loss_of(model).backward()
     if discard:
-        assert_same(records[0], plain_record(model, (x, y)))
+        probe.discard()
+    loss_of(model, batch).backward()
+    probe.step()
+    probe.flush()
+    assert records[0].micro_batches == (1 if discard else 2)
 
 
 @row("backward passes, but never a `step()`")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..capture import before_link, sample_rows
@@ -36,9 +37,149 @@ MOST_PARTS = 10_000
 _is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
+# -1 outside of a backward pass.
+_backward_task = torch._C._current_graph_task_id
+_node_at_work: Callable[[], Any] = torch._C._current_autograd_node
+_will_execute: Callable[[Any], bool] = torch._C._will_engine_execute_node
+
+# What a backward pass does with gradients, in the order in which a step prefers them.
+#: ``torch.autograd.grad`` for parameters; whoever trains so has no others in a step.
+HANDED_OUT = 1
+#: They are added to ``.grad``, but to none of the probed model's: of an input, a prompt, another
+#: network.
+ELSEWHERE = 2
+#: They are added to the parameters' ``.grad``, perhaps only as the gradient of a gradient.
+SECOND_ORDER = 3
+TRAINS = 4
+
 _queue_callback: Callable[[Callable[[], None]], None] = (
     torch.autograd.Variable._execution_engine.queue_callback
 )
+
+
+def _purpose(gradients: Gradients) -> int:
+    """Return what the backward pass under way does with its gradients; 0 for none of the above.
+
+    Called in a hook. Walks down the graph, along what is executed, to the first leaf of the model's
+    whose gradient is added up: rarely more than a few nodes.
+    """
+    start = _node_at_work()
+    found, left_out, parameters = 0, False, False
+    todo, seen = [start], {start}
+    while todo:
+        node = todo.pop()
+        leaf = node.variable if _is_leaf(node) else None
+        try:
+            # torch does not count the root, where a hook may be, among the graph's nodes.
+            executed = (node is start and leaf is None) or _will_execute(node)
+        except RuntimeError:
+            # torch answers so for a leaf whose gradient torch.autograd.grad returns. A graph of
+            # gradients is made for another backward pass.
+            if isinstance(leaf, nn.Parameter) and not torch.is_grad_enabled():
+                return HANDED_OUT
+            executed = False
+        if not executed:
+            left_out = True
+        elif leaf is None:
+            ahead = [after for after, _ in node.next_functions if after is not None]
+            ahead = [after for after in ahead if after not in seen]
+            seen.update(ahead)
+            todo += sorted(ahead, key=_is_leaf)  # leaves first: they are what is looked for
+        elif gradients.owns(leaf):
+            return TRAINS
+        else:
+            found = ELSEWHERE
+            parameters |= isinstance(leaf, nn.Parameter)
+            if not gradients.owns_any:
+                break
+    # backward(inputs=[x]) leaves out what there is beside x.
+    return 0 if left_out and not parameters else found
+
+
+class Gradients:
+    """What is known of the parameters' gradients from outside of a backward pass.
+
+    Args:
+        model: whose parameters.
+        forget: is called when the gradients of earlier backward passes were cleared, and no
+            optimiser has used them.
+    """
+
+    def __init__(self, model: nn.Module, forget: Callable[[], None]) -> None:
+        # The probe and its model may be gone before what a compiled graph holds.
+        self._model = weakref.ref(model)
+        self._forget = weakref.WeakMethod(forget)
+        self._owned: dict[int, weakref.ref[Tensor]] = {}
+        self._up_to_date = False
+        self._witness: weakref.ref[Tensor] | None = None
+        self._searches = 0
+        self._seen: tuple[int, int] | None = None
+        self._task, self._purpose = -1, 0
+        self.ignored = False  # whether a backward pass was not looked at
+
+    def purpose(self, task: int) -> int:
+        """Return what the backward pass under way does with its gradients, once for each."""
+        if task != self._task:
+            self._up_to_date = False
+            self._task, self._purpose = task, _purpose(self)
+            self.ignored |= not self._purpose
+        return self._purpose
+
+    @property
+    def owns_any(self) -> bool:
+        """Whether the model had a parameter that trains when last looked at."""
+        return bool(self._owned)
+
+    def owns(self, leaf: Tensor) -> bool:
+        """Say whether a leaf is one of the model's parameters."""
+        known = self._owned.get(id(leaf))
+        if known is not None and known() is leaf:
+            return True
+        model = self._model()
+        if self._up_to_date or model is None:
+            return False
+        # Once for each backward pass: parameters may have come since.
+        self._up_to_date = True
+        self._owned = {id(p): weakref.ref(p) for p in model.parameters() if p.requires_grad}
+        return id(leaf) in self._owned
+
+    def ended(self) -> None:
+        """Note what a finished backward pass has left in one parameter."""
+        one = None if self._witness is None else self._witness()
+        model = self._model()
+        if (one is None or one.grad is None) and self._searches < _SEARCHES and model is not None:
+            self._searches += 1
+            there = [p for p in model.parameters() if p.grad is not None]
+            one = min(there, key=Tensor.numel, default=None)
+            self._witness = None if one is None else weakref.ref(one)
+        # An optimiser inside of the backward pass leaves none.
+        grad = None if one is None else one.grad
+        self._seen = None if one is None or grad is None else (one._version, grad._version)
+
+    def begins(self) -> None:
+        """Note that a backward pass begins: those before it may have been given up."""
+        seen, self._seen = self._seen, None
+        one = None if self._witness is None else self._witness()
+        if seen is None or one is None or one._version != seen[0]:
+            return  # an optimiser has used them
+        grad = one.grad
+        if grad is not None:
+            if grad._version == seen[1] or type(grad) is not Tensor or _capturing(grad):
+                return
+            # Something wrote into it: set to zero or clipped, say. Rare; this waits for the device.
+            if grad.layout != torch.strided or not grad.numel() or bool(grad.detach().any()):
+                return
+        forget = self._forget()
+        if forget is not None:
+            forget()
+
+
+# Backward passes after which a parameter with a gradient is looked for.
+_SEARCHES = 8
+
+
+def _is_leaf(node: Any) -> bool:
+    return type(node).__name__ == "AccumulateGrad"
 
 
 @dataclass
@@ -58,6 +199,7 @@ class Settings:
         first: states whose gradient has not been seen yet.
         tensor_ranks: that hold one copy of the model together.
         samples: only the first so many of a pass are observed; None observes all.
+        gradients: says what a backward pass does with its gradients.
         remark: is told why a pass has no logits that gains could be relative to.
     """
 
@@ -66,6 +208,7 @@ class Settings:
     reduction: SampleReduction
     batch_dim: int
     direction_layers: tuple[int, ...]
+    gradients: Gradients
     kept_bytes: int
     complex: bool = False
     passing: set[int] = field(default_factory=set)
@@ -190,6 +333,7 @@ class Figures:
         rms: in their place ``[n, N]`` float64, the norms over the root of the features, where these
             differ between samples or only the device knows them.
         has_error: whether the gradients of the logits are among the norms.
+        purpose: what the backward pass does with its gradients.
     """
 
     norms: Tensor
@@ -201,6 +345,7 @@ class Figures:
     sizes: tuple[int, ...] = ()
     rms: Tensor | None = None
     has_error: bool = True
+    purpose: int = TRAINS
 
     def root_mean_squares(self) -> Tensor:
         """Return ``rms``, computed from the sizes where these are known."""
@@ -266,12 +411,14 @@ class Observation:
         "grads",
         "means",
         "of",
+        "purpose",
         "versions",
     )
 
-    def __init__(self, of: Pass) -> None:
+    def __init__(self, of: Pass, purpose: int) -> None:
         size = len(of.settings.labels) + 1
         self.of = of
+        self.purpose = purpose
         self.grads: list[Tensor | None] = [None] * size
         self.versions = [0] * size
         self.copies: dict[int, Tensor] = {}
@@ -313,6 +460,12 @@ class Observation:
     def finish(self) -> None:
         """Note that the backward pass ended: torch does not call this after an error."""
         self.finished = True
+        if self.purpose != TRAINS:
+            return
+        self.of.settings.gradients.ended()
+        for (l, call), differentiable in self.of.differentiated.items():
+            if differentiable or not self.has(l, call):
+                self.purpose = SECOND_ORDER
 
     def forget(self) -> None:
         """Let go of the gradients, and of the circle of references."""
@@ -433,6 +586,7 @@ class Observation:
             sizes=settings.whole_sizes(sizes),
             # Logits that the loss does not use have no gradient: that is no lack of logits.
             has_error=bool(of.logit_shapes) and not of.unusable,
+            purpose=self.purpose,
         )
 
     def _check_rows(self, counts: list[int]) -> None:
@@ -510,6 +664,10 @@ class Pass:
         self.seconds = 0.0
         self._hooked = [False] * (n + 1)
         self._last: Observation | None = None
+        # Where a gradient that is to be differentiated again entered, and whether it depends on
+        # what was computed there.
+        self.differentiated: dict[tuple[int, int], bool] = {}
+        self._task = -1
         self._opened = opened
 
     def see(self, l: int, state: Tensor) -> None:
@@ -631,13 +789,21 @@ class Pass:
         if grad is None or _is_wrapped(grad) or _is_batched(grad):
             return
         started = perf_counter()
+        settings = self.settings
+        task = _backward_task()
+        purpose = settings.gradients.purpose(task)
+        if purpose <= HANDED_OUT and torch.is_grad_enabled() and task != self._task:
+            self._task = task
+            self.differentiated[l, call] = grad.requires_grad
+        if not purpose:
+            return
         last = self._last
-        if last is None or last.has(l, call):
+        handed_out = purpose == HANDED_OUT
+        if last is None or (last.purpose == HANDED_OUT) != handed_out or last.has(l, call):
             # A gradient that came before: another backward through the same graph.
-            last = self._last = Observation(self)
+            last = self._last = Observation(self, purpose)
             _queue_callback(last.finish)
             self._opened(last)
-        settings = self.settings
         if settings.tensor_ranks is not None or type(grad) is not Tensor:
             grad, last.counts[l] = settings.part_of(l, grad, grad=True)
         if l == len(self.states) and len(self.logit_shapes) > 1:

@@ -48,7 +48,9 @@ from .hooks import (
     autocast_dtype,
 )
 from .passes import (
+    TRAINS,
     Figures,
+    Gradients,
     Observation,
     Parts,
     Pass,
@@ -428,6 +430,7 @@ class StepProbe(OfThisRun):
         self._was_transformed = False  # whether a pass was inside of a function transform
         self._steps = _Steps()
         weakref.finalize(self, self._steps.tell)  # at the exit of the process at the latest
+        self._gradients = Gradients(self.model, self._forget_cleared)
         self._parts = Parts()
         self._slot_parts = Parts(self._steps.count)
         self._seconds = 0.0
@@ -570,6 +573,7 @@ class StepProbe(OfThisRun):
             self.reduction,
             self.batch_dim,
             layers,
+            self._gradients,
             limits[self.mode],
             any(s is not None and s.tensor.is_complex() for s in sightings),
             {l for l, s in enumerate(sightings) if s is not None and s.overwritten},
@@ -796,6 +800,7 @@ class StepProbe(OfThisRun):
             next(state.tensor.device for state in states if state is not None),
             refusals,
             self.samples,
+            self._gradients,
             self._slot_parts.add,  # not of the probe, which the slots would keep alive
         )
         return logits is not None
@@ -945,8 +950,32 @@ class StepProbe(OfThisRun):
 
     def _opened(self, observation: Observation) -> None:
         self._steps.count()
+        if observation.purpose == TRAINS:
+            self._gradients.begins()
         self._observations.append(observation)
         self._backward_of = observation.of
+
+    def _forget_cleared(self) -> None:
+        """Leave out backward passes whose gradients were cleared before an optimiser used them.
+
+        As after an exception that was caught, or when the loss of another network is gone.
+        """
+        count = len(self._observations) + len(self._parts) + len(self._slot_parts)
+        if count:
+            _log.info(
+                "%s: step %d: left out %d earlier forward passes, whose gradients were cleared",
+                type(self.model).__name__,
+                self._step,
+                count,
+            )
+        self._forget_passes()
+
+    def _forget_passes(self) -> None:
+        for observation in self._observations:
+            observation.forget()
+        self._observations = []
+        self._parts.clear()
+        self._slot_parts.clear()
 
     def _reduce_finished(self) -> None:
         """Reduce the micro-batches whose backward passes have ended; drop broken ones."""
@@ -1036,6 +1065,7 @@ class StepProbe(OfThisRun):
         if self._step_was_wanted:
             self.schedule.note(step, self._seconds + now - began, now - self._step_began)
             self._wanted = self._schedule_wants()  # it may think better of the next one now
+        self._gradients.ignored = False
         self._seconds = 0.0
         self._step_began = now
 
@@ -1114,7 +1144,9 @@ class StepProbe(OfThisRun):
         return self._active and bool(self.schedule.wants(self._step))
 
     def _take_parts(self) -> list[Figures]:
-        eager, compiled = self._parts, list(self._slot_parts)
+        best = max((part.purpose for part in self._parts), default=0)
+        eager = [part for part in self._parts if part.purpose == best]
+        compiled = list(self._slot_parts)
         if compiled and self._tensor_ranks is not None:
             raise RuntimeError(_NOT_COMPILED)
         if compiled:
@@ -1168,6 +1200,11 @@ class StepProbe(OfThisRun):
             more = (
                 "; passes inside of function transforms (torch.func.grad, vmap and others) are not "
                 "looked at: differentiate with backward() or torch.autograd.grad"
+            )
+        elif self._gradients.ignored:
+            more = (
+                "; a backward pass that adds to no parameter's .grad, as torch.autograd.grad for "
+                "inputs does, is not counted: differentiate the loss with backward()"
             )
         elif not self._prepared:
             more = "; the model was not called in training mode with gradients enabled"
@@ -1484,11 +1521,7 @@ class StepProbe(OfThisRun):
         """
         self._current = None
         self._aside = []
-        for observation in self._observations:
-            observation.forget()
-        self._observations = []
-        self._parts.clear()
-        self._slot_parts.clear()
+        self._forget_passes()
 
     def remove(self) -> None:
         """Flush, take all hooks away, and close the sinks that were opened here.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..capture import sample_rows
 from ..statistics import SampleReduction
-from .passes import Figures, by_sample
+from .passes import Figures, Gradients, by_sample
 
 _STATE_SCALE = 2.0**-32
 _GRAD_SCALE = 2.0**32
@@ -172,6 +172,7 @@ class Slots:
         device: of the states.
         refusals: per state that cannot be reached in a compiled network the reason.
         samples: only the first so many of a pass are observed; None observes all.
+        gradients: is told of every backward pass that reached a slot.
         arrived: is called at the end of every backward pass that reached a slot.
     """
 
@@ -186,6 +187,7 @@ class Slots:
         device: torch.device,
         refusals: Mapping[int, str],
         samples: int | None,
+        gradients: Gradients,
         arrived: Callable[[Figures], None],
     ) -> None:
         n = len(labels)
@@ -198,6 +200,7 @@ class Slots:
         # that several calls made logits of some of the samples each.
         self._flaws: Tensor | None = None
         self._without_logits = False
+        self._gradients = gradients
         self._arrived = arrived
         self.leaves = [self._leaf((_ROWS, capacity), device) for _ in range(n)]
         self.leaves.append(self._leaf((_ROWS, error_capacity), device))
@@ -275,6 +278,7 @@ class Slots:
         """Take the gradient away from a leaf: the next backward pass has its own."""
         if not self._got and not self._got_sums:
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+            self._gradients.begins()
         if leaf.grad is not None:
             got[l] = leaf.grad
         leaf.grad = None
@@ -333,6 +337,7 @@ class Slots:
         n = len(self.labels)
         got, sums = self._got, self._got_sums
         self.forget()
+        self._gradients.ended()
         present = [l for l in range(n) if l in got]
         if not present:
             return
