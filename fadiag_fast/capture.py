@@ -16,6 +16,7 @@ serves what torch.func refuses: autograd functions of the old style, saved-tenso
 that the forward pass updates, sharded parameters.
 """
 
+import functools
 import re
 import sys
 import warnings
@@ -358,6 +359,13 @@ _MOST_BEHIND_LINKS = 8
 _NODE = re.compile(r"(\w+?)Backward\d*$")
 
 
+@functools.lru_cache
+def _operator_of(node: str) -> str | None:
+    """Return the operator whose gradient a node of autograd's computes, by the node's name."""
+    found = _NODE.match(node)
+    return None if found is None else found[1]
+
+
 def before_link(output: Tensor) -> tuple[Any, int] | None:
     """Return the node of the graph that makes the logits of a model that ends in a softmax.
 
@@ -369,13 +377,13 @@ def before_link(output: Tensor) -> tuple[Any, int] | None:
     """
     node = output.grad_fn
     for _ in range(_MOST_BEHIND_LINKS):
-        found = None if node is None else _NODE.match(node.name())
-        if node is None or found is None:
+        operator = None if node is None else _operator_of(node.name())
+        if node is None or (operator not in _LINKS and operator not in _BEHIND_LINKS):
             return None
         inputs = [(one, index) for one, index in node.next_functions if one is not None]
-        if found[1] in _LINKS:
+        if operator in _LINKS:
             return inputs[0] if inputs else None
-        if found[1] not in _BEHIND_LINKS or len(inputs) != 1:
+        if len(inputs) != 1:
             return None
         node = inputs[0][0]
     return None

@@ -188,13 +188,14 @@ class PackedStatistics(LayerStatistics):
     def norms(self) -> Tensor:
         """Norms of hidden states, then of gradients, ``[2, L, B]`` float64."""
         rows = self.shapes[0][self.batch_dims - 1]
-        words = self.packed[..., : self._norms_width()]
+        words = self.packed.narrow(-1, 0, self._norms_width())
         try:
             both = words.view(torch.float64)
         except RuntimeError:
             # Under vmap, before torch had a batching rule for this view.
             both = torch.ops.fadiag.reinterpret_as_double.default(words)
-        norms: Tensor = both.unflatten(-1, (2, len(self.shapes), rows))
+        # As unflatten does, at a third of its time.
+        norms: Tensor = both.view(*both.shape[:-1], 2, len(self.shapes), rows)
         return norms
 
     @property

@@ -479,12 +479,17 @@ class Observation:
         layers: list[int] = []
         hiddens: list[Tensor] = []
         gradients: list[Tensor] = []
-        for l, state in enumerate(states):
-            grad = self._gradient(l)
+        plainly = not self.copies
+        for l, (state, version) in enumerate(zip(states, versions, strict=True)):
+            grad = self.grads[l]
+            if grad is None:
+                continue
+            if not plainly or grad._version != self.versions[l]:
+                grad = self._gradient(l)
             if state is None or grad is None:
                 continue
             layers.append(l)
-            hiddens.append(self._as_seen(l, state, versions[l]))
+            hiddens.append(state if state._version == version else self._as_seen(l, state, version))
             gradients.append(grad)
         settings = self.of.settings
         if not settings.plain:
@@ -552,7 +557,7 @@ class Observation:
                 error, logits = sample_norms(logits), None
         norms: Tensor | None = None
         if hiddens:
-            self._check_rows([h.shape[0] for h in hiddens])
+            self._check_rows([len(h) for h in hiddens])
             wanted = [layers.index(l) for l in settings.direction_layers if l in layers]
             found = ops.layer_statistics(hiddens, gradients, means=wanted)
             norms = (
@@ -667,7 +672,7 @@ class Pass:
         # Where a gradient that is to be differentiated again entered, and whether it depends on
         # what was computed there.
         self.differentiated: dict[tuple[int, int], bool] = {}
-        self._task = -1
+        self._task, self._purpose = -1, 0
         self._opened = opened
 
     def see(self, l: int, state: Tensor) -> None:
@@ -783,41 +788,54 @@ class Pass:
                 wide = torch.view_as_real(rows) if rows.is_complex() else rows
                 observation.errors[call] = sample_norms(wide)
 
+    def _purpose_of(self, task: int, l: int, grad: Tensor, call: int) -> int:
+        """Look at a backward pass when its first gradient arrives here."""
+        # A batch of gradients at once (``is_grads_batched``) is none of the training's.
+        if _is_wrapped(grad) or _is_batched(grad):
+            return 0
+        purpose = self.settings.gradients.purpose(task)
+        if purpose <= HANDED_OUT and torch.is_grad_enabled():
+            self.differentiated[l, call] = grad.requires_grad
+        if self._last is not None and (self._last.purpose == HANDED_OUT) != (purpose == HANDED_OUT):
+            self._last = None
+        return purpose
+
     def _arrived(self, l: int, grad: Tensor | None, call: int = 0) -> None:
-        # None of an output of several, of which the loss uses others: it is not reached. A batch of
-        # gradients at once (``is_grads_batched``) is no backward pass of the training's.
-        if grad is None or _is_wrapped(grad) or _is_batched(grad):
+        # None of an output of several, of which the loss uses others: it is not reached.
+        if grad is None:
             return
         started = perf_counter()
-        settings = self.settings
         task = _backward_task()
-        purpose = settings.gradients.purpose(task)
-        if purpose <= HANDED_OUT and torch.is_grad_enabled() and task != self._task:
-            self._task = task
-            self.differentiated[l, call] = grad.requires_grad
-        if not purpose:
+        if task != self._task:
+            self._task, self._purpose = task, self._purpose_of(task, l, grad, call)
+        if not self._purpose:
             return
-        last = self._last
-        handed_out = purpose == HANDED_OUT
-        if last is None or (last.purpose == HANDED_OUT) != handed_out or last.has(l, call):
-            # A gradient that came before: another backward through the same graph.
-            last = self._last = Observation(self, purpose)
+        last, settings = self._last, self.settings
+        # A gradient that came before: another backward through the same graph.
+        if (
+            last is None
+            or last.grads[l] is not None
+            or last.grad_norms[l] is not None
+            or (last.errors and last.has(l, call))
+        ):
+            last = self._last = Observation(self, self._purpose)
             _queue_callback(last.finish)
             self._opened(last)
-        if settings.tensor_ranks is not None or type(grad) is not Tensor:
+        plain = settings.tensor_ranks is None and type(grad) is Tensor
+        if not plain:
             grad, last.counts[l] = settings.part_of(l, grad, grad=True)
-        if l == len(self.states) and len(self.logit_shapes) > 1:
-            self._take_call(last, call, grad)
-            self.seconds += perf_counter() - started
-            return
         if l == len(self.states):
+            if len(self.logit_shapes) > 1:
+                self._take_call(last, call, grad)
+                self.seconds += perf_counter() - started
+                return
             small = grad.nbytes <= settings.kept_bytes
         else:
             if settings.samples is not None:
                 grad = settings.observed(grad, settings.batch_dim)
             state = self.states[l]
             # Of a state that is whole on each rank a part of the gradient may be, and the reverse.
-            small = state is not None and state.shape == grad.shape
+            small = state is not None and (plain or state.shape == grad.shape)
         if small and l not in settings.passing_grads:
             last.keep(l, grad.detach() if grad.requires_grad else grad)
         else:
