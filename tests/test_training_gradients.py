@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from fadiag_fast import StepProbe
+from fadiag_fast.taps import TapError
 
 F = nn.functional
 SAMPLES, WIDTH = 8, 6
@@ -408,6 +409,20 @@ def test_nothing_that_trains_is_named_in_the_error():
     probe.step()
     probe.remove()
     assert [record.num_samples for record in records] == [SAMPLES]
+
+
+@pytest.mark.parametrize("taps", [TAPS, None])
+@pytest.mark.parametrize("plain_chain", [True, False])
+def test_a_call_without_a_batch_dimension_is_named(taps, plain_chain):
+    model = network()
+    if plain_chain:
+        model = nn.Sequential(*[module for layer in model.layers for module in layer])
+        taps = taps and ["0", "2", "4"]
+    probe = StepProbe(model, taps, alarms=False)
+    with pytest.raises(TapError, match=r"without a batch dimension, call .* shape \[1, 6\]"):
+        model(X[0])
+    model(X[:1])
+    probe.remove()
 
 
 # ---- gradients that are thrown away

@@ -40,6 +40,7 @@ _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedten
 # -1 outside of a backward pass.
 _backward_task = torch._C._current_graph_task_id
 _node_at_work: Callable[[], Any] = torch._C._current_autograd_node
+_LEAF = type(torch.autograd.graph.get_gradient_edge(torch.empty(0, requires_grad=True)).node)
 _will_execute: Callable[[Any], bool] = torch._C._will_engine_execute_node
 
 # What a backward pass does with gradients, in the order in which a step prefers them.
@@ -64,6 +65,14 @@ def _purpose(gradients: Gradients) -> int:
     whose gradient is added up: rarely more than a few nodes.
     """
     start = _node_at_work()
+    # Most often the bias of the head: no list of what is ahead then.
+    for after, _ in start.next_functions:
+        if type(after) is _LEAF and gradients.owns(after.variable):
+            try:
+                if _will_execute(after):
+                    return TRAINS
+            except RuntimeError:
+                break
     found, left_out, parameters = 0, False, False
     todo, seen = [start], {start}
     while todo:
@@ -146,14 +155,15 @@ class Gradients:
     def ended(self) -> None:
         """Note what a finished backward pass has left in one parameter."""
         one = None if self._witness is None else self._witness()
-        model = self._model()
-        if (one is None or one.grad is None) and self._searches < _SEARCHES and model is not None:
+        grad = None if one is None else one.grad
+        model = self._model() if grad is None and self._searches < _SEARCHES else None
+        if model is not None:
             self._searches += 1
             there = [p for p in model.parameters() if p.grad is not None]
             one = min(there, key=Tensor.numel, default=None)
             self._witness = None if one is None else weakref.ref(one)
+            grad = None if one is None else one.grad
         # An optimiser inside of the backward pass leaves none.
-        grad = None if one is None else one.grad
         self._seen = None if one is None or grad is None else (one._version, grad._version)
 
     def begins(self) -> None:
@@ -179,7 +189,7 @@ _SEARCHES = 8
 
 
 def _is_leaf(node: Any) -> bool:
-    return type(node).__name__ == "AccumulateGrad"
+    return type(node) is _LEAF
 
 
 @dataclass

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .. import ops
 from ..arguments import check_how, check_module
@@ -244,6 +245,14 @@ def _as_input(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
                 )
             found.pop(name, None)
     return found
+
+
+def _without_batch(x: Any) -> torch.Size | None:
+    """Return the shape of an input whose floating tensors have one dimension; None of others."""
+    tensors = [one for one in tree_leaves(x) if isinstance(one, Tensor)]
+    shapes = [one.shape for one in tensors if one.is_floating_point()]
+    alike = bool(shapes) and len(shapes) == len(tensors) and {len(s) for s in shapes} == {1}
+    return shapes[0] if alike else None
 
 
 class StepProbe(OfThisRun):
@@ -535,11 +544,17 @@ class StepProbe(OfThisRun):
                         f"return_hidden=True; name the taps"
                     )
                 self._install(found, seen)
-        except BaseException:
+        except BaseException as error:
             # The next pass is the first one then.
             for handle in self._handles:
                 handle.remove()
             self._handles = []
+            shape = _without_batch(x)
+            if isinstance(error, TapError) and shape is not None:
+                raise TapError(
+                    f"{error} The input has shape {list(shape)}: if it is one sample without a "
+                    f"batch dimension, call the model with x[None], of shape {[1, *shape]}."
+                ) from error
             raise
         finally:
             self._preparing_now = False
@@ -567,6 +582,12 @@ class StepProbe(OfThisRun):
         }[self._which_directions]
         limits = {"passing": -1, "together": 2**62, "auto": _KEPT_BYTES // (2 * (n + 1))}
         sightings = [sighting_at(seen, point) for point in points]
+        if all(s is not None and s.tensor.dim() == 1 for s in sightings):
+            assert sightings[0] is not None
+            raise TapError(
+                f"{type(self.model).__name__}: {found.labels[0]}: expected a state with a batch "
+                f"dimension and features, got shape {list(sightings[0].tensor.shape)}."
+            )
         self._settings = Settings(
             type(self.model).__name__,
             found.labels,
