@@ -40,7 +40,7 @@ _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedten
 # -1 outside of a backward pass.
 _backward_task = torch._C._current_graph_task_id
 _node_at_work: Callable[[], Any] = torch._C._current_autograd_node
-_LEAF = type(torch.autograd.graph.get_gradient_edge(torch.empty(0, requires_grad=True)).node)
+_LEAF: Any = type(torch.autograd.graph.get_gradient_edge(torch.empty(0, requires_grad=True)).node)
 _will_execute: Callable[[Any], bool] = torch._C._will_engine_execute_node
 
 # What a backward pass does with gradients, in the order in which a step prefers them.
