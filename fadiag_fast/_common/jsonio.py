@@ -42,4 +42,6 @@ def number(value: Any) -> Any:
     """
     if value is None:
         return math.nan
-    return float(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return _NOT_FINITE[value] if value in _NOT_FINITE else float(value)
