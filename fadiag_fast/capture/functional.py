@@ -16,7 +16,7 @@ from torch import Tensor
 from .._common.process import eager
 from .captured import Captured
 from .network import ObservedNetwork
-from .plan import Calls, Mismatch, Plan, Slot, changed_input
+from .plan import Calls, GradientTap, Mismatch, Plan, changed_input
 from .points import split_hidden
 
 
@@ -46,7 +46,7 @@ def capture_functional(
         def slot(index: int, tensor: Tensor) -> Tensor:
             values[index] = tensor
             clone = plan.spots[index].clone
-            passed[index] = Slot.apply(  # type: ignore[no-untyped-call]
+            passed[index] = GradientTap.apply(  # type: ignore[no-untyped-call]
                 tensor, slots[index], clone, reached, index
             )
             return passed[index]

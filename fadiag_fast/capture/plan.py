@@ -16,7 +16,7 @@ from .tracing import Source, tensors_in, with_leaves
 Path = Literal["torch.func", "autograd"]
 
 
-class Slot(torch.autograd.Function):
+class GradientTap(torch.autograd.Function):
     """Pass a state on; in the backward, give its gradient to ``slot`` as well."""
 
     generate_vmap_rule = True

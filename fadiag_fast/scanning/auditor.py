@@ -281,7 +281,9 @@ class Auditor:
 
     # ---- measuring
 
-    def measure(self, rows: Tensor, fit: Fit, way: BatchingPlan, *, graph: bool = True) -> Pending:
+    def measure(
+        self, rows: Tensor, fit: Fit, way: BatchingPlan, *, graph: bool = True
+    ) -> PendingFigures:
         """Compute the figures of the checkpoints in ``rows``, uint8 ``[S, bytes]``.
 
         On a GPU this only begins the work.
@@ -304,9 +306,9 @@ class Auditor:
                     self._graphs.clear()
                     torch.cuda.synchronize(self.device)
             columns, traits = self._columns(rows, fit, way)
-            return Pending(self, columns[: len(rows)], traits)
+            return PendingFigures(self, columns[: len(rows)], traits)
 
-    def _by_graph(self, rows: Tensor, fit: Fit, way: BatchingPlan) -> Pending:
+    def _by_graph(self, rows: Tensor, fit: Fit, way: BatchingPlan) -> PendingFigures:
         if way not in self._graphs:
             if len(self._graphs) >= _MOST_GRAPHS:
                 self._graphs.clear()
@@ -315,7 +317,7 @@ class Auditor:
                 rows, fit, own, way.stack, lambda rows: self._columns(rows, own, way), self.alike
             )
         graph = self._graphs[way]
-        return Pending(self, graph.replay(rows, fit), graph.traits)
+        return PendingFigures(self, graph.replay(rows, fit), graph.traits)
 
     def forget_graphs(self) -> None:
         """Let go of the memory that recorded graphs hold."""
@@ -491,7 +493,7 @@ class Auditor:
         return int(plan.spots[plan.output].shape[0])
 
 
-class Pending:
+class PendingFigures:
     """Figures on their way to the host.
 
     Attributes:
@@ -581,7 +583,9 @@ def _known(number: float) -> float | None:
     return None if math.isnan(number) else number
 
 
-def seconds_of(run: Callable[[], Pending], device: torch.device) -> tuple[Pending, float]:
+def seconds_of(
+    run: Callable[[], PendingFigures], device: torch.device
+) -> tuple[PendingFigures, float]:
     """Return what ``run`` returns, and how long its work took."""
     if device.type != "cuda":
         began = time.perf_counter()

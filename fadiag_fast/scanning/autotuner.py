@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .auditor import Auditor, Pending, seconds_of
+from .auditor import Auditor, PendingFigures, seconds_of
 from .batching import BatchingPlan
 from .weight_layout import Fit
 
@@ -60,7 +60,7 @@ class Search:
         self._growing = self._growing and not self._tried and self.most > 1
         self._best: tuple[float, BatchingPlan] = (float("inf"), self.way)
 
-    def measure(self, rows: Tensor, fit: Fit) -> Pending:
+    def measure(self, rows: Tensor, fit: Fit) -> PendingFigures:
         """Compute the figures of at most ``way.stack`` checkpoints.
 
         Raises what the model raises.
@@ -73,7 +73,7 @@ class Search:
             return self._grow(rows, fit)
         return self._auditor.measure(rows, fit, self.way)
 
-    def _try_ways(self, row: Tensor, fit: Fit) -> Pending | None:
+    def _try_ways(self, row: Tensor, fit: Fit) -> PendingFigures | None:
         """Choose how batches share passes; return the figures of the quickest way."""
         candidates = self._auditor.candidates()
         seconds = float("inf")
@@ -115,7 +115,7 @@ class Search:
         self.way = replace(best[1], stack=stack)
         return best[2]
 
-    def _grow(self, rows: Tensor, fit: Fit) -> Pending:
+    def _grow(self, rows: Tensor, fit: Fit) -> PendingFigures:
         """Measure a stack and decide whether the next is larger."""
         pending, seconds = self._timed(rows, fit, self.way, self._best[0])
         if seconds * _WORTHWHILE <= self._best[0]:
@@ -129,10 +129,10 @@ class Search:
 
     def _timed(
         self, rows: Tensor, fit: Fit, way: BatchingPlan, best: float = float("inf")
-    ) -> tuple[Pending, float]:
+    ) -> tuple[PendingFigures, float]:
         """Return figures and seconds per checkpoint of the second run, or of a hopeless first."""
 
-        def run() -> Pending:
+        def run() -> PendingFigures:
             return self._auditor.measure(rows, fit, way)
 
         pending, seconds = seconds_of(run, self._auditor.device)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .auditor import Auditor, Pending
+from .auditor import Auditor, PendingFigures
 from .autotuner import Search
 from .batching import BatchingPlan
 from .memory import free_host_bytes, lacks_memory
@@ -268,7 +268,7 @@ class _Launched:
     def __init__(self, group: Group) -> None:
         self.group = group
         self.reads: list[Read] = []
-        self.parts: list[tuple[list[int], Pending]] = []
+        self.parts: list[tuple[list[int], PendingFigures]] = []
         self.failed: dict[int, BaseException] = {}
         self.seconds_each = 0.0
         self._began = time.perf_counter()

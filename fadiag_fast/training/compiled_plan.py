@@ -13,8 +13,8 @@ from ..capture.chains import is_sum
 from ..capture.outputs import by_sample
 from ..capture.points import TapError, Taps, sighting_at
 from ..capture.tracing import Trace
-from .compiled_taps import Job, Slots
-from .figures import Figures
+from .compiled_taps import GradientTaps, Job
+from .figures import StepFigures
 from .forward_pass import Settings
 from .tensor_parallel import like_whole
 
@@ -107,15 +107,15 @@ def logits_module(seen: Trace, output: Output | None) -> str:
     return best
 
 
-def make_slots(
+def make_gradient_taps(
     found: Taps,
     seen: Trace,
     settings: Settings,
     refusals: Mapping[int, str],
     output: Output | None,
     max_samples: int | None,
-    arrived: Callable[[Figures], None],
-) -> tuple[Slots, LogitsPlace | None]:
+    arrived: Callable[[StepFigures], None],
+) -> tuple[GradientTaps, LogitsPlace | None]:
     """Make what a compiled pass is observed through.
 
     Returns:
@@ -131,7 +131,7 @@ def make_slots(
     samples = max(len(r) for r in reduced)
     per_sample = max(1, samples // max(1, rows[0].shape[0]))
     capacity = max(samples, max_samples or 0)
-    slots = Slots(
+    slots = GradientTaps(
         found.labels,
         capacity,
         capacity // per_sample,

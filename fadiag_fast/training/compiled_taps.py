@@ -23,7 +23,7 @@ from torch import Tensor
 from ..capture import sample_rows
 from ..capture.outputs import by_sample
 from ..capture.reduction import SampleReduction
-from .figures import Figures
+from .figures import StepFigures
 from .gradients import Gradients
 
 _STATE_SCALE = 2.0**-32
@@ -106,7 +106,7 @@ def _first(rows: Tensor, count: int) -> Tensor:
     return rows[:count] if 0 < count < rows.shape[0] else rows
 
 
-class _Slot(torch.autograd.Function):
+class _GradientTap(torch.autograd.Function):
     """Pass a tensor on; in the backward, give its figures to ``slot`` and its sum to ``total``."""
 
     @staticmethod
@@ -162,7 +162,7 @@ class _Slot(torch.autograd.Function):
         return grad, rows, total, None, None, None, None, None, None, None
 
 
-class Slots:
+class GradientTaps:
     """The slots of one probe.
 
     Args:
@@ -190,7 +190,7 @@ class Slots:
         refusals: Mapping[int, str],
         samples: int | None,
         gradients: Gradients,
-        arrived: Callable[[Figures], None],
+        arrived: Callable[[StepFigures], None],
     ) -> None:
         n = len(labels)
         self.labels = tuple(labels)
@@ -255,7 +255,7 @@ class Slots:
             )
         if not job.grad or (total is not None and not self._sums(tensor, total)):
             total = None
-        passed: Tensor = _Slot.apply(  # type: ignore[no-untyped-call]
+        passed: Tensor = _GradientTap.apply(  # type: ignore[no-untyped-call]
             tensor,
             slot,
             total,
@@ -375,4 +375,6 @@ class Slots:
         ]
         missing = {l for l in range(n) if l not in got}
         has_error = n in got and not self._without_logits
-        self._arrived(Figures(norms, kept, missing, None, samples, rms=rms, has_error=has_error))
+        self._arrived(
+            StepFigures(norms, kept, missing, None, samples, rms=rms, has_error=has_error)
+        )

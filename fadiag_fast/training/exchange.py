@@ -300,7 +300,7 @@ class Exchange:
             warnings.warn(f"StepProbe: {why}", RuntimeWarning, stacklevel=user_level())
         return agreed
 
-    def start(self, samples: Tensor, directions: Sequence[Tensor | None]) -> Pending:
+    def start(self, samples: Tensor, directions: Sequence[Tensor | None]) -> PendingMerge:
         """Begin to merge.
 
         Args:
@@ -357,10 +357,12 @@ class Exchange:
             at += total
         work = dist.all_reduce(buffer, group=self.group, async_op=True)
         sums = buffer[everyone * (own + 1) + self._before :]
-        return Pending(work, sums, places[of_kind, :figures], counts[of_kind], self._parts, shapes)
+        return PendingMerge(
+            work, sums, places[of_kind, :figures], counts[of_kind], self._parts, shapes
+        )
 
 
-class Pending:
+class PendingMerge:
     """A merge under way."""
 
     def __init__(

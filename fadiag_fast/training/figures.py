@@ -58,7 +58,7 @@ def norms_and_mean(samples: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass
-class Figures:
+class StepFigures:
     """What one or more micro-batches say; N samples, n states.
 
     Attributes:
@@ -111,7 +111,7 @@ def root_of(size: int) -> float:
     return math.sqrt(size) if size else math.nan
 
 
-class Parts(list[Figures]):
+class Parts(list[StepFigures]):
     """The micro-batches of a step, until it ends; ``told`` is called with each new one."""
 
     def __init__(self, told: Callable[[], Any] | None = None) -> None:
@@ -119,7 +119,7 @@ class Parts(list[Figures]):
         self._warned = False
         self._told = told
 
-    def add(self, figures: Figures) -> None:
+    def add(self, figures: StepFigures) -> None:
         """Append what a backward pass has brought; forget all before where there are too many."""
         if len(self) == MOST_PARTS:
             self.clear()
@@ -136,7 +136,7 @@ class Parts(list[Figures]):
             self._told()
 
 
-def merged(parts: list[Figures]) -> Figures:
+def merged(parts: list[StepFigures]) -> StepFigures:
     """Put the samples of micro-batches together; their directions are averaged over samples."""
     if len(parts) == 1:
         return parts[0]
@@ -161,7 +161,7 @@ def merged(parts: list[Figures]) -> Figures:
         means.append(summed / total)
     counted = all(part.samples is not None for part in parts)
     one = len({part.sizes for part in parts}) == 1 and all(part.rms is None for part in parts)
-    return Figures(
+    return StepFigures(
         torch.cat([part.norms for part in parts], 2),
         means,
         set.intersection(*(part.missing for part in parts)),

@@ -31,7 +31,7 @@ from .figures import (
     HANDED_OUT,
     SECOND_ORDER,
     TRAINS,
-    Figures,
+    StepFigures,
     norms_and_mean,
     sample_norms,
 )
@@ -280,7 +280,7 @@ class Observation:
         found[-1] = rows
         return found
 
-    def figures(self) -> Figures | None:
+    def figures(self) -> StepFigures | None:
         """Reduce what was kept, and let go of it; None if no state was reached at all."""
         settings, of = self.of.settings, self.of
         n = len(settings.labels)
@@ -335,7 +335,7 @@ class Observation:
             counting = (of.counts[:n] + self.counts[n:], self.counts)
             norms = settings.tensor_ranks.masked(norms, counting)
             means = {l: m if self.counts[l] else m.new_empty(0) for l, m in means.items()}
-        return Figures(
+        return StepFigures(
             norms,
             [means.get(l) for l in settings.direction_layers],
             missing,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .figures import Figures
+from .figures import StepFigures
 from .rows import StepRows
 
 # Shapes that stay for so many steps are taken to stay; warm-up steps have also loaded all kernels.
@@ -133,7 +133,7 @@ class GraphedReduction:
             found = ops.layer_statistics([*places[:n], places[-1]], places[n:], means=self._layers)
             assert isinstance(found, ops.PackedStatistics)
             means: list[Tensor | None] = [found.mean_of(l) for l in self._layers]
-            figures = Figures(found.norms, means, set(), len(places[-1]))
+            figures = StepFigures(found.norms, means, set(), len(places[-1]))
             self._rows.write(figures, None, captured=True)
 
         try:

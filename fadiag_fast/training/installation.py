@@ -21,9 +21,9 @@ from ..capture.points import TapError, Taps, sighting_at
 from ..capture.taps import find_taps
 from ..capture.tracing import Trace, clean_name
 from ..protocol import middle_layer
-from .compiled_plan import LogitsPlace, logits_module, make_slots, plan_jobs
+from .compiled_plan import LogitsPlace, logits_module, make_gradient_taps, plan_jobs
 from .compiled_taps import Job
-from .figures import Figures
+from .figures import StepFigures
 from .forward_pass import Pass, Settings
 from .hooks import (
     EndHook,
@@ -173,7 +173,7 @@ class Installation:
         self._check_sharded(found)
         jobs, refusals = plan_jobs(found, seen)
         logits_hook = self._hang_up(found, seen, jobs)
-        observer.slots, place = make_slots(
+        observer.slots, place = make_gradient_taps(
             found,
             seen,
             settings,
@@ -368,7 +368,7 @@ class Installation:
             stacklevel=user_level(),
         )
 
-    def look_for_replaced(self, figures: Figures, step: int) -> None:
+    def look_for_replaced(self, figures: StepFigures, step: int) -> None:
         """Find modules that took the place of others since the hooks were put there."""
         lack = (frozenset(figures.missing), not figures.has_error)
         if lack == self._last_lack:

@@ -2,7 +2,7 @@
 
 From a hook to a micro-batch: :meth:`Observer.begin` opens a :class:`.Pass`, hooks show it states,
 gradients open an :class:`.Observation`, and when the backward pass is over that is reduced to
-:class:`.Figures`. What is compiled comes through gradient taps, straight to figures.
+:class:`.StepFigures`. What is compiled comes through gradient taps, straight to figures.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .._common.warn import user_level
 from ..capture import Output
 from ..capture.tracing import exporting, recorded, transformed
 from .compiled_plan import LogitsPlace
-from .compiled_taps import Job, Slots
-from .figures import TRAINS, Figures, Parts
+from .compiled_taps import GradientTaps, Job
+from .figures import TRAINS, Parts, StepFigures
 from .forward_pass import Observation, Pass, Settings
 from .gradients import Gradients
 from .tensor_parallel import is_dtensor
@@ -118,7 +118,7 @@ class Observer:
         self.observations: list[Observation] = []
         self.eager = Parts()
         self.compiled = Parts(self.loop.count)
-        self.aside: list[Figures] = []
+        self.aside: list[StepFigures] = []
         self.seconds = 0.0
         self.autocast: str | None = None
         self.compiled_autocast: torch.dtype | None = None
@@ -126,7 +126,7 @@ class Observer:
         self.passed_unwanted = False
         self.looks_again = False
         self.settings: Settings | None = None
-        self.slots: Slots | None = None
+        self.slots: GradientTaps | None = None
         self.logits_place = LogitsPlace()
         self.looped: Sequence[tuple[int, int]] = ()  # numbers of hooks, and their known calls
         self.in_compiled: frozenset[int] | None = None
@@ -251,7 +251,7 @@ class Observer:
             return None
         return self.observations[0] if self.observations[0].finished else None
 
-    def take_parts(self) -> tuple[list[Figures], int]:
+    def take_parts(self) -> tuple[list[StepFigures], int]:
         """Return the micro-batches of a step, and how many of them were compiled.
 
         Of eager ones those that a step prefers: what trains before what only looks at gradients.
@@ -389,10 +389,10 @@ def _has_compiled() -> bool:
     return dynamo is not None and bool(dynamo.counters["frames"])
 
 
-def joined(eager: Figures, compiled: Figures) -> Figures:
+def joined(eager: StepFigures, compiled: StepFigures) -> StepFigures:
     """Return one micro-batch that was seen in part by hooks, in part by gradient taps."""
     seen = eager.norms
-    return Figures(
+    return StepFigures(
         torch.where(torch.isnan(seen), compiled.norms[..., : seen.shape[2]], seen),
         [a if a is not None else b for a, b in zip(eager.means, compiled.means, strict=True)],
         eager.missing & compiled.missing,
@@ -402,7 +402,7 @@ def joined(eager: Figures, compiled: Figures) -> Figures:
     )
 
 
-def _of_both(eager: Figures, compiled: Figures) -> Tensor:
+def _of_both(eager: StepFigures, compiled: StepFigures) -> Tensor:
     seen = eager.root_mean_squares()
     other = compiled.root_mean_squares()[..., : seen.shape[1]]
     return torch.where(torch.isnan(seen), other, seen)

@@ -27,7 +27,7 @@ from ..capture.reduction import Reduction, SampleReduction, reduction_of
 from .alarms import Alarms, TrainingStopped
 from .delivery import Delivery
 from .exchange import Share
-from .figures import Figures
+from .figures import StepFigures
 from .hooks import OfThisRun
 from .installation import Installation
 from .options import (
@@ -268,7 +268,7 @@ class StepProbe(OfThisRun):
         began = time.perf_counter()
         observer, recorder = self._observer, self._recorder
         step = observer.step
-        parts: list[Figures] = []
+        parts: list[StepFigures] = []
         replayed = False
         observer.current = None
         try:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .exchange import Exchange, Pending, Share, all_present, default_group, fingerprint
-from .figures import Figures
+from .exchange import Exchange, PendingMerge, Share, all_present, default_group, fingerprint
+from .figures import StepFigures
 from .options import ProbeOptions
 from .rows import RowMeta
 from .scaling import ScalerState, overflowed
@@ -24,7 +24,7 @@ _SYNCHRONOUS_PATIENCE, _PATIENCE = 2.0, 10.0
 class MergedStep(NamedTuple):
     """A step whose figures are over all ranks."""
 
-    figures: Figures
+    figures: StepFigures
     meta: RowMeta
     scaling: ScalerState | None
 
@@ -56,7 +56,7 @@ class RankMerge:
         self._share = share
         self._is_alone: bool | None = None  # whether other ranks of the group record nothing
         self._exchange: Exchange | None = None
-        self._pending: tuple[Pending, RowMeta, ScalerState | None] | None = None
+        self._pending: tuple[PendingMerge, RowMeta, ScalerState | None] | None = None
 
     def group(self, tensor_ranks: TensorRanks | None) -> Any:
         """Return the process group to merge over; None where there is nothing to merge.
@@ -93,7 +93,7 @@ class RankMerge:
     def start(
         self,
         group: Any,
-        figures: Figures,
+        figures: StepFigures,
         meta: RowMeta,
         scaling: ScalerState | None,
         labels: Sequence[str],
@@ -148,7 +148,7 @@ class RankMerge:
         means: list[Tensor | None] = [
             None if s is None else s / samples.to(s.dtype) for s in found.directions
         ]
-        figures = Figures(norms, means, set(meta.missing), None, samples, rms=rms)
+        figures = StepFigures(norms, means, set(meta.missing), None, samples, rms=rms)
         if scaling is not None:
             scaling.overflowed(overflowed(figures))
         meta = meta._replace(samples=None, world_size=self._exchange.world)

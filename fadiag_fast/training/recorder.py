@@ -8,7 +8,7 @@ from typing import Any
 from ..capture.points import Taps
 from ..protocol import OUTPUT
 from .delivery import Delivery
-from .figures import Figures, merged
+from .figures import StepFigures, merged
 from .forward_pass import Settings
 from .graphed import GraphedReduction
 from .installation import Installation
@@ -75,7 +75,7 @@ class StepRecorder:
 
     # ---- a step
 
-    def take_parts(self) -> list[Figures]:
+    def take_parts(self) -> list[StepFigures]:
         """Return the micro-batches since the last step.
 
         Raises:
@@ -114,7 +114,7 @@ class StepRecorder:
         self._delivery.hand_out(rows.send(meta))
         return True
 
-    def record(self, parts: list[Figures], step: int) -> None:
+    def record(self, parts: list[StepFigures], step: int) -> None:
         """Write the row of a step; with other ranks, when theirs have come."""
         figures = merged(parts)
         rows, installation, device = self._rows, self._installation, figures.norms.device
@@ -153,7 +153,7 @@ class StepRecorder:
         self._delivery.hand_out(self._rows.send(meta, at_once=False))
         return True
 
-    def capture(self, parts: list[Figures]) -> None:
+    def capture(self, parts: list[StepFigures]) -> None:
         """Record a step into a CUDA graph; each replay then leaves a row in the device's ring."""
         figures, rows = merged(parts), self._rows
         if rows is None or rows.ring is None or rows.ring.device != figures.norms.device:
@@ -171,7 +171,7 @@ class StepRecorder:
         self._graph_memory.append(rows.memory())
         self._captured = meta
 
-    def _meta(self, figures: Figures, step: int, exchanged: bool = False) -> RowMeta:
+    def _meta(self, figures: StepFigures, step: int, exchanged: bool = False) -> RowMeta:
         reference = OUTPUT
         if not figures.has_error:
             assert self._rows is not None

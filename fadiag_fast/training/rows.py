@@ -15,7 +15,7 @@ from .. import ops
 from .._common.row_layout import RowLayout
 from ..capture.points import Taps
 from .directions import Directions
-from .figures import Figures, root_of
+from .figures import StepFigures, root_of
 from .options import ProbeOptions
 from .records import StepRecord
 from .ring import Ring
@@ -140,7 +140,9 @@ class StepRows:
         assert self.ring is not None
         return self.ring
 
-    def write(self, figures: Figures, scaling: ScalerState | None, captured: bool = False) -> None:
+    def write(
+        self, figures: StepFigures, scaling: ScalerState | None, captured: bool = False
+    ) -> None:
         """Write all figures of a step into the ring, in the order of :func:`row_layout`."""
         ring, norms, kept = self.opened(), figures.norms, self.directions
         directions = None if kept is None else kept.take(figures.means, captured)

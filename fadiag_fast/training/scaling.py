@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .figures import Figures
+from .figures import StepFigures
 
 
 class ScalerState:
@@ -74,7 +74,7 @@ class ScalerState:
         return torch.stack([self.scale, self.skipped.double()])
 
 
-def scaler_state(scaler: Any, figures: Figures) -> ScalerState | None:
+def scaler_state(scaler: Any, figures: StepFigures) -> ScalerState | None:
     """Return what is known of a gradient scaler so far; None without one."""
     if scaler is None:
         return None
@@ -83,7 +83,7 @@ def scaler_state(scaler: Any, figures: Figures) -> ScalerState | None:
     return ScalerState(scaler, overflowed(figures), flags)
 
 
-def overflowed(figures: Figures) -> Tensor:
+def overflowed(figures: StepFigures) -> Tensor:
     """Return on the device whether a gradient that arrived is not finite."""
     norms = figures.norms
     n = norms.shape[1] - 1
