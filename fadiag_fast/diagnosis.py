@@ -61,7 +61,7 @@ def diagnose(
     batch_dim: int = 0,
     backend: ops.Backend | None = None,
 ) -> DiagnosticReport:
-    """Say whether a network's hidden states and gradients can be trusted, and why not.
+    """Return whether a network's hidden states and gradients can be trusted, and why not.
 
     Args:
         model: any module, scripted and traced ones included, or an exported program; files of

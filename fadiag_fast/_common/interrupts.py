@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 def runs_as_command() -> bool:
-    """Say whether Python was started for the command line, and not for a program that imports."""
+    """Return whether Python was started for the command line, not for a program."""
     started = sys.argv[0] if sys.argv else ""
     if started == "-m":  # until the package is found
         return any(word in ("fadiag_fast", "-mfadiag_fast") for word in sys.orig_argv)

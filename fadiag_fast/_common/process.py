@@ -1,4 +1,4 @@
-"""What belongs to the whole process, and how threads take turns with it.
+"""Process-wide state (generators, warning filters, the compiler's stance), shared by threads.
 
 An audit puts torch's default generators, Python's filters of warnings and the compiler's stance
 back as it found them. Beside another audit it would find, and leave, what that one has set.

@@ -28,7 +28,7 @@ def say(text: str, style: str | None = None) -> None:
 
 
 def draws_bars() -> bool:
-    """Say whether stderr is a terminal that can redraw a line."""
+    """Return whether stderr is a terminal that can redraw a line."""
     console = _errors()
     return console.is_terminal and not console.is_dumb_terminal
 

@@ -23,7 +23,7 @@ _COARSE_TOLERANCE = 5e-2
 
 
 def is_sum(state: Tensor, before: Tensor, branch: Tensor) -> bool:
-    """Say whether a state is the sum of two tensors, but for rounding."""
+    """Return whether a state is the sum of two tensors, but for rounding."""
     if state.shape != before.shape or state.shape != branch.shape:
         return False
     if any(t.layout is not torch.strided for t in (state, before, branch)):
@@ -224,7 +224,7 @@ def _chain(
 
 
 def is_container(blocks: object) -> bool:
-    """Say whether blocks are in a container; in an exported program it has lost its class."""
+    """Return whether blocks are in a container; in an exported program it has lost its class."""
     if not isinstance(blocks, nn.Module):
         return False
     names = [name for name, _ in blocks.named_children()]
@@ -261,7 +261,7 @@ def contract_chain(model: Any, seen: Trace) -> Taps:
 
 
 def is_passed_on(a: Sighting | None, b: Sighting | None) -> bool:
-    """Say whether two sightings show the same values in the same memory, as views perhaps."""
+    """Return whether two sightings show the same values in the same memory, as views perhaps."""
     if a is None or b is None or a.version != b.version:
         return False
     if a.tensor.layout is not torch.strided or b.tensor.layout is not torch.strided:

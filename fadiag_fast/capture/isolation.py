@@ -93,7 +93,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Say whether parameters are spread over processes: only the model itself can gather them."""
+    """Return whether parameters are sharded: only the model itself can gather them."""
     # Nothing can be a DTensor where its module, which takes a while to import, is not.
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and any(

@@ -145,7 +145,7 @@ def class_errors(logits: Tensor, labels: object) -> Tensor | None:
 
 
 def equal_logits(logits: Tensor) -> Tensor:
-    """Say whether in every sample of ``[S, B, ..., C]`` all logits are one number, ``[S]``."""
+    """Return whether in every sample of ``[S, B, ..., C]`` all logits are one number, ``[S]``."""
     flat = torch.view_as_real(logits).flatten(-2) if logits.is_complex() else logits
     if logits.dim() < 3:  # one number per sample has no others to be equal to
         return torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
@@ -153,7 +153,7 @@ def equal_logits(logits: Tensor) -> Tensor:
 
 
 def measurable_errors(output_grad_norm: Tensor, dtype: torch.dtype) -> Tensor:
-    """Say which ‖∂loss/∂logits‖ are normal numbers of the dtype they were computed in."""
+    """Return which ‖∂loss/∂logits‖ are normal numbers of the dtype they were computed in."""
     return output_grad_norm >= torch.finfo(dtype).smallest_normal
 
 

@@ -44,7 +44,7 @@ class Source(NamedTuple):
 
 
 def transformed() -> bool:
-    """Say whether a function transform of ``torch.func`` is under way.
+    """Return whether a function transform of ``torch.func`` is under way.
 
     Its tensors stand for many, or for a derivative, and mean nothing once it has ended.
     """
@@ -52,7 +52,7 @@ def transformed() -> bool:
 
 
 def exporting() -> bool:
-    """Say whether the model is exported.
+    """Return whether the model is exported.
 
     ``torch.compiler.is_exporting`` says so of every compilation, in torch before 2.13, where the
     compiler comes across it.
@@ -61,7 +61,7 @@ def exporting() -> bool:
 
 
 def recorded() -> bool:
-    """Say whether the model is exported, traced or run without data, and not trained."""
+    """Return whether the model is exported, traced or run without data, and not trained."""
     if torch._C._get_tracing_state() is not None or exporting():
         return True
     if not torch._C._len_torch_dispatch_stack():
@@ -222,7 +222,7 @@ class Recorder(TorchFunctionMode):
     def depends(
         self, later: Source | None, earlier: Source | None, without: Iterable[Source | None] = ()
     ) -> bool | None:
-        """Say whether one tensor was computed from another.
+        """Return whether one tensor was computed from another.
 
         Args:
             later, earlier: where they come from.
@@ -324,7 +324,7 @@ class Trace:
         earlier: Sighting | None,
         without: Iterable[Sighting | None] = (),
     ) -> bool | None:
-        """Say whether a tensor was computed from another; see :meth:`Recorder.depends`."""
+        """Return whether a tensor was computed from another; see :meth:`Recorder.depends`."""
         if later is None or earlier is None:
             return None
         cut = [sighting.source for sighting in without if sighting is not None]

@@ -119,7 +119,7 @@ def _candidates(model: nn.Module, seen: Trace, counts_samples: CountsSamples) ->
 
 
 def _is_inside_a_branch(seen: Trace, inner: _Candidate, outer: _Candidate) -> bool:
-    """Say whether blocks are parts of other blocks in which a skip leads around them.
+    """Return whether blocks are parts of other blocks in which a skip leads around them.
 
     The blocks of a stage are the stage; the convolutions of a residual block are not the block.
     """
@@ -134,7 +134,7 @@ def _is_inside_a_branch(seen: Trace, inner: _Candidate, outer: _Candidate) -> bo
 
 
 def _repeats_in(inner: _Candidate, outer: _Candidate) -> bool:
-    """Say whether blocks of several classes are one unit that other blocks repeat.
+    """Return whether blocks of several classes are one unit that other blocks repeat.
 
     The attention and the feed-forward part of each T5Block are such a unit; the blocks are the
     chain then.

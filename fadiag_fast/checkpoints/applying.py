@@ -104,7 +104,7 @@ class _Target:
         }
 
     def ignored(self, name: str) -> bool:
-        """Say whether the model names what older files have and it does not, as transformers do."""
+        """Return whether the model names what only older files have, as transformers do."""
         for module in self.model.modules():
             patterns = getattr(module, "_keys_to_ignore_on_load_unexpected", None)
             if isinstance(patterns, list | tuple | set) and any(
@@ -308,7 +308,7 @@ def _compare(target: _Target, stored: _Given) -> _Comparison:
 
 
 def _may_be_left_out(target: _Target, name: str, value: Any) -> bool:
-    """Say whether an older file's buffer is one that the model makes itself, with these values."""
+    """Return whether an older file's buffer is one that the model makes itself."""
     if target.ignored(name):
         return True
     _, buffer = target.buffers.get(name, ("", None))
@@ -392,7 +392,7 @@ def _mismatch(
 
 
 def _converted_by_its_module(target: _Target, name: str) -> bool:
-    """Say whether the module of a tensor loads in its own way, which may convert it."""
+    """Return whether the module of a tensor loads in its own way, which may convert it."""
     if not target.own_loading:
         return False
     own = {plain: stored for stored, plain in target.names.plain.items()}

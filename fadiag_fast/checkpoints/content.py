@@ -228,7 +228,7 @@ class _OpaqueError(Exception):
 
 
 def _holds_opaque(content: Any) -> bool:
-    """Say whether this is no state dict only for something that is not loaded."""
+    """Return whether this is no state dict only for something that is not loaded."""
     if is_opaque(content):
         return True
     if not isinstance(content, Mapping):
@@ -238,7 +238,7 @@ def _holds_opaque(content: Any) -> bool:
 
 
 def has_weights(content: Any) -> bool:
-    """Say whether there is a state dict anywhere."""
+    """Return whether there is a state dict anywhere."""
     return bool(_states(content))
 
 
@@ -310,7 +310,7 @@ def _nothing(content: Any, path: str | os.PathLike[str], unsafe_pickle: bool) ->
 
 
 def _is_state(content: Any) -> bool:
-    """Say whether this is a state dict: tensors by name, and at least one."""
+    """Return whether this is a state dict: tensors by name, and at least one."""
     if isinstance(content, nn.Module):
         return True
     if not isinstance(content, Mapping):

@@ -297,7 +297,7 @@ def _check_chunks(folder: Path, name: str, entry: _Entry) -> None:
 
 
 def _overlap(pieces: list[_Piece]) -> bool:
-    """Say if two pieces have an element in common."""
+    """Return whether two pieces have an element in common."""
     # Cut along one dimension after the other as long as that parts them: what a program wrote
     # falls into single pieces so.
     groups, before = [pieces] if pieces else [], -1

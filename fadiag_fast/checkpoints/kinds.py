@@ -1,4 +1,4 @@
-"""Say which kinds of numbers may become which."""
+"""Which kinds of numbers may become which."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def wrong_kind(source: Tensor, target: Tensor) -> str:
-    """Say why values of one tensor cannot be another's, '' if they can.
+    """Return why values of one tensor cannot be another's, '' if they can.
 
     Floating-point numbers become others if they stay in range, all other numbers if they stay the
     same. What a whole number stands for as a weight only the code that wrote it knows.
@@ -37,7 +37,7 @@ def wrong_kind(source: Tensor, target: Tensor) -> str:
 
 
 def may_round(source: torch.dtype, target: torch.dtype) -> bool:
-    """Say whether floating-point numbers of one type may be rounded in another."""
+    """Return whether floating-point numbers of one type may be rounded in another."""
     if source == target or not (source.is_floating_point and target.is_floating_point):
         return False
     from_, to = torch.finfo(source), torch.finfo(target)
@@ -51,7 +51,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _leaves_the_range(source: Tensor, dtype: torch.dtype) -> bool:
-    """Say whether a finite number is larger than any of another type."""
+    """Return whether a finite number is larger than any of another type."""
     most = torch.finfo(dtype).max
     if most >= torch.finfo(source.dtype).max:
         return False
@@ -62,7 +62,7 @@ def _leaves_the_range(source: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _changes(source: Tensor, dtype: torch.dtype) -> bool:
-    """Say whether a number is another one as a whole number or truth value."""
+    """Return whether a number is another one as a whole number or truth value."""
     converted = source.to(dtype)
     # A changed sign comes back as it was.
     sign = (source < 0) != (converted < 0)

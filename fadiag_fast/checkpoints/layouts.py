@@ -1,4 +1,4 @@
-"""Say where a file's tensors lie in it."""
+"""Where a file's tensors lie in it."""
 
 from __future__ import annotations
 

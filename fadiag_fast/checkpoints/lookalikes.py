@@ -1,4 +1,4 @@
-"""Say what a file is that is no checkpoint."""
+"""Identify common files that are not checkpoints by their first bytes."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ class OpenFile:
         os.close(self._number)
 
     def still(self) -> bool:
-        """Say if the file is as it was when it was opened."""
+        """Return whether the file is as it was when it was opened."""
         return _stamp(os.fstat(self._number)) == self.stamp
 
     def read(self, start: int, length: int, /) -> bytes:
@@ -342,7 +342,7 @@ class Files:
         return text
 
     def changed(self) -> bool:
-        """Say if a path leads to another file than it did, or a file was written to."""
+        """Return whether a path leads to another file than it did, or a file was written to."""
         try:
             return any(_stamp(os.stat(path)) != stamp for path, stamp in self._stamps.items())
         except OSError:

@@ -31,7 +31,7 @@ class NotLoaded:
 
 
 def is_opaque(value: Any) -> bool:
-    """Say whether a pickle made something of unknown classes or functions here."""
+    """Return whether a pickle made something of unknown classes or functions here."""
     return type(value) in (Shell, Unknown, NotLoaded)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def loads_in_its_own_way(module: nn.Module) -> bool:
-    """Say whether loading does more than torch's own modules do: copying values of like names."""
+    """Return whether loading does more than torch's own modules do: copy values by name."""
     kind = type(module)
     own = kind._load_from_state_dict is not nn.Module._load_from_state_dict
     # torch's own modules only rewrite state dicts that lack names.

@@ -56,7 +56,7 @@ class SafetensorsError(Exception):
 
 
 def looks_like_safetensors(head: bytes) -> bool:
-    """Say whether a file of these first bytes has this format."""
+    """Return whether a file of these first bytes has this format."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MOST_HEADER
 
 

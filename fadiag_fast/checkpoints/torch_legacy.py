@@ -29,7 +29,7 @@ _FIRST_BYTES = 1 << 18
 
 
 def looks_like(head: bytes) -> bool:
-    """Say whether a file of these first bytes has this format."""
+    """Return whether a file of these first bytes has this format."""
     try:
         return bool(read_pickle(head, {})[0] == _MAGIC)
     except PickleError:

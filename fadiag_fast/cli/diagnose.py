@@ -324,7 +324,7 @@ def _credit_of(
 
 
 def _takes_vectors(model: nn.Module, images: torch.Tensor) -> bool:
-    """Say whether a program without its source takes images only as vectors."""
+    """Return whether a program without its source takes images only as vectors."""
     with torch.no_grad(), untouched(model):
         for vectors in (False, True):
             try:

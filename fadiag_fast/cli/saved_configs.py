@@ -105,7 +105,7 @@ class SavedNetwork:
         return None if model == self._name else printable(str(model))
 
     def refuse(self, extra: Mapping[str, Any]) -> str | None:
-        """Say why a checkpoint is of another network, by what stands beside its weights.
+        """Return why a checkpoint is of another network, by what stands beside its weights.
 
         None where nothing stands there, or the same network is built by it. Threads may ask.
         """

@@ -92,7 +92,7 @@ class Session(OfThisRun):
         return self._new_alarms()
 
     def is_trained_by(self, optimizer: Any) -> bool:
-        """Say whether an optimiser holds a parameter of the probed model."""
+        """Return whether an optimiser holds a parameter of the probed model."""
         mine = {id(parameter) for parameter in self.probe.model.parameters()}
         return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
 

@@ -40,7 +40,7 @@ class NoGraph(UnreadableCheckpoint):
 
 
 def is_program(path: str | os.PathLike[str]) -> bool:
-    """Say whether a file holds a program, by its first bytes and the names in it.
+    """Return whether a file holds a program, by its first bytes and the names in it.
 
     What cannot be read is none: whoever reads weights will say what is wrong with it.
     """

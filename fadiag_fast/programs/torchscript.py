@@ -351,7 +351,7 @@ def named_class(name: str, base: type, numbered: bool) -> Any:
 
 
 def is_numbered(names: Sequence[str]) -> bool:
-    """Say whether children are named as those of a ModuleList are."""
+    """Return whether children are named as those of a ModuleList are."""
     return bool(names) and all(name == str(index) for index, name in enumerate(names))
 
 

@@ -134,7 +134,7 @@ class Figures:
 
     @property
     def rows(self) -> str:
-        """Say how many rows of states the first batch's medians are over, and what a row is."""
+        """How many rows of states the first batch's medians are over, and what a row is."""
         rows = self.batch_size if self.num_rows is None else self.num_rows
         return f"{rows} {self.row_name}"
 

@@ -1,4 +1,4 @@
-"""From rows of weights to figures: how checkpoints and batches share forward passes.
+"""Batched auditing: run several checkpoints and batches in one forward pass.
 
 Samples do not see each other in eval mode, so that several evaluation batches may share a pass, or
 a batch be cut to what the cache holds; checkpoints of one architecture may lie side by side
@@ -205,7 +205,7 @@ class Auditor:
     # ---- ways
 
     def _batches_alike(self) -> bool:
-        """Say whether the batches can be laid end to end."""
+        """Return whether the batches can be laid end to end."""
         first = self.batches[0]
         for batch in self.batches:
             for given, other in zip(batch, first, strict=True):
@@ -222,7 +222,7 @@ class Auditor:
         return len(self.batches[0][0])
 
     def _plain_labels(self) -> bool:
-        """Say whether a batch's loss is a mean over all its samples of terms of their own."""
+        """Return whether a batch's loss is a mean over all its samples of terms of their own."""
         return self._options["loss"] is None and all(
             y.dim() == 1 and not y.is_floating_point() and bool((y >= 0).all())
             for _, y in self.batches

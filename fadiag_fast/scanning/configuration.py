@@ -84,7 +84,7 @@ def _settings(holder: Any) -> list[tuple[str, str]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Say whether a value's text says all of it."""
+    """Return whether a value's text says all of it."""
     if isinstance(value, tuple | list):
         return all(map(_is_plain, value))
     return isinstance(value, str | bytes | int | float | bool | None)

@@ -1,4 +1,4 @@
-"""Name a checkpoint by what is in it, and a probe by how it is configured.
+"""Content hash of a checkpoint, and hash of a probe's configuration.
 
 A scan that is run again skips what it has, and a file that was replaced under the same name must
 not be skipped; so the key is the content. XXH3 with 128 bits is as quick as memory, so that a scan

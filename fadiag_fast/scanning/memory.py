@@ -51,7 +51,7 @@ def _free_of_container() -> Iterator[int]:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Say whether an error is one for want of memory: the CPU's allocator has no type for it."""
+    """Return whether an error is one for want of memory: the CPU's allocator has no type for it."""
     return (
         isinstance(error, MemoryError | torch.OutOfMemoryError)
         or "DefaultCPUAllocator" in str(error)

@@ -91,7 +91,7 @@ class Rows:
             torch.cuda.current_stream(device).synchronize()
 
     def hold(self, count: int, width: int) -> bool:
-        """Say whether so many rows of so many bytes are here."""
+        """Return whether so many rows of so many bytes are here."""
         return self._bytes.shape[0] >= count and self._bytes.shape[1] >= width
 
     def __getitem__(self, index: int) -> Tensor:

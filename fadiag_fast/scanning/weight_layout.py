@@ -181,7 +181,7 @@ class Fitter:
 
 
 def _overlap(places: Iterable[TensorPlace]) -> bool:
-    """Say whether tensors share bytes with each other, or elements of one do (expanded ones).
+    """Return whether tensors share bytes with each other, or elements of one do (expanded ones).
 
     Tensors that are interleaved without sharing a byte count as well: nobody saves such.
     """

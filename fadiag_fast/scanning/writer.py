@@ -383,7 +383,7 @@ class ScanWriter:
         self._finish(parts, [(tables.checkpoints, tables.layers)])
 
     def _come_in_turn(self, parts: Sequence[Path]) -> bool:
-        """Say whether the tables can be written part by part, each row as it stands.
+        """Return whether the tables can be written part by part, each row as it stands.
 
         That is in natural order, once for each path and configuration, and judged as it should be.
         """

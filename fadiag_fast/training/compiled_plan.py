@@ -27,7 +27,7 @@ class LogitsPlace(NamedTuple):
 
 
 def plan_jobs(found: Taps, seen: Trace) -> tuple[dict[tuple[str, str], list[Job]], dict[int, str]]:
-    """Return which hooks of a compiled network send which tensors through which slots.
+    """Return which hooks of a compiled network send which tensors through which gradient taps.
 
     A hook can replace what a module returns, for all that use it; replacing what one module
     RECEIVES would miss the other uses, the skip connection above all. The sum after a skip is
@@ -119,7 +119,7 @@ def make_gradient_taps(
     """Make what a compiled pass is observed through.
 
     Returns:
-        The slots, and where the logits' samples are; None without logits among what is observed.
+        The gradient taps, and where the logits' samples are; None where logits are not observed.
     """
     reduction, batch_dim = settings.reduction, settings.batch_dim
     states = [sighting_at(seen, point) for point in found.points]
@@ -131,7 +131,7 @@ def make_gradient_taps(
     samples = max(len(r) for r in reduced)
     per_sample = max(1, samples // max(1, rows[0].shape[0]))
     capacity = max(samples, max_samples or 0)
-    slots = GradientTaps(
+    gradient_taps = GradientTaps(
         found.labels,
         capacity,
         capacity // per_sample,
@@ -150,7 +150,7 @@ def make_gradient_taps(
             sample_rows(logits, batch, batch_dim, settings.name)
         except TapError:
             logits = None
-    return slots, None if logits is None else _place_of(logits.shape, batch, batch_dim)
+    return gradient_taps, None if logits is None else _place_of(logits.shape, batch, batch_dim)
 
 
 def _place_of(shape: torch.Size, batch: int, batch_dim: int) -> LogitsPlace:

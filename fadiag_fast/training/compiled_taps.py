@@ -163,7 +163,7 @@ class _GradientTap(torch.autograd.Function):
 
 
 class GradientTaps:
-    """The slots of one probe.
+    """The gradient taps of one probe.
 
     Args:
         labels: of the n states.
@@ -286,14 +286,14 @@ class GradientTaps:
         leaf.grad = None
 
     def summed_passes(self) -> bool:
-        """Say whether passes came together, whose sum is all that is known; waits for the device.
+        """Return whether passes came together as one sum; waits for the device.
 
         A backward pass through several of them brings a slot one gradient, summed over all.
         """
         return self._flaws is not None and bool(self._flaws[0])
 
     def divided_logits(self) -> bool:
-        """Say whether logits came in pieces of the samples; waits for the device.
+        """Return whether logits came in pieces of the samples; waits for the device.
 
         The pieces are added into the same places then. From now on, logits are not looked at.
         """

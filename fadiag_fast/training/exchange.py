@@ -1,10 +1,11 @@
 """Put the samples and directions of all ranks together, with one collective for each step.
 
 Ranks of data parallelism have samples of their own; the T ranks of tensor parallelism that hold one
-copy of the model have parts of the same samples' states (:mod:`.sharded`). Both go through the same
-all-reduce: every rank writes the norms of its parts into a place of its own, and whoever reads them
-takes the root of the sum of squares over the T places of a sample. The squares themselves, which
-the all-reduce could sum, would leave the range of float32, and float64 would double the directions.
+copy of the model have parts of the same samples' states (:mod:`.tensor_parallel`). Both go through
+the same all-reduce: every rank writes the norms of its parts into a place of its own, and whoever
+reads them takes the root of the sum of squares over the T places of a sample. The squares
+themselves, which the all-reduce could sum, would leave the range of float32, and float64 would
+double the directions.
 Parts of a direction are written beside each other, so that each rank has it whole and its cosines
 need no collective more; the order of its numbers does not change them.
 """
@@ -121,7 +122,7 @@ _meetings: dict[tuple[int, ...], int] = {}
 
 
 def all_present(group: Any, seconds: float) -> bool:
-    """Say whether every rank of a group records the step at hand; warn where some do not.
+    """Return whether every rank of a group records the step at hand; warn where some do not.
 
     The first collective of a probe that only some ranks have would meet another one of the
     training's, and the job would hang.

@@ -100,7 +100,7 @@ class Gradients:
         return bool(self._owned)
 
     def owns(self, leaf: Tensor) -> bool:
-        """Say whether a leaf is one of the model's parameters."""
+        """Return whether a leaf is one of the model's parameters."""
         known = self._owned.get(id(leaf))
         if known is not None and known() is leaf:
             return True

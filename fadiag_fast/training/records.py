@@ -185,7 +185,7 @@ class StepRecord:
 
 
 def is_of_kind(kind: str, value: Any) -> bool:
-    """Say whether a value is of a kind, as annotations of the record's fields say it."""
+    """Return whether a value is of a kind, as annotations of the record's fields say it."""
     if kind.startswith("tuple["):
         item = kind[len("tuple[") :].partition(",")[0]
         return isinstance(value, tuple | list) and all(is_of_kind(item, one) for one in value)

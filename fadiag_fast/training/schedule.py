@@ -16,7 +16,7 @@ class Schedule(Protocol):
     """Choose steps; a class of your own needs these two methods only."""
 
     def wants(self, step: int) -> bool:
-        """Say whether to probe a step, counted from 0; asking twice changes nothing."""
+        """Return whether to probe a step, counted from 0; asking twice changes nothing."""
         ...
 
     def note(self, step: int, probe_seconds: float, step_seconds: float) -> None:

@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
 
 def is_dtensor(value: object) -> bool:
-    """Say whether something is a DTensor, without importing what defines it."""
+    """Return whether something is a DTensor, without importing what defines it."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 

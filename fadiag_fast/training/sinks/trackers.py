@@ -132,7 +132,7 @@ class LoggingSink(Sink):
 
 
 def as_sink(target: Any, prefix: str = "fadiag/") -> RecordSink:
-    """Return a sink for what people have, recognised by what it can do.
+    """Adapt a path, logger, tracker or callable to a sink.
 
     Args:
         target: a sink (it is returned as it is); a path, for :class:`JsonLines`; a SummaryWriter
@@ -234,6 +234,6 @@ def _needs_two(parameters: Mapping[str, inspect.Parameter]) -> bool:
 
 
 def _takes_step(function: Callable[..., Any]) -> bool:
-    """Say whether a function is a ``log(metrics, step)`` and not one of a record."""
+    """Return whether a function is a ``log(metrics, step)`` and not one of a record."""
     parameters = _parameters(function)
     return "step" in parameters or "global_step" in parameters or _needs_two(parameters)
