@@ -260,11 +260,22 @@ def _places(
 
 
 def _is_a(value: Any, name: str) -> bool:
-    return isinstance(value, Shell) and value.name.endswith(f".{name}")
+    if not isinstance(value, Shell):
+        return False
+    _check_not_extended(value)
+    return value.name.endswith(f".{name}")
+
+
+def _check_not_extended(value: Shell) -> None:
+    """Refuse items put into an object: none of the classes of the metadata has such."""
+    if value.extended:
+        raise TypeError(f"items are put into a {value.name.rpartition('.')[2]}")
 
 
 def _size(value: Any) -> tuple[int, ...]:
     """Return a torch.Size that was pickled as its class and one tuple."""
+    if isinstance(value, Shell):
+        _check_not_extended(value)
     arguments = value.arguments if isinstance(value, Shell) else (value,)
     (numbers,) = arguments or ((),)
     return tuple(map(_count, _expect("a size", numbers, tuple)))
@@ -279,6 +290,8 @@ def _count(value: Any) -> int:
 def _expect(what: str, value: Any, kind: type[Any]) -> Any:
     if not isinstance(value, kind):
         raise TypeError(f"{printable(what)} is a {type(value).__name__}")
+    if isinstance(value, Shell):
+        _check_not_extended(value)
     return value
 
 

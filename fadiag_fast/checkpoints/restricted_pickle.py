@@ -92,14 +92,16 @@ class Shell:
         name: the function or class.
         arguments: what it would have been called with.
         state: what it would have been given afterwards.
+        extended: whether items would have been put into it, as into a dict, a list or a set.
     """
 
-    __slots__ = ("arguments", "name", "state")
+    __slots__ = ("arguments", "extended", "name", "state")
 
     def __init__(self, name: str, arguments: Any) -> None:
         self.name = name
         self.arguments = arguments
         self.state: Any = None
+        self.extended = False
 
     def get(self, key: str) -> Any:
         return self.state.get(key) if isinstance(self.state, dict) else None
@@ -461,6 +463,7 @@ def _call(function: Any, arguments: Any, unknown: set[str]) -> Any:
 def _set_items(stack: list[Any], values: list[Any]) -> None:
     target = stack[-1]
     if type(target) is Shell:
+        target.extended = True
         return  # what it would do with them is not known
     if type(target) not in _DICTS:
         raise PickleError("it sets items of what is no dict")
@@ -474,6 +477,7 @@ def _add_items(target: Any, values: list[Any]) -> None:
     for value in values:
         check_key(value)
     if type(target) is Shell:
+        target.extended = True
         return
     if type(target) is not set:
         raise PickleError("it adds items to what is no set")
@@ -482,6 +486,7 @@ def _add_items(target: Any, values: list[Any]) -> None:
 
 def _extend(target: Any, values: list[Any]) -> None:
     if type(target) is Shell:
+        target.extended = True
         return
     if type(target) is not list:
         raise PickleError("it appends to what is no list")

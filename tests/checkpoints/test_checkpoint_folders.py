@@ -337,6 +337,24 @@ def rewrite(folder: Path, metadata: Any) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+@pytest.mark.parametrize(
+    "instructions",
+    [b"K\x01K\x02s", b"(K\x01K\x02u", b"K\x01a", b"(K\x01e"],
+    ids=["SETITEM", "SETITEMS", "APPEND", "APPENDS"],
+)
+def test_items_put_into_the_metadata_object_are_refused_as_by_torch(tmp_path, instructions):
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    save_distributed(tmp_path, {"w": torch.ones(2, 3)})
+    path = tmp_path / ".metadata"
+    content = path.read_bytes()
+    assert content.endswith(b".")
+    path.write_bytes(content[:-1] + instructions + b".")
+    with pytest.raises((TypeError, AttributeError)):
+        dcp.FileSystemReader(tmp_path).read_metadata()
+    with pytest.raises(UnreadableCheckpoint, match="items are put into a Metadata"):
+        load_checkpoint(tmp_path)
+
+
 def split_in_two(folder: Path, overlap: int = 0) -> Tensor:
     """Write one tensor of 6 × 4 as two ranks would: rows 0–3 and 4–5, in a file each."""
     whole = torch.arange(24.0).reshape(6, 4)
