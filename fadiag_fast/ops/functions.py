@@ -1,9 +1,4 @@
-"""Load the native library and offer its operators as thin functions.
-
-They call ``torch.ops.fadiag.*`` where a kernel for the tensors' device is loaded, and
-:mod:`fadiag_fast.ops.reference` elsewhere, after one warning with the cause.
-``FADIAG_BACKEND=native|torch`` or the argument ``backend`` forces either.
-"""
+"""The operators as functions: checked, dispatched to a kernel or to the reference."""
 
 from collections.abc import Sequence
 

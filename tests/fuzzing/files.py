@@ -360,54 +360,18 @@ def _manifests() -> dict[str, Kind]:
 
 
 def _steps() -> dict[str, Kind]:
-    from fadiag_fast import StepProbe
+    from written import step_records
 
-    def write(folder: Path) -> None:
-        torch.manual_seed(0)
-        net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
-        probe = StepProbe(net, sink=str(folder / "steps.jsonl"), alarms=False)
-        for _ in range(4):
-            net(torch.randn(8, 4)).square().mean().backward()
-            probe.step()
-        probe.remove()
-
-    return {"step records": Kind("steps", in_folder(write), "steps.jsonl")}
+    name = "steps.jsonl"
+    return {"step records": Kind("steps", in_folder(lambda at: step_records(at / name)), name)}
 
 
 def _tables() -> dict[str, Kind]:
-    from fadiag_fast.protocol import Figures
-    from fadiag_fast.scanning import ScanWriter
-    from fadiag_fast.scanning.records import CheckpointRecord
-
-    def record(step: int, config: str) -> CheckpointRecord:
-        figures = Figures(
-            layers=("embed", "blocks.0"),
-            residual_norms=(1.0 + step, 2.0),
-            bp_grad_norms=(0.1, 0.2),
-            credit_gains=(0.5, 0.25),
-            output_grad_norm=0.4,
-            batch_size=8,
-            stabilities=(0.1, 0.2),
-            num_directions=(8, 8),
-            num_batches=8,
-        )
-        return CheckpointRecord(f"a/{step}.pt", "a", step, config, f"xxh3:{step}", figures)
-
-    def finished(folder: Path) -> None:
-        with ScanWriter(folder, flush_rows=4) as writer:
-            config = writer.configure({"batches": 8})
-            writer.add(*(record(step, config) for step in range(6)))
-
-    def stopped(folder: Path) -> None:
-        writer = ScanWriter(folder, flush_rows=3)
-        config = writer.configure({"batches": 8})
-        for step in range(6):
-            writer.add(record(step, config))
-        writer._files.release()
+    from written import finished_scan, stopped_scan
 
     return {
-        "scan's tables": Kind("tables", in_folder(finished)),
-        "scan's parts": Kind("tables", in_folder(stopped)),
+        "scan's tables": Kind("tables", in_folder(lambda at: finished_scan(at, 6))),
+        "scan's parts": Kind("tables", in_folder(lambda at: stopped_scan(at, 6, flush_rows=3))),
     }
 
 

@@ -5,10 +5,8 @@ import os
 import random
 
 import pytest
-import torch
-from torch import nn
+from written import step_records
 
-from fadiag_fast import StepProbe
 from fadiag_fast.scanning import ScanResult, ScanWriter, read_manifest
 from fadiag_fast.scanning.errors import UnreadableResults
 from fadiag_fast.scanning.run_names import SeriesError
@@ -96,14 +94,7 @@ def test_parquet_manifests_of_other_types_and_with_flipped_bits(tmp_path):
 @pytest.fixture
 def steps(tmp_path):
     """Return a file of step records, and the place of its records' lines."""
-    torch.manual_seed(0)
-    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
-    probe = StepProbe(net, sink=str(tmp_path / "steps.jsonl"), alarms=False)
-    for _ in range(4):
-        net(torch.randn(8, 4)).square().mean().backward()
-        probe.step()
-    probe.remove()
-    path = tmp_path / "steps.jsonl"
+    path = step_records(tmp_path / "steps.jsonl")
     lines = path.read_text().splitlines()
     (third,) = [i for i, line in enumerate(lines) if json.loads(line).get("step") == 2]
     return path, lines, third

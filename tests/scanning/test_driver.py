@@ -32,13 +32,7 @@ from fadiag_fast.scanning.errors import UnwritableResults
 from fadiag_fast.scanning.folder import Disk
 from fadiag_fast.scanning.prefetch import Reader
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batches_of(count=9, batch=6, dtype=torch.float32):

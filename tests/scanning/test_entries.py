@@ -20,15 +20,9 @@ from fadiag_fast.scanning.auditor import Auditor
 from fadiag_fast.scanning.batching import BatchingPlan
 from fadiag_fast.scanning.weight_layout import canonical
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FIGURES = ("residual_norms", "bp_grad_norms", "credit_gains", "stabilities", "pooled_norms")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def batches_of(count=4, dtype=torch.float32):

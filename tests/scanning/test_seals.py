@@ -4,47 +4,19 @@ import random
 import warnings
 
 import pytest
+from written import checkpoint_record, finished_scan, stopped_scan
 
-from fadiag_fast.protocol import Figures
 from fadiag_fast.scanning import ScanWriter, seals, store
 from fadiag_fast.scanning.errors import UnreadableResults
-from fadiag_fast.scanning.records import CheckpointRecord
 from fadiag_fast.scanning.store import read_tables
 
 pq = pytest.importorskip("pyarrow.parquet")
 
 
-def record(step, config, run="a"):
-    figures = Figures(
-        layers=("embed", "blocks.0"),
-        residual_norms=(1.0 + step, 2.0),
-        bp_grad_norms=(0.1, 0.2),
-        credit_gains=(0.5, 0.25),
-        output_grad_norm=0.4,
-        batch_size=8,
-        stabilities=(0.1, 0.2),
-        num_directions=(8, 8),
-        num_batches=8,
-    )
-    return CheckpointRecord(f"{run}/{step}.pt", run, step, config, f"xxh3:{step}", figures)
-
-
-def written(folder, count=8, run="a"):
-    with ScanWriter(folder, flush_rows=4) as writer:
-        config = writer.configure({"batches": 8})
-        writer.add(*(record(step, config, run) for step in range(count)))
-    return folder
-
-
 @pytest.fixture
 def parts(tmp_path):
     """A folder that has parts, and no tables yet."""
-    writer = ScanWriter(tmp_path / "parts", flush_rows=4)
-    config = writer.configure({"batches": 8})
-    for step in range(8):
-        writer.add(record(step, config))
-    writer._files.release()
-    return tmp_path / "parts"
+    return stopped_scan(tmp_path / "parts")
 
 
 def files_of(folder):
@@ -60,7 +32,7 @@ def flipped(data, place, bit):
 def test_every_flipped_bit_is_noticed(tmp_path, parts):
     """Also of the footer, and of the checksum itself."""
     draw = random.Random(1)
-    files = [*files_of(written(tmp_path / "tables")), *files_of(parts)]
+    files = [*files_of(finished_scan(tmp_path / "tables")), *files_of(parts)]
     assert {path.suffix for path in files} == {".parquet", ".arrow"}
     for path in files:
         data = path.read_bytes()
@@ -74,7 +46,7 @@ def test_every_flipped_bit_is_noticed(tmp_path, parts):
 
 @pytest.mark.parametrize("kind", ["parts", "tables"])
 def test_reading_names_the_file_with_a_flipped_bit(kind, tmp_path, parts):
-    folder = parts if kind == "parts" else written(tmp_path / "tables")
+    folder = parts if kind == "parts" else finished_scan(tmp_path / "tables")
     right = read_tables(folder)
     draw = random.Random(2)
     for path in files_of(folder):
@@ -93,7 +65,7 @@ def test_reading_names_the_file_with_a_flipped_bit(kind, tmp_path, parts):
     "change", [lambda d: d[:-1], lambda d: d + b"\0", lambda d: d[:-9] + d[-8:]]
 )
 def test_bytes_that_are_missing_or_too_many_are_noticed(change, tmp_path):
-    for path in files_of(written(tmp_path)):
+    for path in files_of(finished_scan(tmp_path)):
         data = path.read_bytes()
         path.write_bytes(change(data))
         with pytest.raises(UnreadableResults, match=path.name):
@@ -105,12 +77,12 @@ def test_a_text_like_a_seal_is_only_a_text(tmp_path):
     """Of a run's name, which stands in the footer's statistics too."""
     (blank,) = {*seals.unsealed().values()}
     run = blank.decode()
-    tables = read_tables(written(tmp_path, run=run))
+    tables = read_tables(finished_scan(tmp_path, run=run))
     assert set(tables.checkpoints["run"].to_pylist()) == {run}
 
 
 def test_other_readers_read_sealed_tables(tmp_path):
-    written(tmp_path)
+    finished_scan(tmp_path)
     right = read_tables(tmp_path)
     for name, table in (("checkpoints", right.checkpoints), ("layers", right.layers)):
         assert pq.read_table(tmp_path / f"{name}.parquet").equals(table)
@@ -118,7 +90,7 @@ def test_other_readers_read_sealed_tables(tmp_path):
 
 def test_tables_without_a_checksum_are_read_and_that_is_told_once(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_told", set())
-    right = read_tables(written(tmp_path))
+    right = read_tables(finished_scan(tmp_path))
     for name, table in (("checkpoints", right.checkpoints), ("layers", right.layers)):
         pq.write_table(table, tmp_path / f"{name}.parquet")
     with pytest.warns(UserWarning, match="without checksums") as told:
@@ -129,7 +101,7 @@ def test_tables_without_a_checksum_are_read_and_that_is_told_once(tmp_path, monk
         read_tables(tmp_path)
     assert again.layers.equals(right.layers)
     with ScanWriter(tmp_path, flush_rows=4) as writer:
-        writer.add(record(9, writer.configure({"batches": 8})))
+        writer.add(checkpoint_record(9, writer.configure({"batches": 8})))
     monkeypatch.setattr(store, "_told", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

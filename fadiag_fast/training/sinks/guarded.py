@@ -1,9 +1,4 @@
-"""Where step records go: JSON lines, loggers, trackers, or a function of your own.
-
-A sink is called with each :class:`~fadiag_fast.training.records.StepRecord`; it may have
-``flush()`` and ``close()``, and ``event(event)`` for alarms. :func:`as_sink` makes one of what
-people have, and :func:`guard` keeps a sink that raises or blocks from harming the training.
-"""
+"""Keep a sink that raises or blocks from harming the training: a thread and a queue for each."""
 
 from __future__ import annotations
 
