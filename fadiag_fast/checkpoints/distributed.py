@@ -201,10 +201,16 @@ def _entries(metadata: Any) -> list[_Entry]:
         _expect("a tensor's name", name, str)
         if _is_a(value, "TensorStorageMetadata"):
             path = paths.get(name) if isinstance(paths, Mapping) else None
-            whole = isinstance(path, tuple) and path
-            keys = tuple(map(str, path)) if isinstance(path, tuple) and whole else (name,)
+            keys = _keys(name, path) if isinstance(path, tuple) and path else (name,)
             found.append(_entry(name, keys, value, places))
     return found
+
+
+def _keys(name: str, path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Return where a tensor was in the saved dict: names, and numbers of a list's items."""
+    if not all(isinstance(key, str | int) for key in path):
+        raise TypeError(f"the place of {printable(name)} in the saved dict is not made of names")
+    return tuple(map(str, path))
 
 
 def _entry(

@@ -266,7 +266,11 @@ def _read(
                 last = stack.pop()
                 push(_named(f"{stack.pop()}.{last}", offered, unknown))
             elif code == 149:  # FRAME
+                (length,) = unsigned_8(data, at)
                 at += 8
+                # As for the unpickler in C: it lies within the file, and means nothing else.
+                if length > len(data) - at:
+                    raise EndsEarly("it ends too early")
             elif code == 112:  # PUT
                 stop = _line_end(data, at)
                 if data[at] == 45:

@@ -337,6 +337,36 @@ def rewrite(folder: Path, metadata: Any) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+def test_a_frame_that_is_longer_than_the_metadata_is_refused_as_by_torch(tmp_path):
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    save_distributed(tmp_path, {"w": torch.ones(2, 3)})
+    path = tmp_path / ".metadata"
+    content = path.read_bytes()
+    assert content[2:3] == b"\x95"  # FRAME, behind the protocol
+    length = int.from_bytes(content[3:11], "little")
+    for wrong, fits in ((length, True), (length + 1, False), (2**62, False)):
+        path.write_bytes(content[:3] + wrong.to_bytes(8, "little") + content[11:])
+        if fits:
+            assert list(load_checkpoint(tmp_path).state_dict) == ["w"]
+            continue
+        with pytest.raises((pickle.UnpicklingError, MemoryError, OverflowError)):
+            dcp.FileSystemReader(tmp_path).read_metadata()
+        with pytest.raises(UnreadableCheckpoint, match=r"\.metadata"):
+            load_checkpoint(tmp_path)
+
+
+def test_a_tensors_place_in_the_saved_dict_is_made_of_names_and_numbers(tmp_path):
+    save_distributed(tmp_path, {"w": torch.ones(2, 3)})
+    metadata = metadata_of(tmp_path)
+    metadata.planner_data = {"w": (metadata.state_dict_metadata["w"].size, "w")}
+    rewrite(tmp_path, metadata)
+    with pytest.raises(UnreadableCheckpoint, match="place of w in the saved dict is not made of"):
+        load_checkpoint(tmp_path)
+    metadata.planner_data = {"w": ("layers", 0, "w")}
+    rewrite(tmp_path, metadata)
+    assert list(load_checkpoint(tmp_path).state_dict) == ["layers.0.w"]
+
+
 @pytest.mark.parametrize(
     "instructions",
     [b"K\x01K\x02s", b"(K\x01K\x02u", b"K\x01a", b"(K\x01e"],

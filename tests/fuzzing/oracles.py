@@ -155,7 +155,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
         self.append(self.persistent_load((of, self.find_class(*kind.rsplit(".", 1)), *rest)))
 
     def load_frame(self) -> None:
-        self.read(8)  # its length is a hint, which the unpickler in C takes no notice of either
+        self.read(8)  # the unpickler in C asks no more of it than that it lies within the file
 
     dispatch: ClassVar[dict[int, Any]] = {
         **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]

@@ -474,7 +474,8 @@ def _number(value: Any) -> Any:
 
 def _cells_text(cells: Mapping[str, Any]) -> str:
     def number(value: Any) -> str:
-        return "" if value in (None, "") or value != value else repr(float(value))
+        # A step of -0.0 is step 0.
+        return "" if value in (None, "") or value != value else repr(float(value) + 0.0)
 
     path = os.path.normpath(str(cells["path"]))
     return repr((path, number(cells.get("step")), number(cells.get("accuracy"))))
