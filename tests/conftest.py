@@ -23,6 +23,15 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(skip)
 
 
+@pytest.fixture
+def one_thread():
+    """Networks this small are slower on several threads, and their sums depend on how many."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def images() -> ImageDataset:
     """Noisy 1x8x8 patterns of four classes: a transformer's patches of 4 fit."""
